@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOISE', 'SAMPLE', 'GUMBEL', 'EPOCH', 'map_cond', 'repeat_cond', 'Streams', 'Batch', 'Rollout', 'Policy', 'Tokenizer',
-           'Perceptual', 'Reward']
+           'Perceptual', 'Reward', 'System', 'MetricNet']
 
 # %% ../nbs/01_protocols.ipynb #3d2da30a
 from dataclasses import dataclass, fields, replace
@@ -52,15 +52,22 @@ class Streams:
         index = np.repeat(self.index, n, 0)
         return replace(self, index=np.stack([index[:, 0], index[:, 1]*n + np.tile(np.arange(n), len(self))], 1))
 
+    def _generators(self, purpose):
+        return (np.random.Generator(np.random.Philox(key=self.seed, counter=[0, purpose, g, i])) for i, g in self.index.tolist())
+
     def uniform(self,
                 *shape:int, # numbers per image
                 purpose:int=SAMPLE, # which use they are for
                 device=None, # where the result goes
                ) -> Tensor: # [N, *shape] float32 in [0, 1)
         "Uniform numbers for every image, the same wherever and in whatever company they are drawn"
-        draws = [np.random.Generator(np.random.Philox(key=self.seed, counter=[0, purpose, g, i])).random(shape, np.float32)
-                 for i, g in self.index.tolist()]
+        draws = [g.random(shape, np.float32) for g in self._generators(purpose)]
         return torch.from_numpy(np.stack(draws) if draws else np.empty((0, *shape), np.float32)).to(device)
+
+    def bulk_uniform(self, *shape:int, purpose:int=GUMBEL, device=None) -> Tensor: # [N, *shape]
+        "As `uniform`, for millions of numbers per image: drawn on the device, so the same only on the same kind of device"
+        make = lambda g: torch.Generator(device or 'cpu').manual_seed(int(g.integers(2**62)))
+        return torch.stack([torch.rand(shape, generator=make(g), device=device) for g in self._generators(purpose)])
 
 # %% ../nbs/01_protocols.ipynb #7b9010ca
 @dataclass(frozen=True)
@@ -87,20 +94,20 @@ class Batch:
 @dataclass(frozen=True)
 class Rollout:
     "A group of samples per image, with everything the update needs and nothing it must recompute"
+    batch: Batch # B conditions, with their images if there are any
     tokens: Tensor # [B, G, T] int64, sampled
     old_logps: Tensor # [B, G, T] log π_old of each sampled token
     context: Tensor # [B, C, T] int64 tokens the policy was conditioned on; C = 1 shared, C = G own
-    cond: Any # [B, ...]
     targets: Tensor|None = None # [B, T] ground-truth tokens x*; None when there is no image
+    ref_logps: Tensor|None = None # [B, G, T] log π_ref, if there is a reference policy
     rewards: Tensor|None = None # [B, G], or [B, G, T] for credit per token
     advantages: Tensor|None = None # as rewards
-    images: Tensor|None = None # [B, 3, H, W] reference images in [0, 1]
 
     def __len__(self): return len(self.context)
 
     def take(self, rows:slice):
         "The rollout of some images, for a mini-batch"
-        pick = lambda x: None if x is None else map_cond(lambda t: t[rows], x)
+        pick = lambda x: None if x is None else x.take(rows) if isinstance(x, Batch) else x[rows]
         return Rollout(*(pick(getattr(self, f.name)) for f in fields(self)))
 
 # %% ../nbs/01_protocols.ipynb #4300c0a2
@@ -142,6 +149,34 @@ class Perceptual(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    "Scores a group of images per condition, higher is better; state goes in and comes out as a value"
+    "Scores groups of images, higher is better; state goes in and comes out as a value"
     def __call__(self, images:Tensor, batch:Batch, state=None) -> tuple:
         "[B, G, 3, H, W] in [0, 1] and the batch they belong to, to rewards [B, G] or [B, G, T] and the new state"
+
+# %% ../nbs/01_protocols.ipynb #b8c2e6c8
+@dataclass
+class System:
+    "A policy and the networks around it"
+    name: str
+    policy: Any # `Policy`
+    tokenizer: Any # `Tokenizer`
+    perceptual: Any = None # `Perceptual` network of the reward
+    num_classes: int = 0 # conditions are class ids below this; 0 for text
+
+    def modules(self) -> list:
+        "The networks that are there"
+        return [m for m in (self.policy, self.tokenizer, self.perceptual) if m is not None]
+
+    def to(self, device):
+        "Move all of them"
+        for m in self.modules(): m.to(device)
+        return self
+
+@dataclass
+class MetricNet:
+    "What measures: a network, and what real images look like to it"
+    name: str # what its Fréchet distance may be called, for example 'FID on toy features'
+    net: Any # images [N, 3, H, W] in [0, 1] to features [N, D] and logits [N, classes]
+    mu: Tensor # [D] mean of real features
+    sigma: Tensor # [D, D] their covariance
+    features: Tensor # [M, D] real features, for precision and recall

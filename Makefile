@@ -1,0 +1,48 @@
+# Two commands matter: `make run` and `make test`. Each installs what it needs into .venv.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+PIP     = .venv/bin/python -m pip --disable-pip-version-check
+export PYTHONUNBUFFERED = 1
+
+.PHONY: run test docs bench toy clean
+
+.venv/run: setup.py settings.ini
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	test -f README.md
+	$(PIP) install -q "$(TORCH)"
+	$(PIP) install -q -e . "$(TORCH)"
+	touch $@
+
+.venv/dev: .venv/run
+	$(PIP) install -q -e ".[dev]" "$(TORCH)"
+	touch $@
+
+run: .venv/run ## post-train the toy with VA-π
+	mkdir -p runs
+	.venv/bin/papermill nbs/run_vapi.ipynb runs/vapi_toy.ipynb -k python3 </dev/null
+	@echo "Done. Look at runs/vapi_toy.ipynb (a notebook with pictures) and at runs/vapi_toy/ (metrics, figures, checkpoint)."
+
+test: .venv/dev ## everything that proves it
+	rm -rf build/drift && mkdir -p build/drift && cp -r nbs settings.ini arpo_nb build/drift/
+	cd build/drift && find arpo_nb -name '*.py' ! -name __init__.py -delete && ../../.venv/bin/nbdev_export
+	for f in arpo_nb/*.py; do cmp $$f build/drift/$$f || exit 1; done; test "$$(ls arpo_nb/*.py | wc -l)" = "$$(ls build/drift/arpo_nb/*.py | wc -l)"
+	rm -rf build/drift
+	OMP_NUM_THREADS=1 .venv/bin/nbdev_test --skip_file_re '^(\.|_|run_)' --n_workers 2 --timing
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests
+
+docs: .venv/dev ## the site, needs quarto
+	.venv/bin/nbdev_docs
+
+bench: .venv/run ## speed, side by side
+	mkdir -p runs
+	.venv/bin/papermill nbs/run_bench.ipynb runs/bench.ipynb -k python3 </dev/null
+	@echo "Done. Look at runs/bench.ipynb."
+
+toy: .venv/run ## make the embedded toy again from the full Fashion-MNIST in DATA
+	mkdir -p runs
+	.venv/bin/papermill nbs/run_pretrain.ipynb runs/pretrain.ipynb -k python3 -p data "$(DATA)" -p out_dir runs/toy_base \
+	    -p a_epochs 2 -p b_epochs 3 -p vq_epochs 1 -p policy_epochs 5 </dev/null
+	@echo "Done. Copy runs/toy_base/*.safetensors and *.npz to arpo_nb/assets/ to make it the toy."
+
+clean: ## remove what the commands above made
+	rm -rf .venv build runs _docs _proc *.egg-info

@@ -1,0 +1,125 @@
+"The run notebooks and the launcher, through the doors users come in by."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+from arpo_nb.config import preset, to_json
+from arpo_nb.launch import launch
+
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+TINY = replace(preset('toy'), steps=3, batch_size=8, num_generations=2, save_steps=2)
+
+
+def papermill(notebook, out, **params):
+    args = [a for k, v in params.items() for a in ('-p', k, str(v))]
+    return subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/f'{notebook}.ipynb'), str(out), '-k', 'python3', *args],
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=out.parent, env=ENV)
+
+
+def weights(folder): return load_file(folder/'checkpoint'/'model.safetensors')
+
+
+def test_two_processes_give_the_result_of_one(tmp_path):
+    cfg = replace(TINY, noise_rate=.3, micro_batch_size=3, mini_batch_size=4, num_iterations=2)
+    one = launch(cfg, tmp_path/'one', progress=False)
+    two = launch(replace(cfg, num_processes=2), tmp_path/'two', progress=False)
+    for a, b in zip(one, two, strict=True):
+        for k in a:
+            if not k.startswith('time/'): assert a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-5), k
+    w1, w2 = weights(tmp_path/'one'), weights(tmp_path/'two')
+    base = load_file(ROOT/'arpo_nb/assets/policy.safetensors')
+    assert any(not torch.equal(w1[f'model.{k}'], base[k]) for k in base)
+    for k in w1: torch.testing.assert_close(w1[k], w2[k], rtol=1e-4, atol=2e-6)
+
+
+def command(folder): return [sys.executable, '-m', 'arpo_nb.launch', str(folder/'job.json'), '--out_dir', str(folder/'run')]
+
+
+@pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGKILL])
+def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig):
+    cfg = replace(TINY, steps=40, save_steps=3, update_dropout=True)
+    for name in ('whole', 'killed'):
+        (tmp_path/name).mkdir(); (tmp_path/name/'job.json').write_text(to_json(cfg))
+    subprocess.run(command(tmp_path/'whole'), check=True, env=ENV, capture_output=True)
+    child = subprocess.Popen(command(tmp_path/'killed'), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path/'killed'/'run'/'metrics.jsonl', time.time() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 8):
+        assert child.poll() is None and time.time() < deadline
+        time.sleep(.02)
+    child.send_signal(sig); child.wait()
+    assert len(log.read_text().splitlines()) < 40, 'finished before it was killed'
+    subprocess.run(command(tmp_path/'killed'), check=True, env=ENV, capture_output=True)
+    a, b = (weights(tmp_path/n/'run') for n in ('whole', 'killed'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    strip = lambda folder: [{k: v for k, v in json.loads(line).items() if not k.startswith('time/')} for line in (folder/'run'/'metrics.jsonl').read_text().splitlines()]
+    assert strip(tmp_path/'whole') == strip(tmp_path/'killed')
+
+
+def test_run_vapi_end_to_end(tmp_path):
+    small = dict(steps=2, out_dir=tmp_path/'out', overrides='batch_size=8,num_generations=2', eval_images=120, baselines='all')
+    done = papermill('run_vapi', tmp_path/'a.ipynb', **small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path/'out'
+    summary = json.loads((out/'summary.json').read_text())
+    assert (summary['model'], summary['method'], summary['seed']) == ('toy', 'vapi', 0) and summary['wall_s'] > 0
+    arms = {'base', 'tuned', 'mle', 'ste', 'ste_gumbel', 'tokenizer', 'no_prior', 'noise', 'token_credit'}
+    assert arms < set(summary['metrics']) and any('temperature' in k for k in summary['metrics'])
+    for m in summary['metrics'].values(): assert {'fid', 'inception_score', 'precision', 'recall', 'accuracy'} <= set(m)
+    assert len((out/'metrics.jsonl').read_text().splitlines()) == 2
+    for f in ('config.json', 'samples.png', 'curves.png', 'checkpoint/model.safetensors', 'checkpoint/optimizer.bin'): assert (out/f).exists(), f
+    again = papermill('run_vapi', tmp_path/'b.ipynb', **small)
+    assert again.returncode == 0, again.stderr[-3000:]
+    second = json.loads((out/'summary.json').read_text())
+    assert second['metrics'] == summary['metrics']
+    loaded = papermill('run_vapi', tmp_path/'c.ipynb', **{**small, 'baselines': 'none', 'out_dir': tmp_path/'from', 'weights': out/'checkpoint', 'steps': 1})
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    assert json.loads((tmp_path/'from'/'summary.json').read_text())['metrics']['base'] == summary['metrics']['tuned']
+
+
+def test_own_pictures(tmp_path):
+    for i in range(12):
+        folder = tmp_path/'pictures'/('ab'[i % 2]); folder.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (40 + i, 60), (20*i, 100, 255 - 20*i)).save(folder/f'{i}.png')
+    (tmp_path/'pictures'/'a'/'broken.jpg').write_bytes(b'\xff\xd8 no')
+    done = papermill('run_vapi', tmp_path/'o.ipynb', steps=1, data=tmp_path/'pictures', out_dir=tmp_path/'out', overrides='batch_size=4,num_generations=2', eval_images=0, baselines='none')
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'skipped 1 unreadable' in (tmp_path/'o.ipynb').read_text()
+
+
+@pytest.mark.parametrize('params, message', [
+    (dict(model='toyy'), "did you mean 'toy'"), (dict(method='ppo'), 'choose one of vapi'), (dict(overrides='noise_rate=2'), 'ξ is a probability'),
+    (dict(overrides='num_generations=1'), 'at least 2 samples'), (dict(data='nowhere'), 'no such folder'), (dict(baselines='dpo'), "no 'dpo'"),
+    (dict(weights='nowhere.pt'), 'no such file'), (dict(model='llamagen_xxl'), 'c2i_XXL_384.pt'), (dict(num_processes=3), 'must divide 128'),
+    (dict(out_dir='taken'), 'holds another run')], ids=lambda x: next(iter(x)) + '-' + str(next(iter(x.values()))) if isinstance(x, dict) else '')
+def test_bad_requests_fail_at_once(tmp_path, params, message):
+    if 'out_dir' in params:
+        (tmp_path/'taken').mkdir(); (tmp_path/'taken'/'config.json').write_text(to_json(replace(preset('toy'), seed=5)))
+    done = papermill('run_vapi', tmp_path/'x.ipynb', **{'out_dir': 'fresh', 'steps': 1, **params})
+    assert done.returncode != 0 and message in done.stderr, done.stderr[-1500:]
+    assert not list(tmp_path.rglob('checkpoint'))
+
+
+def test_run_pretrain(tmp_path):
+    done = papermill('run_pretrain', tmp_path/'p.ipynb', out_dir=tmp_path/'base', a_epochs=.03, b_epochs=.03, vq_epochs=.03, policy_epochs=.03)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ('net_a', 'net_b', 'vq', 'policy', 'reference'): assert (tmp_path/'base'/f'{name}.safetensors').exists()
+    shipped = {p.name: {k: v.shape for k, v in load_file(p).items()} for p in (ROOT/'arpo_nb/assets').glob('*.safetensors')}
+    for name, shapes in shipped.items():
+        if name != 'reference.safetensors': assert {k: v.shape for k, v in load_file(tmp_path/'base'/name).items()} == shapes
+
+
+def test_run_bench(tmp_path):
+    done = papermill('run_bench', tmp_path/'b.ipynb', image_size=64, num_generations=2, repeats=1, out_dir=tmp_path/'bench')
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path/'bench'/'summary.json').read_text())
+    assert summary['ratio'] > 0 and summary['gradient_difference'] < 1e-3
