@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fid_diag', 'wide', 'Reference', 'as_reference', 'Moments', 'check_features', 'batch_moments', 'moments_std',
            'ema_update', 'first_moments', 'leave_one_out', 'loo_diag', 'half_line', 'root_quadrature', 'root_drop',
-           'root_drop_all', 'loo_full', 'check_state', 'loo_rewards']
+           'root_drop_all', 'loo_full', 'check_state', 'loo_rewards', 'state_fid']
 
 # %% ../nbs/15_moments.ipynb #d24ceb10
 from dataclasses import dataclass, replace
@@ -269,3 +269,18 @@ def loo_rewards(features:Tensor, # [n, D] of this process
     shared = leave_one_out(old, batch, len(everyone), w)
     if full: return loo_full(x, everyone, ref, new, *shared, eps, nodes), new
     return torch.cat([loo_diag(rows, ref, new, *shared, eps) for rows in x.split(32)]), new  # blocks stay in the cache
+
+# %% ../nbs/15_moments.ipynb #303135be
+@torch.no_grad()
+def state_fid(state, # `Moments`, or a pair (mean, raw second moment)
+              reference, # as for `loo_rewards`
+              eps:float=1e-6, # added to generated variances
+             ) -> Tensor: # scalar
+    "Fréchet distance between a state and the reference, diagonal or full as the state is (LOO-FID Eq. 19, 24)"
+    ref = as_reference(reference); full = state[1].ndim == 2
+    m = check_state(state, ref, full)
+    if not full: return fid_diag(m.mean, moments_std(m, eps), ref.mean, ref.std)
+    root_mean = ref.root@m.mean
+    lam = torch.linalg.eigvalsh(m.mapped - torch.outer(root_mean, root_mean) + eps*ref.cov).clamp(min=0)
+    trace = m.second.trace() - m.mean@m.mean + eps*len(m.mean) + ref.cov.trace()
+    return (m.mean - ref.mean).square().sum() + trace - 2*lam.sqrt().sum()
