@@ -9,7 +9,7 @@ import pytest, torch
 from safetensors.torch import load_file
 
 from arpo_nb.entropy import entropy_coef, entropy_schedule, normalized_entropy, token_entropy
-from arpo_nb.moments import batch_moments, Moments, Reference, fid_diag, loo_rewards, moments_std, state_fid
+from arpo_nb.moments import Reference, loo_rewards, moments_std, state_fid
 from arpo_nb.rewards import loo_fid_reward
 
 OTHERS = {'advantage', 'surrogate', 'surrogate_note', 'kl', 'total_loss', 'corruption_kernel', 'brightness'} # kinds other tests cover
