@@ -30,6 +30,7 @@ def fid_diag(mean:Tensor, # [..., D]
 def wide(x:Tensor) -> Tensor:
     "Detached float64, on the CPU where the device has no float64"
     x = torch.as_tensor(x).detach()
+    if not x.is_floating_point(): raise ValueError(f"expected a floating tensor of features or moments, got {x.dtype}; convert it with .float()")
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class Moments(NamedTuple):
     mapped: Tensor|None = None # [D, D] second moment of Σr^½ x, full form only
 
 def check_features(x:Tensor, D:int|None=None, name:str='features'):
-    "Raise unless `x` is a finite floating [N, D] with N >= 2"
-    if x.ndim != 2 or not x.is_floating_point(): raise ValueError(f"{name} must be a floating [N, D] tensor, got {x.dtype} {tuple(x.shape)}")
+    "Raise unless `x` is a finite [N, D] with N >= 2"
+    if x.ndim != 2: raise ValueError(f"{name} must be an [N, D] tensor, got shape {tuple(x.shape)}; flatten images and groups into rows")
     if len(x) < 2: raise ValueError(f"{name} has N = {len(x)} row: leaving one out needs at least 2; gather over processes or sample more images")
     if D is not None and x.shape[1] != D: raise ValueError(f"{name} has D = {x.shape[1]} columns but the reference has {D}; use the same feature extractor for both")
     if not x.sum(0).isfinite().all():
@@ -151,7 +152,7 @@ def leave_one_out(old:Moments|None, # state before this step, None at an adopted
                  ) -> tuple: # a, m₀ and B of the text
     "What all leave-one-out states share: a, m₀ and the raw second moment B"
     w, a = ema_weight, ema_weight/(n-1)
-    share = lambda o, b: b*(a*n) if o is None else o*(1-w) + b*(a*n)
+    share = lambda o, b: b*(a*n) if o is None else torch.add(b*(a*n), o, alpha=1-w)
     pick = batch.mapped is not None
     old = old or Moments(None, None)
     return a, share(old.mean, batch.mean), share(old.mapped, batch.mapped) if pick else share(old.second, batch.second)
@@ -239,6 +240,7 @@ def check_state(state, ref:Reference, full:bool) -> Moments:
     D = len(ref.mean); shape = (D, D) if full else (D,)
     if old.mean.shape != (D,) or old.second.shape != shape:
         raise ValueError(f"state holds moments of shape {tuple(old.mean.shape)} and {tuple(old.second.shape)}, expected {(D,)} and {shape}: it comes from another extractor or another `covariance`; start with state=None")
+    if not (old.mean.isfinite().all() and old.second.isfinite().all()): raise ValueError("state holds values that are not finite; start with state=None")
     if old.reference is not None and not torch.allclose(old.reference, ref.fingerprint, rtol=1e-7, atol=1e-9):
         raise ValueError("state was collected against another reference; resume with the reference it was made with, or start with state=None")
     if full and old.mapped is None: old = old._replace(mapped=ref.root@old.second@ref.root)
