@@ -23,7 +23,11 @@ def run(covariance, rows=slice(None), gather=None):
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/sync', rank=rank, world_size=2)
-    torch.save({c: [run(c, slice(5*rank, 5*rank+5), gather)[0], *map(torch.Tensor.clone, run(c, slice(5*rank, 5*rank+5), gather)[1][:2])] for c in ('diag', 'full')}, f'{folder}/{rank}.pt')
+    results = {}
+    for c in ('diag', 'full'):
+        rewards, state = run(c, slice(5*rank, 5*rank+5), gather)
+        results[c] = rewards, state.mean, state.second
+    torch.save(results, f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
 def test_two_processes_equal_one(tmp_path):
