@@ -22,7 +22,7 @@ from .protocols import Batch, Streams, System
 from .rollout import teacher_forced
 from .trainer import PolicyGradient
 
-# %% ../nbs/52_bench.ipynb #0d403d3f
+# %% ../nbs/52_bench.ipynb #64091c2c
 def vapi_update(size:str='B', # LlamaGen size
                 image_size:int=256, # pixels
                 images:int=1, # in the micro-batch

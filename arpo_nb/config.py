@@ -10,13 +10,13 @@ __all__ = ['METHODS', 'VARIANTS', 'BASELINES', 'Config', 'check_types', 'check_c
 import json
 from dataclasses import asdict, dataclass, fields, replace
 
-# %% ../nbs/02_config.ipynb #7b4dd2bc
+# %% ../nbs/02_config.ipynb #25677872
 METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruction reward and a cross-entropy prior (VA-π Eq. 11)',
                mle='continued maximum likelihood: the prior term alone, on clean context',
                ste='straight-through gradients of the reconstruction loss (VA-π App. C.1)',
                tokenizer='tokenizer post-training: the decoder learns from sampled tokens (VA-π App. C.2)')
 
-# %% ../nbs/02_config.ipynb #ad3377f5
+# %% ../nbs/02_config.ipynb #021eb399
 @dataclass(frozen=True)
 class Config:
     "Everything that defines a run; sizes are per step over all processes unless they say otherwise"
@@ -72,7 +72,7 @@ class Config:
         check_types(self)
         check_config(self)
 
-# %% ../nbs/02_config.ipynb #cb1dac44
+# %% ../nbs/02_config.ipynb #148bfb13
 def check_types(cfg:Config):
     "Numbers where numbers belong; integers may stand in for floats"
     for f in fields(cfg):
@@ -104,12 +104,12 @@ def check_config(cfg:Config):
     if cfg.batch_size % step: raise ValueError(f"mini_batch_size={step}: must divide batch_size={cfg.batch_size}")
     if step % cfg.num_processes: raise ValueError(f"num_processes={cfg.num_processes}: must divide {step} images per optimiser step; change batch_size or mini_batch_size")
 
-# %% ../nbs/02_config.ipynb #d6a5a55b
+# %% ../nbs/02_config.ipynb #2d7245e2
 def clip_is_inert(cfg:Config) -> bool:
     "Whether every update sees ratio 1 (one optimiser step per rollout, no dropout)"
     return cfg.num_iterations == 1 and cfg.mini_batch_size in (0, cfg.batch_size) and not cfg.update_dropout
 
-# %% ../nbs/02_config.ipynb #097ce8b5
+# %% ../nbs/02_config.ipynb #c9b80647
 def override(cfg:Config, # to start from
              text:str='', # 'name=value,name=value'
              **kwargs, # fields to set; None keeps the value
@@ -135,7 +135,7 @@ def from_json(text:str) -> Config:
     if unknown: raise ValueError(f"unknown fields {sorted(unknown)}: written by another version?")
     return Config(**values)
 
-# %% ../nbs/02_config.ipynb #b5c3dd37
+# %% ../nbs/02_config.ipynb #30b64b44
 VARIANTS = ('paper', 'released_code')
 
 def vapi_llamagen(text:bool=False, # t2i instead of c2i
@@ -153,13 +153,13 @@ def vapi_janus(**kwargs):
     "VA-π for Janus-Pro 1B (Table 7, column 3)"
     return vapi_llamagen(**{**dict(learning_rate=1e-7, noise_rate=.95, steps=100), **kwargs}) # Table 7
 
-# %% ../nbs/02_config.ipynb #4c9246f1
+# %% ../nbs/02_config.ipynb #208a57f9
 def vapi_toy(**kwargs):
     "VA-π on the toy system (our choice)"
     return Config(**{**dict(learning_rate=5e-4, lr_scheduler_type='cosine', weight_decay=0., prior_coef=.3, steps=60,
                             batch_size=128, num_generations=8, save_steps=20), **kwargs}) # 128 images × 8 = 1,024 samples a step
 
-# %% ../nbs/02_config.ipynb #f90d0fef
+# %% ../nbs/02_config.ipynb #46ca9333
 def preset(model:str, # name of the system
            method:str='vapi', # name in METHODS
            variant:str='paper', # 'paper' or 'released_code'
@@ -172,7 +172,7 @@ def preset(model:str, # name of the system
     if model.startswith('toy'): return vapi_toy(**changes)
     return vapi_llamagen(text='t2i' in model, **changes)
 
-# %% ../nbs/02_config.ipynb #af45f5ee
+# %% ../nbs/02_config.ipynb #6465a4d8
 BASELINES = dict(mle=dict(method='mle'), # continued maximum likelihood at equal steps
                  ste=dict(method='ste'), # App. C.1
                  ste_gumbel=dict(method='ste', ste_mode='gumbel'), # the released code's reading of it

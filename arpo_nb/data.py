@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .protocols import EPOCH, Batch, Streams
 
-# %% ../nbs/04_data.ipynb #67487da2
+# %% ../nbs/04_data.ipynb #c6b954ba
 def step_rows(n:int, # images in the data set
               batch_size:int, # images per step, over all processes
               step:int,
@@ -28,7 +28,7 @@ def step_rows(n:int, # images in the data set
     perms = {e: np.random.Generator(np.random.Philox(key=seed, counter=[0, EPOCH, 0, int(e)])).permutation(n) for e in np.unique(at//n)}
     return np.array([perms[e][i] for e, i in zip(at//n, at%n)])
 
-# %% ../nbs/04_data.ipynb #e73d53b7
+# %% ../nbs/04_data.ipynb #0dcc2d3f
 class ArrayData:
     "Images held as one uint8 array, turned into pixels when asked for"
     def __init__(self,
@@ -45,7 +45,7 @@ class ArrayData:
         rows = torch.as_tensor(rows)
         return self.to_pixels(self.images[rows]), self.labels[rows]
 
-# %% ../nbs/04_data.ipynb #bcc22979
+# %% ../nbs/04_data.ipynb #305f9d56
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
 def center_crop(image:Image.Image, size:int) -> Image.Image:
@@ -65,7 +65,7 @@ def read_image(path:str|Path, size:int) -> Tensor:
         im = center_crop(im.convert('RGB'), size)
     return torch.from_numpy(np.asarray(im).copy()).permute(2, 0, 1)/255
 
-# %% ../nbs/04_data.ipynb #ec68c016
+# %% ../nbs/04_data.ipynb #3e8878cb
 class FolderData:
     "Pictures below a folder: sub-folders are classes, no sub-folders means no classes"
     def __init__(self,
@@ -106,7 +106,7 @@ class FolderData:
         images, labels = zip(*self.pool.map(self._nearest, np.asarray(rows).tolist()))
         return torch.stack(images), torch.stack(labels)
 
-# %% ../nbs/04_data.ipynb #a9d3fd41
+# %% ../nbs/04_data.ipynb #422bf743
 def batches(data, # has a length and `load(rows)`
             batch_size:int, # images per step, over all processes
             seed:int,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/10_elbo.ipynb #c967068c
+# %% ../nbs/10_elbo.ipynb #da532a29
 class Bound(NamedTuple):
     "The two terms of the evidence lower bound"
     reconstruction: Tensor # E_q[log p(I|x)]
@@ -34,7 +34,7 @@ def elbo_terms(log_q:Tensor, # [..., S] variational posterior over all sequences
     "Evidence lower bound by enumeration (VA-π Eq. 8, 19)"
     return Bound((log_q.exp()*log_lik).sum(-1), categorical_kl(log_q, log_prior))
 
-# %% ../nbs/10_elbo.ipynb #88cc609b
+# %% ../nbs/10_elbo.ipynb #02a629e2
 def exposure_bias(teacher_logps:Tensor, # [B, T, V] under the true context
                   free_logps:Tensor, # [B, G, T, V] with samples x ~ π(·|x*) as context
                  ) -> Tensor: # [B] nats per sequence

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .protocols import MetricNet, Streams
 
-# %% ../nbs/50_evaluate.ipynb #0c2b4550
+# %% ../nbs/50_evaluate.ipynb #8e7b0898
 def frechet_distance(mu1:Tensor, sigma1:Tensor, # [D], [D, D]
                      mu2:Tensor, sigma2:Tensor, # [D], [D, D]
                     ) -> float: # squared distance
@@ -29,7 +29,7 @@ def moments(features:Tensor) -> tuple: # mean [D], covariance [D, D] (n-1)
     f = features.double()
     return f.mean(0), torch.cov(f.T)
 
-# %% ../nbs/50_evaluate.ipynb #088ff273
+# %% ../nbs/50_evaluate.ipynb #e5b51a6b
 def inception_score(logits:Tensor, # [N, classes]
                     split_size:int=5000, # images per split, in the order given
                    ) -> float: # 1 to the number of classes
@@ -40,7 +40,7 @@ def inception_score(logits:Tensor, # [N, classes]
         scores.append((part.exp()*(part - marginal)).sum(-1).mean().exp())
     return torch.stack(scores).mean().item()
 
-# %% ../nbs/50_evaluate.ipynb #ba765bc1
+# %% ../nbs/50_evaluate.ipynb #93cd7887
 def radii(x:Tensor, # [N, D]
           k:int=3, # neighbours
           tile:int=2000,
@@ -63,7 +63,7 @@ def precision_recall(real:Tensor, # [N, D]
     real, fake = real.float(), fake.float()
     return coverage(real, radii(real, k), fake), coverage(fake, radii(fake, k), real)
 
-# %% ../nbs/50_evaluate.ipynb #b1aaa36a
+# %% ../nbs/50_evaluate.ipynb #45827d67
 @torch.no_grad()
 def generate_images(policy, tokenizer, # `Policy`, `Tokenizer`
                     labels:Tensor, # [N] class ids

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/22_features.ipynb #f8134885
+# %% ../nbs/22_features.ipynb #bc649a5d
 def import_torchvision():
     "torchvision, also where only its Python part can be loaded"
     try: import torchvision
@@ -23,7 +23,7 @@ def import_torchvision():
         import torchvision
     return torchvision
 
-# %% ../nbs/22_features.ipynb #22d0d81e
+# %% ../nbs/22_features.ipynb #7a5fba71
 class LPIPSFeatures(nn.Module):
     "The lpips package's network as a `Perceptual`: feature maps whose squared differences add up to LPIPS"
     def __init__(self,

@@ -19,7 +19,7 @@ from .config import Config, from_json
 from .models import load_data, load_system
 from .trainer import claim_folder, train
 
-# %% ../nbs/42_launch.ipynb #85b00998
+# %% ../nbs/42_launch.ipynb #944ac585
 def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> list:
     "Load the system and its data and train, in this process; returns the metrics"
     claim_folder(out_dir, cfg, resume) # refuse before loading gigabytes
@@ -54,7 +54,7 @@ def launch_command(cfg:Config) -> list:
     return [sys.executable, '-m', 'accelerate.commands.launch', *cpu, '--multi_gpu' if not cpu else '--num_cpu_threads_per_process=1',
             f'--num_processes={cfg.num_processes}', '--num_machines=1', f'--mixed_precision={cfg.mixed_precision}', '--dynamo_backend=no', '-m', 'arpo_nb.launch']
 
-# %% ../nbs/42_launch.ipynb #6de17028
+# %% ../nbs/42_launch.ipynb #3e2879b5
 def provenance() -> dict:
     "Versions, commit and hardware, to store with every number"
     import accelerate
@@ -65,7 +65,7 @@ def provenance() -> dict:
     return dict(arpo_nb=arpo_nb.__version__, commit=git.stdout.strip() or None, torch=torch.__version__, accelerate=accelerate.__version__,
                 python=platform.python_version(), hardware=gpus or [platform.processor() or platform.machine()], threads=torch.get_num_threads())
 
-# %% ../nbs/42_launch.ipynb #003926e1
+# %% ../nbs/42_launch.ipynb #32d981a3
 def main(argv=None):
     "python -m arpo_nb.launch JOB_OR_CONFIG [--out_dir DIR]"
     p = argparse.ArgumentParser(prog='python -m arpo_nb.launch', description='Post-train an autoregressive image generator from a configuration file.')

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .protocols import Streams, map_cond
 from .sampling import guide, sample_token
 
-# %% ../nbs/31_llamagen.ipynb #3b49e441
+# %% ../nbs/31_llamagen.ipynb #90cc7051
 @dataclass(frozen=True)
 class GPTConfig:
     "Shape of a LlamaGen transformer; defaults are GPT-B at 256×256"
@@ -47,7 +47,7 @@ class GPTConfig:
         hidden = int((self.ffn_dim_multiplier or 1)*int(2*4*self.dim/3))
         return -(-hidden//self.multiple_of)*self.multiple_of
 
-# %% ../nbs/31_llamagen.ipynb #3fcc98cc
+# %% ../nbs/31_llamagen.ipynb #3020304c
 def rope_table(side:int, # grid side, T = side²
                head_dim:int, # width of a head, a multiple of 4
                base:float=10000., # of the frequencies
@@ -67,7 +67,7 @@ def rotate(x:Tensor, # [B, T, heads, d]
     cos, sin = rope[:, None].unbind(-1)
     return torch.stack([a*cos - b*sin, a*sin + b*cos], -1).flatten(-2).type_as(x)
 
-# %% ../nbs/31_llamagen.ipynb #da8bf038
+# %% ../nbs/31_llamagen.ipynb #465d7fca
 class RMSNorm(nn.Module):
     "Root-mean-square norm: computed in float32, cast back, then scaled"
     def __init__(self, dim:int, eps:float):
@@ -118,7 +118,7 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), rope, mask, cache, pos)
         return x + self.feed_forward(self.ffn_norm(x))
 
-# %% ../nbs/31_llamagen.ipynb #f4ebc238
+# %% ../nbs/31_llamagen.ipynb #b55b48ad
 class ClassEmbedding(nn.Module):
     "One prefix token per class id; id `num_classes` is the null class"
     def __init__(self, cfg:GPTConfig):
@@ -161,7 +161,7 @@ class CaptionEmbedding(nn.Module):
             feats = torch.where(drop[:, None, None], self.null(cond)[0], feats)
         return self.cap_proj(feats)
 
-# %% ../nbs/31_llamagen.ipynb #094ec9a0
+# %% ../nbs/31_llamagen.ipynb #dddf3f86
 class GPT(nn.Module):
     "LlamaGen's transformer behind the `Policy` protocol; parameter names are the official ones"
     def __init__(self, cfg:GPTConfig):
@@ -219,7 +219,7 @@ class GPT(nn.Module):
         kv, p = self.cfg.n_kv_head or self.cfg.n_head, self.tok_embeddings.weight
         return [p.new_empty(2, n, kv, length, self.cfg.head_dim) for _ in self.layers]
 
-# %% ../nbs/31_llamagen.ipynb #dddf3f86
+# %% ../nbs/31_llamagen.ipynb #98646b16
 @torch.no_grad()
 def generate(policy:GPT, # in eval mode
              cond, # N conditions
@@ -251,7 +251,7 @@ def _both(a, b): return tuple(map(_both, a, b)) if isinstance(a, tuple) else tor
 
 GPT.generate = generate
 
-# %% ../nbs/31_llamagen.ipynb #ca9e62b9
+# %% ../nbs/31_llamagen.ipynb #e7a4cf2e
 SIZES = dict(B=dict(n_layer=12, n_head=12, dim=768), L=dict(n_layer=24, n_head=16, dim=1024),
              XL=dict(n_layer=36, n_head=20, dim=1280), XXL=dict(n_layer=48, n_head=24, dim=1536),
              **{'3B': dict(n_layer=24, n_head=32, dim=3200)})

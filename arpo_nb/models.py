@@ -21,7 +21,7 @@ from .protocols import MetricNet, System
 from .tokenizers import VQConfig, VQModel
 from .toy import ASSETS, CLASSES, NET_A, NET_B, ToyNet, to_pixels, toy_gpt_config, toy_vq_config
 
-# %% ../nbs/37_models.ipynb #1cbd2597
+# %% ../nbs/37_models.ipynb #fc56b059
 @dataclass(frozen=True)
 class Spec:
     "What a model name stands for"
@@ -48,7 +48,7 @@ def find_model(name:str) -> Spec:
         raise ValueError(f"model={name!r}: no such model{f', did you mean {near[0]!r}?' if near else ''} Known: {', '.join(MODELS)}")
     return MODELS[name]
 
-# %% ../nbs/37_models.ipynb #7d556709
+# %% ../nbs/37_models.ipynb #dee4be7b
 def _read(path:str|Path) -> dict:
     "A state dict from .safetensors, or from a .pt that is bare or wrapped"
     if not Path(path).is_file(): raise FileNotFoundError(f"weights={str(path)!r}: no such file; use 'default', 'random', or the path of a weight file")
@@ -100,7 +100,7 @@ def _llamagen(model, spec, weights):
     vq = VQModel(VQConfig(image_size=spec.image_size))
     return System(model, policy, vq, LPIPSFeatures(random=weights == 'random'), num_classes=0 if spec.text else 1000)
 
-# %% ../nbs/37_models.ipynb #d290ae43
+# %% ../nbs/37_models.ipynb #a4ab9cee
 def load_data(model:str, # name in MODELS
               data:str, # 'default' or a folder
               system:System):

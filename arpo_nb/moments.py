@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/15_moments.ipynb #4af73832
+# %% ../nbs/15_moments.ipynb #1adf14a0
 def fid_diag(mean:Tensor, # [..., D]
              std:Tensor, # [..., D] standard deviations, not variances
              mean_ref:Tensor, # [D]
@@ -26,7 +26,7 @@ def fid_diag(mean:Tensor, # [..., D]
     "Squared Fréchet distance of axis-aligned Gaussians (LOO-FID Eq. 5, 14)"
     return torch.linalg.vector_norm(mean - mean_ref, dim=-1)**2 + torch.linalg.vector_norm(std - std_ref, dim=-1)**2
 
-# %% ../nbs/15_moments.ipynb #eb20a490
+# %% ../nbs/15_moments.ipynb #585b903f
 def wide(x:Tensor) -> Tensor:
     "Detached float64, on the CPU where the device has no float64"
     x = torch.as_tensor(x).detach()
@@ -94,7 +94,7 @@ def as_reference(reference) -> Reference:
     if (var < 0).any(): raise ValueError(f"reference covariance has a negative variance ({var.min():.3g}) and is not positive semi-definite")
     return Reference(mean, var.sqrt(), sigma)
 
-# %% ../nbs/15_moments.ipynb #d1f17b72
+# %% ../nbs/15_moments.ipynb #c3b91b59
 class Moments(NamedTuple):
     "Mean and raw second moment of generated features, float64"
     mean: Tensor # [D]
@@ -125,13 +125,13 @@ def moments_std(m:Moments, eps:float=1e-6) -> Tensor: # [D]
     "Standard deviations √(max(m₂-μ², 0) + ε) (LOO-FID Eq. 13)"
     return ((m.second - m.mean**2).clamp(min=0) + eps).sqrt()
 
-# %% ../nbs/15_moments.ipynb #dfbde7dd
+# %% ../nbs/15_moments.ipynb #84fcaee9
 def ema_update(old:Moments, new:Moments, ema_weight:float) -> Moments:
     "Blend moments, `ema_weight` is the share of the new ones (LOO-FID Eq. 7, 8)"
     mix = lambda a, b: None if a is None or b is None else torch.lerp(a, b, ema_weight)
     return Moments(mix(old.mean, new.mean), mix(old.second, new.second), new.reference, mix(old.mapped, new.mapped))
 
-# %% ../nbs/15_moments.ipynb #c729d38e
+# %% ../nbs/15_moments.ipynb #14e94450
 def first_moments(first_step:str, # adopt, blend, zero or reference
                   batch:Moments, # moments of the first batch
                   ref:Reference, # the reference
@@ -144,7 +144,7 @@ def first_moments(first_step:str, # adopt, blend, zero or reference
     if batch.second.ndim == 1: return Moments(ref.mean, ref.std**2 + ref.mean**2)
     return Moments(ref.mean, second := ref.cov + torch.outer(ref.mean, ref.mean), None, ref.root@second@ref.root)
 
-# %% ../nbs/15_moments.ipynb #10ef1eb4
+# %% ../nbs/15_moments.ipynb #970bd03f
 def leave_one_out(old:Moments|None, # state before this step, None at an adopted first step
                   batch:Moments, # moments of the whole batch
                   n:int, # N
@@ -157,7 +157,7 @@ def leave_one_out(old:Moments|None, # state before this step, None at an adopted
     old = old or Moments(None, None)
     return a, share(old.mean, batch.mean), share(old.mapped, batch.mapped) if pick else share(old.second, batch.second)
 
-# %% ../nbs/15_moments.ipynb #2a1c8c61
+# %% ../nbs/15_moments.ipynb #3ac043bf
 def loo_diag(x:Tensor, # [n, D] features to be judged, among those of the batch
              ref:Reference, # μr, σr
              new:Moments, # state after this step, with everybody in it
@@ -171,7 +171,7 @@ def loo_diag(x:Tensor, # [n, D] features to be judged, among those of the batch
     std = torch.addcmul(v1 + eps, y, y, value=-(a + a*a)).clamp_(min=eps).sqrt_()
     return fid_diag(torch.add(m0, x, alpha=-a), std, ref.mean, ref.std) - fid_diag(new.mean, moments_std(new, eps), ref.mean, ref.std)
 
-# %% ../nbs/15_moments.ipynb #8e3ca9de
+# %% ../nbs/15_moments.ipynb #a897afd2
 @lru_cache
 def half_line(nodes:int) -> tuple: # (s, w), float64 arrays
     "Nodes and weights with Σ w·f(s) ≈ (1/2π) ∫₀^∞ s^-½ f(s) ds, for a scale λ₀ = 1"
@@ -189,7 +189,7 @@ def root_quadrature(lam:Tensor, # [D] eigenvalues, ascending, not negative
     s, w = (torch.as_tensor(q, device=lam.device) for q in half_line(nodes))
     return s*scale, w*scale.sqrt()
 
-# %% ../nbs/15_moments.ipynb #05470350
+# %% ../nbs/15_moments.ipynb #35c13e5a
 def root_drop(lam:Tensor, # [D] eigenvalues of M₁
               z2:Tensor, # [n, D] squared coordinates of each z in its eigenbasis
               nodes:int=64, # quadrature nodes
@@ -210,7 +210,7 @@ def root_drop_all(lam:Tensor, # [D] eigenvalues of M₁
     s, w = root_quadrature(lam, nodes)
     return torch.stack([torch.linalg.slogdet(I - z/(lam + si)@z.T)[1] for si in s])@w
 
-# %% ../nbs/15_moments.ipynb #558d8954
+# %% ../nbs/15_moments.ipynb #928ed975
 def loo_full(x:Tensor, # [n, D] features to be judged
              everyone:Tensor, # [N, D] features of the whole batch
              ref:Reference, # with covariance
@@ -233,7 +233,7 @@ def loo_full(x:Tensor, # [n, D] features to be judged
     without = fid(m0 - a*x, c*(x - centre).square().sum(1), root_drop(lam, c*(z if x is everyone else project(x))**2, nodes))
     return without - fid(new.mean, gone, root_drop_all(lam, spread(z), nodes))
 
-# %% ../nbs/15_moments.ipynb #ecc23e7f
+# %% ../nbs/15_moments.ipynb #e02a5972
 def check_state(state, ref:Reference, full:bool) -> Moments:
     "A `Moments` on the reference's device, or an error if it does not belong to this reference"
     old = Moments(*(None if t is None else wide(t).to(ref.mean.device) for t in state))
@@ -272,7 +272,7 @@ def loo_rewards(features:Tensor, # [n, D] of this process
     if full: return loo_full(x, everyone, ref, new, *shared, eps, nodes), new
     return torch.cat([loo_diag(rows, ref, new, *shared, eps) for rows in x.split(32)]), new  # blocks stay in the cache
 
-# %% ../nbs/15_moments.ipynb #303135be
+# %% ../nbs/15_moments.ipynb #8ad69171
 @torch.no_grad()
 def state_fid(state, # `Moments`, or a pair (mean, raw second moment)
               reference, # as for `loo_rewards`

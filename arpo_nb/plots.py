@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
-# %% ../nbs/05_plots.ipynb #6aaaaa9c
+# %% ../nbs/05_plots.ipynb #98377667
 def show_images(images:Tensor, # [N, 3, H, W] in [0, 1]
                 rows:int=1, # how many rows to spread them over
                 title:str='', # above the first row
@@ -29,7 +29,7 @@ def show_images(images:Tensor, # [N, 3, H, W] in [0, 1]
     if title: ax.set_title(title, fontsize=9, loc='left')
     return ax
 
-# %% ../nbs/05_plots.ipynb #e3471cd1
+# %% ../nbs/05_plots.ipynb #57a5794c
 def smooth(values, # [n]
            window:int, # steps averaged
           ) -> np.ndarray: # [n - window + 1]

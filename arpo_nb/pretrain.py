@@ -15,7 +15,7 @@ from .llamagen import GPT, GPTConfig
 from .tokenizers import VQConfig, VQModel
 from .toy import ToyNet, to_pixels
 
-# %% ../nbs/36_pretrain.ipynb #782cc4ea
+# %% ../nbs/36_pretrain.ipynb #96da1ac1
 def fit(model, # nn.Module to train, left in eval mode
         loss_fn, # rows [batch] of indices to a scalar loss
         n:int, # number of examples
@@ -41,7 +41,7 @@ def fit(model, # nn.Module to train, left in eval mode
     model.eval()
     return losses
 
-# %% ../nbs/36_pretrain.ipynb #5fca1d5d
+# %% ../nbs/36_pretrain.ipynb #596d1b5f
 def train_classifier(images:Tensor, # [N, 28, 28] uint8
                      labels:Tensor, # [N]
                      widths:tuple, # channels, see `ToyNet`

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .protocols import Batch
 
-# %% ../nbs/20_rewards.ipynb #c5dbb0c0
+# %% ../nbs/20_rewards.ipynb #f32770d5
 def error_maps(images:Tensor, # [B, G, 3, H, W] in [0, 1]
                targets:Tensor, # [B, 3, H, W] in [0, 1]
                perceptual=None, # `Perceptual` network
@@ -32,7 +32,7 @@ def reconstruction_loss(images, targets, perceptual=None, mse_coef:float=1., per
     "L_MSE + λ_p L_p of every sample, differentiable"
     return sum(m.mean((-2, -1)) for m in error_maps(images, targets, perceptual, mse_coef, perceptual_coef))
 
-# %% ../nbs/20_rewards.ipynb #d090c4db
+# %% ../nbs/20_rewards.ipynb #5a9181f3
 def pool_to_grid(maps:list, # error maps [B, G, h, w]
                  grid:tuple, # (rows, columns) of the token map
                 ) -> Tensor: # [B, G, T], whose mean over T is the mean of the maps when sizes divide
@@ -53,7 +53,7 @@ class ReconstructionReward:
         maps = error_maps(images, batch.images, self.perceptual, self.mse_coef, self.perceptual_coef)
         return -(pool_to_grid(maps, self.grid) if self.grid else sum(m.mean((-2, -1)) for m in maps)), state
 
-# %% ../nbs/20_rewards.ipynb #c9819333
+# %% ../nbs/20_rewards.ipynb #073bf510
 def luminance(images:Tensor, # [..., 3, H, W] in [0, 1]
              ) -> Tensor: # [...]
     "Mean luminance"
@@ -67,7 +67,7 @@ def brightness_reward(images:Tensor, # [..., 3, H, W] in [0, 1]
     y = luminance(images)
     return ((y >= threshold) if bright else (y < threshold)).float()
 
-# %% ../nbs/20_rewards.ipynb #5384f6c2
+# %% ../nbs/20_rewards.ipynb #c85695e6
 class WeightedSum:
     "Weighted sum of rewards, keeping the state of each"
     def __init__(self,
@@ -107,6 +107,7 @@ def loo_fid_reward(features:Tensor, # [N, D] features of this process's images, 
 # %% ../nbs/21_loo_fid.ipynb #06397de2
 class LOOFIDReward:
     "Leave-one-out Fréchet reward of images, given a feature extractor (LOO-FID §3.2)"
+    together = True # it compares images across the whole batch
     def __init__(self, extractor, # [N, 3, H, W] images in [0, 1] to [N, D] features
                  reference, # `Reference` or pair, of the same extractor's features
                  chunk_size:int=64, # images per call of the extractor

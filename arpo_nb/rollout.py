@@ -14,7 +14,7 @@ from .noisy_context import corrupt_tokens
 from .protocols import NOISE, SAMPLE, Batch, Rollout, map_cond, repeat_cond
 from .sampling import draw
 
-# %% ../nbs/40_rollout.ipynb #1d75144a
+# %% ../nbs/40_rollout.ipynb #f90df920
 def _score(head, hidden, tokens, temperature):
     logits = head(hidden)/temperature
     lse = logits.logsumexp(-1, keepdim=True)
@@ -36,7 +36,7 @@ def token_logps(policy, # `Policy`
     logps, entropy = (torch.cat(x) for x in zip(*out))
     return logps.view(n, t, s).transpose(1, 2), entropy.view(n, t)
 
-# %% ../nbs/40_rollout.ipynb #bb7c878c
+# %% ../nbs/40_rollout.ipynb #13460cbc
 def _slices(n:int, size:int): return [slice(i, i+size) for i in range(0, n, size)] if size else [slice(0, n)]
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def _sample_all(policy, batch, context, g, temperature, micro_batch_size, chunk)
             logps.append(logits.gather(-1, tokens[-1]) - logits.logsumexp(-1, keepdim=True))
     return (torch.cat(x).view(b, t, g).transpose(1, 2) for x in (tokens, logps))
 
-# %% ../nbs/40_rollout.ipynb #5bd7900a
+# %% ../nbs/40_rollout.ipynb #4d4bb69d
 @torch.no_grad()
 def free_running(policy, # `Policy`, in eval mode
                  batch:Batch, # conditions and streams
@@ -98,7 +98,7 @@ def free_running(policy, # `Policy`, in eval mode
     tokens, logps = (torch.cat(x).unflatten(0, (len(batch), num_generations)) for x in (tokens, logps))
     return Rollout(batch, tokens, logps, tokens)
 
-# %% ../nbs/40_rollout.ipynb #5eb2ce33
+# %% ../nbs/40_rollout.ipynb #5ea23774
 def rollout_logps(policy, # `Policy`
                   rollout:Rollout,
                   temperature:float=1., # of the policy, for samples and targets alike
@@ -114,7 +114,7 @@ def rollout_logps(policy, # `Policy`
     if rollout.targets is not None: logps, target = logps[:, :-1], logps[:, -1]
     return logps.reshape(b, -1, t), target, entropy.view(b, c, t)
 
-# %% ../nbs/40_rollout.ipynb #e2caa741
+# %% ../nbs/40_rollout.ipynb #852f1413
 @torch.no_grad()
 def score_groups(reward, # `Reward`
                  tokenizer, # `Tokenizer`

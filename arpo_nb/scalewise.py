@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .elbo import categorical_kl
 
-# %% ../nbs/16_scalewise.ipynb #02d07c79
+# %% ../nbs/16_scalewise.ipynb #8ab91b5d
 def scale_sizes(sides, # sides p of square maps, or (height, width) pairs
                ) -> list: # tokens per scale
     "Tokens per scale"
@@ -30,7 +30,7 @@ def block_causal_mask(sizes, # tokens per scale
     k = scale_index(sizes)
     return k[:, None] >= k[None]
 
-# %% ../nbs/16_scalewise.ipynb #f384063f
+# %% ../nbs/16_scalewise.ipynb #035c13df
 def sum_scales(x:Tensor, # [..., T] one number per token
                sizes, # tokens per scale
               ) -> Tensor: # [..., K]
@@ -38,7 +38,7 @@ def sum_scales(x:Tensor, # [..., T] one number per token
     if x.shape[-1] != sum(sizes): raise ValueError(f"x has {x.shape[-1]} tokens on its last axis, but sizes {list(sizes)} add up to {sum(sizes)}")
     return torch.stack([part.sum(-1) for part in x.split(list(sizes), -1)], -1)
 
-# %% ../nbs/16_scalewise.ipynb #8e07f463
+# %% ../nbs/16_scalewise.ipynb #86a81d3b
 def scale_kl(logps:Tensor, # [..., T, V] of the policy, along a sample
              ref_logps:Tensor, # [..., T, V] of the reference, along the same sample
              sizes, # tokens per scale

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/30_tokenizers.ipynb #47b773f3
+# %% ../nbs/30_tokenizers.ipynb #2e793b76
 @dataclass(frozen=True)
 class VQConfig:
     "Shape of a VQ tokenizer; the defaults are LlamaGen's VQ-16"
@@ -30,7 +30,7 @@ class VQConfig:
     @property
     def downsample(self): return 2**(len(self.encoder_ch_mult)-1)
 
-# %% ../nbs/30_tokenizers.ipynb #55366177
+# %% ../nbs/30_tokenizers.ipynb #7b8901d1
 class ResBlock(nn.Module):
     "Two normalised 3×3 convolutions around a shortcut"
     def __init__(self, c_in:int, c_out:int, groups:int):
@@ -73,7 +73,7 @@ class Upsample(nn.Module):
 
     def forward(self, x): return self.conv(F.interpolate(x, scale_factor=2., mode='nearest'))
 
-# %% ../nbs/30_tokenizers.ipynb #eb0b70e8
+# %% ../nbs/30_tokenizers.ipynb #350efd52
 def _mid(c, groups): return nn.ModuleList([ResBlock(c, c, groups), AttnBlock(c, groups), ResBlock(c, c, groups)])
 
 class Level(nn.Module):
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         for block in [*self.mid, *self.conv_blocks]: z = block(z)
         return self.conv_out(F.silu(self.norm_out(z)))
 
-# %% ../nbs/30_tokenizers.ipynb #743a202d
+# %% ../nbs/30_tokenizers.ipynb #c34831f3
 class Quantizer(nn.Module):
     "Nearest-code lookup on the unit sphere, with LlamaGen's training losses"
     def __init__(self, cfg:VQConfig):
@@ -160,7 +160,7 @@ class Quantizer(nn.Module):
         return dict(vq=(codes - z.detach()).pow(2).mean(), commit=beta*(codes.detach() - z).pow(2).mean(), entropy=entropy_ratio*entropy,
                     usage=self.codebook_used.unique().numel()/self.embedding.num_embeddings)
 
-# %% ../nbs/30_tokenizers.ipynb #27bb2b73
+# %% ../nbs/30_tokenizers.ipynb #3d05121a
 class VQModel(nn.Module):
     "LlamaGen's image tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
     def __init__(self, cfg:VQConfig):

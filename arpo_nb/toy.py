@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from .llamagen import GPT, GPTConfig
 from .tokenizers import VQConfig, VQModel
 
-# %% ../nbs/35_toy.ipynb #073c024d
+# %% ../nbs/35_toy.ipynb #9e4f81e8
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../arpo_nb/assets')
 CLASSES = ['T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot']
 
-# %% ../nbs/35_toy.ipynb #1b9a71cd
+# %% ../nbs/35_toy.ipynb #0471ee03
 def read_idx(path:str|Path, # an IDX file of unsigned bytes, gzipped or not
             ) -> Tensor: # uint8, in the shape the file states
     "Read an IDX file"
@@ -48,7 +48,7 @@ def to_pixels(images:Tensor, # [N, 28, 28] uint8
     "Pad to 32×32 and repeat the grey value in three channels, the form every tokenizer expects"
     return F.pad(images, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1)/255
 
-# %% ../nbs/35_toy.ipynb #63031c67
+# %% ../nbs/35_toy.ipynb #8f60fc1f
 class ToyNet(nn.Module):
     "A small convolutional classifier: feature maps for perceptual distance, pooled features and logits for metrics"
     def __init__(self, widths:tuple, # channels at 32², 16² and 8² pixels; the last is the feature length D
@@ -76,7 +76,7 @@ class ToyNet(nn.Module):
 
 NET_A, NET_B = (16, 32, 64), (24, 48, 64)
 
-# %% ../nbs/35_toy.ipynb #99fdd653
+# %% ../nbs/35_toy.ipynb #7f8c95ad
 def toy_vq_config(**kwargs) -> VQConfig:
     "The toy tokenizer: 32×32 pixels, 8×8 tokens, 256 codes"
     return VQConfig(**{**dict(ch=8, encoder_ch_mult=(1, 2, 4), decoder_ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=32, codebook_size=256,

@@ -32,7 +32,7 @@ from .rewards import ReconstructionReward, reconstruction_loss
 from .rollout import encode_images, rollout_logps, score_groups, teacher_forced
 from .ste import gumbel_noise, straight_through
 
-# %% ../nbs/41_trainer.ipynb #74540789
+# %% ../nbs/41_trainer.ipynb #b107b954
 class Objective(nn.Module):
     "A rollout in, a loss and its metrics out; `model` is what is trained"
     def __init__(self, system:System, cfg:Config):
@@ -99,7 +99,7 @@ class TokenizerPostTraining(Objective):
 
 OBJECTIVES = dict(vapi=PolicyGradient, mle=MaximumLikelihood, ste=StraightThrough, tokenizer=TokenizerPostTraining)
 
-# %% ../nbs/41_trainer.ipynb #9601ddf2
+# %% ../nbs/41_trainer.ipynb #bdd022ef
 def make_reward(system:System, cfg:Config) -> ReconstructionReward:
     "VA-π's intrinsic reward for a system"
     return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef, system.tokenizer.token_grid if cfg.credit == 'token' else None)
@@ -124,7 +124,7 @@ def roll_out(system:System, batch:Batch, reward, state, cfg:Config,
         with torch.no_grad(), autocast(): r = replace(r, ref_logps=rollout_logps(ref_policy, r, cfg.temperature, cfg.logps_chunk)[0])
     return replace(r, rewards=rewards, advantages=advantages), state, stats
 
-# %% ../nbs/41_trainer.ipynb #d0145a17
+# %% ../nbs/41_trainer.ipynb #fc357ab6
 def learning_rate(cfg:Config, step:int) -> float:
     "Warm-up, then constant or cosine to zero; a pure function of the step, so resuming needs no scheduler"
     if step < cfg.warmup_steps: return cfg.learning_rate*(step+1)/cfg.warmup_steps
@@ -163,7 +163,7 @@ def _reduce(acc, stats):
     values = acc.reduce(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=acc.device) for v in stats.values()]), 'mean')
     return dict(zip(stats, values.tolist()))
 
-# %% ../nbs/41_trainer.ipynb #cf6bfed0
+# %% ../nbs/41_trainer.ipynb #2b2fdfac
 _SAME_RUN = ('num_processes', 'micro_batch_size', 'decode_batch_size', 'logps_chunk', 'save_steps', 'gradient_checkpointing')
 
 def claim_folder(out_dir:str|Path, cfg:Config, resume:bool=True) -> Path:
@@ -184,7 +184,7 @@ def claim_folder(out_dir:str|Path, cfg:Config, resume:bool=True) -> Path:
         raise FileExistsError(f"out_dir={str(out)!r} holds files of a run without its config.json; nothing was touched. Choose another out_dir")
     return out
 
-# %% ../nbs/41_trainer.ipynb #77bcec23
+# %% ../nbs/41_trainer.ipynb #253795c5
 def save_checkpoint(acc:Accelerator, out:Path, step:int, reward_state):
     "Write `out/checkpoint` so that an interrupted write loses nothing"
     new, now, old = out/'checkpoint.new', out/'checkpoint', out/'checkpoint.old'
@@ -192,11 +192,16 @@ def save_checkpoint(acc:Accelerator, out:Path, step:int, reward_state):
     acc.wait_for_everyone()
     acc.save_state(str(new))
     if acc.is_main_process:
-        torch.save(dict(step=step, reward_state=reward_state), new/'run.pt')
+        torch.save(dict(step=step, reward_state=_plain(reward_state)), new/'run.pt')
         if now.exists(): now.rename(old)
         new.rename(now)
         if old.exists(): shutil.rmtree(old)
     acc.wait_for_everyone()
+
+def _plain(x):
+    "Named tuples as tuples, so that a checkpoint loads without executing anything"
+    if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
+    return tuple(map(_plain, x)) if isinstance(x, (tuple, list)) else x
 
 def find_checkpoint(out:str|Path) -> Path|None:
     "The newest whole checkpoint of a run's folder, if any"
@@ -207,7 +212,7 @@ def _load_checkpoint(acc, folder):
     run = torch.load(folder/'run.pt', map_location=acc.device, weights_only=True)
     return run['step'], run['reward_state']
 
-# %% ../nbs/41_trainer.ipynb #b4d88947
+# %% ../nbs/41_trainer.ipynb #12c94c7f
 class StopSignal:
     "Remembers a SIGTERM while inside a `with` block"
     def __enter__(self):
@@ -220,7 +225,7 @@ class StopSignal:
     def __exit__(self, *_):
         if self.old is not None: signal.signal(signal.SIGTERM, self.old)
 
-# %% ../nbs/41_trainer.ipynb #6693a28f
+# %% ../nbs/41_trainer.ipynb #9affa531
 def train(system:System, # what to train
           data, # has a length and `load(rows)`, see the `data` module
           cfg:Config,

@@ -9,8 +9,8 @@ from conftest import ROOT
 
 # A module may import those of its own line or of lines above it.
 LAYERS = ['protocols config',
-          'sampling plots noisy_context grpo ste',
-          'rewards features data',
+          'sampling plots noisy_context grpo ste moments entropy elbo',
+          'rewards features data enumerable scalewise',
           'tokenizers llamagen',
           'toy',
           'pretrain models',
@@ -18,8 +18,8 @@ LAYERS = ['protocols config',
           'trainer evaluate',
           'launch bench']
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
-POLICIES = ('tokenizers', 'llamagen', 'toy')
-ABOUT_TRAINING = {'rewards', 'grpo', 'ste', 'noisy_context', 'rollout', 'trainer', 'launch', 'evaluate', 'config'}
+POLICIES = ('tokenizers', 'llamagen', 'toy', 'enumerable')
+ABOUT_TRAINING = {'rewards', 'moments', 'entropy', 'grpo', 'ste', 'noisy_context', 'rollout', 'trainer', 'launch', 'evaluate', 'config'}
 MODULES = sorted(p.stem for p in (ROOT/'arpo_nb').glob('*.py') if not p.stem.startswith('_'))
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 
