@@ -54,7 +54,7 @@ def rope_table(side:int, # grid side, T = side²
                prefix:int=1, # condition tokens, whose rows are zero
               ) -> Tensor: # [prefix + side², head_dim/2, 2] cosines and sines
     "Two-dimensional rotary table of LlamaGen"
-    freqs = base**(-torch.arange(0, head_dim//2, 2)[:head_dim//4].float()/(head_dim//2))
+    freqs = 1/base**(torch.arange(0, head_dim//2, 2)[:head_dim//4].float()/(head_dim//2))
     turn = torch.outer(torch.arange(side).float(), freqs)
     angles = torch.cat([turn[:, None].expand(-1, side, -1), turn[None].expand(side, -1, -1)], -1).flatten(0, 1)
     return F.pad(torch.stack([angles.cos(), angles.sin()], -1), (0, 0, 0, 0, prefix, 0))

@@ -1,0 +1,13 @@
+"Command-line options of the tests"
+from pathlib import Path
+
+def pytest_addoption(parser):
+    parser.addoption('--golden', action='append', metavar='DIR', default=None,
+                     help='folder with golden cases, searched recursively; may be repeated (default: tests/golden)')
+
+def pytest_generate_tests(metafunc):
+    if 'golden_case' not in metafunc.fixturenames: return
+    from golden_cases import discover
+    roots = [Path(d) for d in metafunc.config.getoption('golden') or [Path(__file__).parent/'golden']]
+    cases = [c for root in roots for c in discover(root)]
+    metafunc.parametrize('golden_case', cases, ids=[c.id for c in cases])
