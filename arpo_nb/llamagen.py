@@ -99,9 +99,11 @@ class Attention(nn.Module):
         q, k = rotate(h[:, :, :n+kv], rope).transpose(1, 2).split([n, kv], 1)
         v = h[:, :, n+kv:].transpose(1, 2)
         if cache is not None:
-            end = pos + x.shape[1]
-            cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
-            k, v = cache[0][:, :, :end], cache[1][:, :, :end]
+            if torch.is_tensor(pos): k, v = (c.index_copy_(2, pos, new) for c, new in zip(cache, (k, v))) # fixed shapes, the mask hides the rest
+            else:
+                end = pos + x.shape[1]
+                cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
+                k, v = cache[0][:, :, :end], cache[1][:, :, :end]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1, enable_gqa=n != kv)
         return self.drop(self.wo(h.transpose(1, 2).flatten(2)))
 
@@ -253,7 +255,12 @@ class GPT(nn.Module):
     def new_cache(self, n:int, length:int) -> list:
         "Room for the keys and values of `n` sequences"
         kv, p = self.cfg.n_kv_head or self.cfg.n_head, self.tok_embeddings.weight
-        return [p.new_empty(2, n, kv, length, self.cfg.head_dim) for _ in self.layers]
+        return [p.new_zeros(2, n, kv, length, self.cfg.head_dim) for _ in self.layers]
+
+    def step(self, tokens:Tensor, pos, mask:Tensor|None, cache:list) -> Tensor:
+        "Logits [N, V] after one more token each, at position `pos`; a tensor `pos` [1] keeps all shapes fixed, for compilation"
+        rope = self.rope.index_select(0, pos) if torch.is_tensor(pos) else self.rope[pos:pos+1]
+        return self.head(self.trunk(self.tok_embeddings(tokens)[:, None], rope, mask, cache, pos)[:, 0])
 
 # %% ../nbs/31_llamagen.ipynb #98646b16
 @contextmanager
@@ -284,6 +291,7 @@ def generate(policy:GPT, # in eval mode
              cfg_scale:float=1., # guidance; 1 or less runs the conditional model alone
              cfg_interval:int=-1, # guide image tokens 0 ... cfg_interval+1 only (LlamaGen's counting); -1 guides all
              greedy:bool=False, # most probable tokens, no randomness
+             compile=None, # wraps the fixed-shape `step`, such as `torch.compile`; None lets shapes grow
              progress=None, # called after every token, for a bar
             ) -> Tensor: # [N, T] int64
     "Draw token sequences free-running through a key/value cache"
@@ -293,19 +301,22 @@ def generate(policy:GPT, # in eval mode
     if len(cond[0] if isinstance(cond, tuple) else cond) != n: raise ValueError(f"streams: {n} random streams for {_what(cond)}, expected one per condition")
     u = None if greedy else streams.uniform(steps, device=policy.rope.device)
     if guided: cond = _both(cond, policy.null_cond(cond))
-    x, pos = policy.prefix(cond), 0
-    length, tokens = x.shape[1] + steps - 1, []
+    x, tokens = policy.prefix(cond), []
+    start, length = x.shape[1], x.shape[1] + steps - 1
     mask, cache = policy.mask(cond, length), policy.new_cache(len(x), length)
+    if compile and mask is None: mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=x.device).tril()
+    step = compile(policy.step) if compile else policy.step
     with packed_weights(policy, len(x)):
         for t in range(steps):
+            pos = start + t - 1
             if guided and 0 <= cfg_interval < t-1: # the unconditional half is not needed any more
-                guided, x, cache, mask = False, x[:n], [c[:, :n] for c in cache], None if mask is None else mask[:n]
-            end = pos + x.shape[1]
-            h = policy.trunk(x, policy.rope[pos:end], None if mask is None else mask[:, :, pos:end, :end], cache, pos)
-            logits = policy.head(h[:, -1])
+                guided, cache, mask = False, [c[:, :n] for c in cache], mask if mask is None or len(mask) == 1 else mask[:n]
+            if t == 0: logits = policy.head(policy.trunk(x, policy.rope[:start], None if mask is None else mask[:, :, :start, :start], cache)[:, -1])
+            else:
+                rows = None if mask is None else mask[:, :, pos:pos+1, :length if compile else pos+1]
+                logits = step(tokens[-1].repeat(1 + guided), torch.tensor([pos], device=x.device) if compile else pos, rows, cache)
             if guided: logits = guide(*logits.chunk(2), cfg_scale)
             tokens.append(sample_token(logits, None if greedy else u[:, t], temperature, top_k, top_p, greedy))
-            if t+1 < steps: x, pos = policy.tok_embeddings(tokens[-1].repeat(1 + guided))[:, None], end
             if progress: progress()
     return torch.stack(tokens, 1)
 
@@ -313,7 +324,7 @@ def _both(a, b): return tuple(map(_both, a, b)) if isinstance(a, tuple) else tor
 
 GPT.generate = generate
 
-# %% ../nbs/31_llamagen.ipynb #37358a48
+# %% ../nbs/31_llamagen.ipynb #461e0ac3
 SIZES = dict(B=dict(n_layer=12, n_head=12, dim=768), L=dict(n_layer=24, n_head=16, dim=1024),
              XL=dict(n_layer=36, n_head=20, dim=1280), XXL=dict(n_layer=48, n_head=24, dim=1536),
              **{'3B': dict(n_layer=24, n_head=32, dim=3200)})
