@@ -194,7 +194,7 @@ class CaptionEmbedding(nn.Module):
         if self.training and self.p:
             drop = torch.rand(len(feats), device=feats.device) < self.p
             feats = torch.where(drop[:, None, None], self.null(cond)[0], feats)
-        return self.cap_proj(feats)
+        return self.cap_proj(feats.to(self.cap_proj.fc1.weight.dtype))
 
 # %% ../nbs/31_llamagen.ipynb #094ec9a0
 class GPT(nn.Module):
@@ -211,6 +211,15 @@ class GPT(nn.Module):
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=.02)
         nn.init.zeros_(self.output.weight)
+
+    def _apply(self, fn, *args, **kwargs):
+        "Move the rotary table with the model, but keep it in float32"
+        rope = self.rope
+        super()._apply(fn, *args, **kwargs)
+        side, prefix = int(self.cfg.block_size**.5), self.cfg.cond_len
+        if rope.is_meta and not self.rope.is_meta: rope = rope_table(side, self.cfg.head_dim, self.cfg.rope_base, prefix)
+        self.rope = rope.to(self.rope.device)
+        return self
 
     def prefix(self, cond) -> Tensor:
         "Condition to prefix tokens [B, P, dim]"
@@ -324,7 +333,7 @@ def _both(a, b): return tuple(map(_both, a, b)) if isinstance(a, tuple) else tor
 
 GPT.generate = generate
 
-# %% ../nbs/31_llamagen.ipynb #461e0ac3
+# %% ../nbs/31_llamagen.ipynb #5224fe50
 SIZES = dict(B=dict(n_layer=12, n_head=12, dim=768), L=dict(n_layer=24, n_head=16, dim=1024),
              XL=dict(n_layer=36, n_head=20, dim=1280), XXL=dict(n_layer=48, n_head=24, dim=1536),
              **{'3B': dict(n_layer=24, n_head=32, dim=3200)})
