@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'GPTConfig', 'rope_table', 'rotate', 'RMSNorm', 'Attention', 'FeedForward', 'Block', 'ClassEmbedding',
-           'CaptionMLP', 'CaptionEmbedding', 'GPT', 'generate', 'gpt_config']
+           'CaptionMLP', 'CaptionEmbedding', 'GPT', 'packed_weights', 'generate', 'gpt_config']
 
 # %% ../nbs/31_llamagen.ipynb #db9153b7
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,11 @@ class GPTConfig:
     dropout: float = 0.1 # on embeddings, attention outputs and MLP outputs, in training mode
     cond_dropout: float = 0.1 # chance that training mode replaces the condition by the null one
 
+    def __post_init__(self):
+        if self.cond not in ('class', 'text'): raise ValueError(f"cond={self.cond!r}: expected 'class' or 'text'")
+        if self.dim % self.n_head or self.head_dim % 4: raise ValueError(f"dim={self.dim}, n_head={self.n_head}: dim/n_head must be a whole multiple of 4, for rotary pairs in two dimensions")
+        if int(self.block_size**.5)**2 != self.block_size: raise ValueError(f"block_size={self.block_size}: expected a square number, tokens form a square grid")
+
     @property
     def head_dim(self): return self.dim//self.n_head
 
@@ -54,7 +60,7 @@ def rope_table(side:int, # grid side, T = side²
                prefix:int=1, # condition tokens, whose rows are zero
               ) -> Tensor: # [prefix + side², head_dim/2, 2] cosines and sines
     "Two-dimensional rotary table of LlamaGen"
-    freqs = base**(-torch.arange(0, head_dim//2, 2)[:head_dim//4].float()/(head_dim//2))
+    freqs = 1/base**(torch.arange(0, head_dim//2, 2)[:head_dim//4].float()/(head_dim//2))
     turn = torch.outer(torch.arange(side).float(), freqs)
     angles = torch.cat([turn[:, None].expand(-1, side, -1), turn[None].expand(side, -1, -1)], -1).flatten(0, 1)
     return F.pad(torch.stack([angles.cos(), angles.sin()], -1), (0, 0, 0, 0, prefix, 0))
@@ -89,12 +95,15 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None, pos=0):
         n, kv = self.heads
-        q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split([n, kv, kv], 2)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
+        h = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k = rotate(h[:, :, :n+kv], rope).transpose(1, 2).split([n, kv], 1)
+        v = h[:, :, n+kv:].transpose(1, 2)
         if cache is not None:
-            end = pos + x.shape[1]
-            cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
-            k, v = cache[0][:, :, :end], cache[1][:, :, :end]
+            if torch.is_tensor(pos): k, v = (c.index_copy_(2, pos, new) for c, new in zip(cache, (k, v))) # fixed shapes, the mask hides the rest
+            else:
+                end = pos + x.shape[1]
+                cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
+                k, v = cache[0][:, :, :end], cache[1][:, :, :end]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1, enable_gqa=n != kv)
         return self.drop(self.wo(h.transpose(1, 2).flatten(2)))
 
@@ -119,6 +128,16 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 # %% ../nbs/31_llamagen.ipynb #b55b48ad
+def _what(x):
+    "A value in an error message"
+    return f'{str(x.dtype)[6:]} {list(x.shape)}' if torch.is_tensor(x) else f"({', '.join(map(_what, x))})" if isinstance(x, (tuple, list)) else type(x).__name__
+
+def _check_ids(name, ids, n, meaning):
+    "Ids must lie in 0 ... n-1"
+    if ids.is_meta or not ids.numel() or torch.compiler.is_compiling(): return
+    low, high = ids.min().item(), ids.max().item()
+    if low < 0 or high >= n: raise ValueError(f"{name}: ids from {low} to {high}, expected 0 ... {n-1} ({meaning})")
+
 class ClassEmbedding(nn.Module):
     "One prefix token per class id; id `num_classes` is the null class"
     def __init__(self, cfg:GPTConfig):
@@ -130,6 +149,12 @@ class ClassEmbedding(nn.Module):
         "The null class for every row"
         if self.p == 0: raise ValueError("guidance needs a null class, and this model was built without one (cond_dropout=0); use cfg_scale=1")
         return torch.full_like(cond, self.num_classes)
+
+    def check(self, cond):
+        "Refuse what is not a batch of class ids"
+        if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
+            raise ValueError(f"cond: expected class ids, a [N] tensor of integers, got {_what(cond)}")
+        _check_ids('cond', cond, self.embedding_table.num_embeddings, f"num_classes={self.num_classes}" + (f", null class {self.num_classes}" if self.p else ''))
 
     def forward(self, cond):
         if self.training and self.p: cond = torch.where(torch.rand(cond.shape, device=cond.device) < self.p, self.null(cond), cond)
@@ -154,12 +179,22 @@ class CaptionEmbedding(nn.Module):
         "The null caption, under the caption's own padding mask as in the official sampler"
         return self.uncond_embedding.to(cond[0].dtype).expand_as(cond[0]), cond[1]
 
+    def check(self, cond):
+        "Refuse what is not left-padded text features and their mask"
+        want = tuple(self.uncond_embedding.shape)
+        if not isinstance(cond, (tuple, list)) or len(cond) != 2 or cond[0].dim() != 3 or cond[1].shape != cond[0].shape[:2]:
+            raise ValueError(f"cond: expected a pair of text features [N, {want[0]}, {want[1]}] and mask [N, {want[0]}], got {_what(cond)}")
+        if tuple(cond[0].shape[1:]) != want:
+            raise ValueError(f"cond: text features of shape {list(cond[0].shape)}, expected [N, {want[0]}, {want[1]}]; text_data.stack_features pads and cuts captions to {want[0]} tokens")
+        if not cond[1].is_meta and (cond[1].bool()[:, 1:] < cond[1].bool()[:, :-1]).any():
+            raise ValueError("cond: the mask has padding after text, but features must be padded on the left; use text_data.left_pad(feats, mask)")
+
     def forward(self, cond):
         feats = cond[0]
         if self.training and self.p:
             drop = torch.rand(len(feats), device=feats.device) < self.p
             feats = torch.where(drop[:, None, None], self.null(cond)[0], feats)
-        return self.cap_proj(feats)
+        return self.cap_proj(feats.to(self.cap_proj.fc1.weight.dtype))
 
 # %% ../nbs/31_llamagen.ipynb #dddf3f86
 class GPT(nn.Module):
@@ -176,6 +211,15 @@ class GPT(nn.Module):
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=.02)
         nn.init.zeros_(self.output.weight)
+
+    def _apply(self, fn, *args, **kwargs):
+        "Move the rotary table with the model, but keep it in float32"
+        rope = self.rope
+        super()._apply(fn, *args, **kwargs)
+        side, prefix = int(self.cfg.block_size**.5), self.cfg.cond_len
+        if rope.is_meta and not self.rope.is_meta: rope = rope_table(side, self.cfg.head_dim, self.cfg.rope_base, prefix)
+        self.rope = rope.to(self.rope.device)
+        return self
 
     def prefix(self, cond) -> Tensor:
         "Condition to prefix tokens [B, P, dim]"
@@ -198,6 +242,9 @@ class GPT(nn.Module):
 
     def hidden(self, context:Tensor, cond) -> Tensor:
         "[N, T] context tokens to [N, T, dim]; state t has seen the condition and tokens before t"
+        if context.shape[1] > self.num_tokens: raise ValueError(f"context: {context.shape[1]} tokens, expected at most {self.num_tokens} (block_size); was it made by a tokenizer at another resolution?")
+        self.cls_embedding.check(cond)
+        _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
         x = torch.cat([self.prefix(cond), self.tok_embeddings(context[:, :-1])], 1)
         length = x.shape[1]
         return self.trunk(x, self.rope[:length], self.mask(cond, length))[:, self.cfg.cond_len-1:]
@@ -217,9 +264,34 @@ class GPT(nn.Module):
     def new_cache(self, n:int, length:int) -> list:
         "Room for the keys and values of `n` sequences"
         kv, p = self.cfg.n_kv_head or self.cfg.n_head, self.tok_embeddings.weight
-        return [p.new_empty(2, n, kv, length, self.cfg.head_dim) for _ in self.layers]
+        return [p.new_zeros(2, n, kv, length, self.cfg.head_dim) for _ in self.layers]
 
-# %% ../nbs/31_llamagen.ipynb #98646b16
+    def step(self, tokens:Tensor, pos, mask:Tensor|None, cache:list) -> Tensor:
+        "Logits [N, V] after one more token each, at position `pos`; a tensor `pos` [1] keeps all shapes fixed, for compilation"
+        rope = self.rope.index_select(0, pos) if torch.is_tensor(pos) else self.rope[pos:pos+1]
+        return self.head(self.trunk(self.tok_embeddings(tokens)[:, None], rope, mask, cache, pos)[:, 0])
+
+# %% ../nbs/31_llamagen.ipynb #95b9e8f6
+@contextmanager
+def packed_weights(module:nn.Module, # its linear layers without bias
+                   rows:int, # of the products to come; others are computed as usual
+                  ):
+    "Rearrange float32 weights for fast products on a CPU with MKL, within a `with`"
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear) and m.bias is None and m.weight.device.type == 'cpu' and m.weight.dtype == torch.float32]
+    if rows < 2 or torch.is_autocast_enabled('cpu') or not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear')): layers = []
+    try:
+        for m in layers:
+            packed = torch.ops.mkl._mkl_reorder_linear_weight(m.weight.detach(), rows)
+            m.forward = _packed(m.weight.detach(), packed, rows)
+        yield module
+    finally:
+        for m in layers: m.__dict__.pop('forward', None)
+
+def _packed(weight, packed, rows):
+    "The forward of a linear layer with packed weights"
+    return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, rows) if x.numel() == rows*weight.shape[1] else F.linear(x, weight)
+
+# %% ../nbs/31_llamagen.ipynb #c9d055fe
 @torch.no_grad()
 def generate(policy:GPT, # in eval mode
              cond, # N conditions
@@ -228,30 +300,40 @@ def generate(policy:GPT, # in eval mode
              cfg_scale:float=1., # guidance; 1 or less runs the conditional model alone
              cfg_interval:int=-1, # guide image tokens 0 ... cfg_interval+1 only (LlamaGen's counting); -1 guides all
              greedy:bool=False, # most probable tokens, no randomness
+             compile=None, # wraps the fixed-shape `step`, such as `torch.compile`; None lets shapes grow
              progress=None, # called after every token, for a bar
             ) -> Tensor: # [N, T] int64
     "Draw token sequences free-running through a key/value cache"
     n, steps, guided = len(streams), policy.num_tokens, cfg_scale > 1
+    policy.cls_embedding.check(cond)
+    if policy.cfg.cond == 'class': _check_ids('cond', cond, policy.cfg.num_classes, "num_classes; the null class is for guidance alone")
+    if len(cond[0] if isinstance(cond, tuple) else cond) != n: raise ValueError(f"streams: {n} random streams for {_what(cond)}, expected one per condition")
     u = None if greedy else streams.uniform(steps, device=policy.rope.device)
     if guided: cond = _both(cond, policy.null_cond(cond))
-    x, pos = policy.prefix(cond), 0
-    length, tokens = x.shape[1] + steps - 1, []
+    x, tokens = policy.prefix(cond), []
+    start, length = x.shape[1], x.shape[1] + steps - 1
     mask, cache = policy.mask(cond, length), policy.new_cache(len(x), length)
-    for t in range(steps):
-        end = pos + x.shape[1]
-        h = policy.trunk(x, policy.rope[pos:end], None if mask is None else mask[:, :, pos:end, :end], cache, pos)
-        logits = policy.head(h[:, -1])
-        if guided: logits = guide(*logits.chunk(2), cfg_scale) if cfg_interval < 0 or t <= cfg_interval+1 else logits[:n]
-        tokens.append(sample_token(logits, None if greedy else u[:, t], temperature, top_k, top_p, greedy))
-        if t+1 < steps: x, pos = policy.tok_embeddings(tokens[-1].repeat(1 + guided))[:, None], end
-        if progress: progress()
+    if compile and mask is None: mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=x.device).tril()
+    step = compile(policy.step) if compile else policy.step
+    with packed_weights(policy, len(x)):
+        for t in range(steps):
+            pos = start + t - 1
+            if guided and 0 <= cfg_interval < t-1: # the unconditional half is not needed any more
+                guided, cache, mask = False, [c[:, :n] for c in cache], mask if mask is None or len(mask) == 1 else mask[:n]
+            if t == 0: logits = policy.head(policy.trunk(x, policy.rope[:start], None if mask is None else mask[:, :, :start, :start], cache)[:, -1])
+            else:
+                rows = None if mask is None else mask[:, :, pos:pos+1, :length if compile else pos+1]
+                logits = step(tokens[-1].repeat(1 + guided), torch.tensor([pos], device=x.device) if compile else pos, rows, cache)
+            if guided: logits = guide(*logits.chunk(2), cfg_scale)
+            tokens.append(sample_token(logits, None if greedy else u[:, t], temperature, top_k, top_p, greedy))
+            if progress: progress()
     return torch.stack(tokens, 1)
 
 def _both(a, b): return tuple(map(_both, a, b)) if isinstance(a, tuple) else torch.cat([a, b])
 
 GPT.generate = generate
 
-# %% ../nbs/31_llamagen.ipynb #e7a4cf2e
+# %% ../nbs/31_llamagen.ipynb #c7fe3247
 SIZES = dict(B=dict(n_layer=12, n_head=12, dim=768), L=dict(n_layer=24, n_head=16, dim=1024),
              XL=dict(n_layer=36, n_head=20, dim=1280), XXL=dict(n_layer=48, n_head=24, dim=1536),
              **{'3B': dict(n_layer=24, n_head=32, dim=3200)})

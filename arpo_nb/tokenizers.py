@@ -174,6 +174,8 @@ class VQModel(nn.Module):
 
     def latents(self, images:Tensor) -> Tensor:
         "[B, 3, H, W] in [0, 1] to unit-norm latents [B, C, h, w]"
+        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % self.cfg.downsample or images.shape[3] % self.cfg.downsample or not images.is_floating_point():
+            raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, expected floats in [0, 1] of shape [B, 3, H, W] with sides divisible by {self.cfg.downsample}; image_io.to_tensor(image_io.center_crop(picture, {self.image_size})) gives one")
         return F.normalize(self.quant_conv(self.encoder(2*images - 1)), dim=1)
 
     def encode(self, images:Tensor) -> Tensor:
@@ -189,6 +191,8 @@ class VQModel(nn.Module):
 
     def decode(self, tokens:Tensor, clamp:bool=True) -> Tensor:
         "Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped"
+        if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
+            raise ValueError(f"tokens: ids from {tokens.min().item()} to {tokens.max().item()}, expected 0 ... {self.codebook_size-1} (codebook_size)")
         return self.decode_latents(self.quantize.codes[tokens], clamp)
 
     def decode_probs(self, probs:Tensor, clamp:bool=True) -> Tensor:

@@ -1,12 +1,19 @@
+"Shared by all tests: no network, and the --golden option"
 import os
 from pathlib import Path
 
-import pytest
-
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope='session')
-def root(): return ROOT
+def pytest_addoption(parser):
+    parser.addoption('--golden', action='append', metavar='DIR', default=None,
+                     help='folder with golden cases, searched recursively; may be repeated (default: tests/golden)')
+
+
+def pytest_generate_tests(metafunc):
+    if 'golden_case' not in metafunc.fixturenames: return
+    from golden_cases import discover
+    roots = [Path(d) for d in metafunc.config.getoption('golden') or [Path(__file__).parent/'golden']]
+    cases = [c for root in roots for c in discover(root)]
+    metafunc.parametrize('golden_case', cases, ids=[c.id for c in cases])
