@@ -18,7 +18,6 @@ export PYTHONUNBUFFERED = 1
 	touch $@
 
 run: .venv/run ## post-train the toy with VA-π
-	mkdir -p runs
 	.venv/bin/papermill nbs/run_vapi.ipynb runs/vapi_toy.ipynb -k python3 </dev/null
 	@echo "Done. Look at runs/vapi_toy.ipynb (a notebook with pictures) and at runs/vapi_toy/ (metrics, figures, checkpoint)."
 
@@ -34,15 +33,13 @@ docs: .venv/dev ## the site, needs quarto
 	.venv/bin/nbdev_docs
 
 bench: .venv/run ## speed, side by side
-	mkdir -p runs
 	.venv/bin/papermill nbs/run_bench.ipynb runs/bench.ipynb -k python3 </dev/null
 	@echo "Done. Look at runs/bench.ipynb."
 
 toy: .venv/run ## make the embedded toy again from the full Fashion-MNIST in DATA
-	mkdir -p runs
 	.venv/bin/papermill nbs/run_pretrain.ipynb runs/pretrain.ipynb -k python3 -p data "$(DATA)" -p out_dir runs/toy_base \
 	    -p a_epochs 2 -p b_epochs 3 -p vq_epochs 1 -p policy_epochs 5 </dev/null
 	@echo "Done. Copy runs/toy_base/*.safetensors and *.npz to arpo_nb/assets/ to make it the toy."
 
 clean: ## remove what the commands above made
-	rm -rf .venv build runs _docs _proc *.egg-info
+	rm -rf .venv build runs/* _docs _proc *.egg-info

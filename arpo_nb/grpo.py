@@ -9,7 +9,7 @@ __all__ = ['group_advantages', 'log_ratio', 'clipped_objective', 'k3_kl', 'aggre
 import torch
 from torch import Tensor
 
-# %% ../nbs/13_grpo.ipynb #16cab774
+# %% ../nbs/13_grpo.ipynb #820ed51e
 def group_advantages(rewards:Tensor, # [B, G] or [B, G, T]
                      scale_rewards:str='group', # divide by the std of the 'group', of the whole 'batch', or 'none'
                      unbiased:bool=True, # sample std (VA-π's code) or population std (LOO-FID)
@@ -24,7 +24,7 @@ def group_advantages(rewards:Tensor, # [B, G] or [B, G, T]
     advantages = centred.masked_fill(tied, 0.)
     return advantages.clamp(-clip, clip) if clip else advantages
 
-# %% ../nbs/13_grpo.ipynb #b5d34e85
+# %% ../nbs/13_grpo.ipynb #ae48a0e6
 def log_ratio(logps:Tensor, # [B, G, T] log π_θ
               old_logps:Tensor, # [B, G, T] log π_old
               level:str='token', # 'token', 'sequence' (mean, LOO-FID Alg. 1) or 'product' (sum, LOO-FID Eq. 1)
@@ -34,7 +34,7 @@ def log_ratio(logps:Tensor, # [B, G, T] log π_θ
     if level == 'token': return d
     return d.mean(-1, keepdim=True) if level == 'sequence' else d.sum(-1, keepdim=True)
 
-# %% ../nbs/13_grpo.ipynb #89fbe59a
+# %% ../nbs/13_grpo.ipynb #155026eb
 def clipped_objective(log_ratio:Tensor, # [B, G, T or 1]
                       advantages:Tensor, # [B, G] or [B, G, T]
                       epsilon:float=.2, # clip range below 1
@@ -45,7 +45,7 @@ def clipped_objective(log_ratio:Tensor, # [B, G, T or 1]
     ratio = log_ratio.exp()
     return torch.minimum(ratio*advantages, ratio.clamp(1-epsilon, 1+(epsilon_high or epsilon))*advantages)
 
-# %% ../nbs/13_grpo.ipynb #9a313fd9
+# %% ../nbs/13_grpo.ipynb #6f8d7e8b
 def k3_kl(logps:Tensor, # [...] log π_θ of sampled tokens
           ref_logps:Tensor, # [...] log π_ref of the same tokens
          ) -> Tensor: # [...], ≥ 0
@@ -53,7 +53,7 @@ def k3_kl(logps:Tensor, # [...] log π_θ of sampled tokens
     d = ref_logps - logps
     return d.exp() - d - 1
 
-# %% ../nbs/13_grpo.ipynb #6f8d7e8b
+# %% ../nbs/13_grpo.ipynb #36682a7e
 def aggregate(x:Tensor, # [B, G, T]
               loss_type:str='grpo', # 'grpo': mean of sequence means; 'bnpo', 'dapo': mean over tokens; 'dr_grpo': sum over B·G·T
               mask:Tensor|None=None, # [B, G, T] which tokens count; None for all
@@ -63,7 +63,7 @@ def aggregate(x:Tensor, # [B, G, T]
     if loss_type == 'grpo': return ((x*mask).sum(-1)/mask.sum(-1)).mean()
     return (x*mask).sum()/(mask.numel() if loss_type == 'dr_grpo' else mask.sum())
 
-# %% ../nbs/13_grpo.ipynb #d3d9e960
+# %% ../nbs/13_grpo.ipynb #a03a19a3
 def grpo_loss(logps:Tensor, # [B, G, T] log π_θ, with gradient
               old_logps:Tensor, # [B, G, T]
               advantages:Tensor, # [B, G] or [B, G, T]

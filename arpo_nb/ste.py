@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/12_ste.ipynb #6f8e9999
+# %% ../nbs/12_ste.ipynb #6d0e2b3b
 def straight_through(logits:Tensor, # [..., K]
                      temperature:float=1., # τ of the softmax
                      gumbel:Tensor|None=None, # [..., K] Gumbel noise: sample (released code); None: arg max (App. C.1)

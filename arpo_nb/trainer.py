@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import Config, from_json, to_json
+from .config import Config, from_json, in_vain, to_json
 from .data import batches
 from .grpo import group_advantages, grpo_loss
 from .noisy_context import prior_ce
@@ -236,7 +236,9 @@ def train(system:System, # what to train
          ) -> list: # metrics, one dict per step
     "Post-train a system; returns the metrics of all steps, resumed ones included"
     acc = Accelerator(mixed_precision=cfg.mixed_precision)
-    if acc.is_main_process: claim_folder(out_dir, cfg, resume)
+    if acc.is_main_process:
+        claim_folder(out_dir, cfg, resume)
+        for vain in in_vain(cfg): warnings.warn(vain)
     acc.wait_for_everyone()
     out = Path(out_dir)
 

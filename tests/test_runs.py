@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from arpo_nb.config import preset, to_json
 from arpo_nb.launch import launch
+from arpo_nb.llamagen import GPT
+from arpo_nb.toy import toy_gpt_config
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 TINY = replace(preset('toy'), steps=3, batch_size=8, num_generations=2, save_steps=2)
@@ -100,13 +102,15 @@ def test_own_pictures(tmp_path):
     (dict(model='toyy'), "did you mean 'toy'"), (dict(method='ppo'), 'choose one of vapi'), (dict(overrides='noise_rate=2'), 'ξ is a probability'),
     (dict(overrides='num_generations=1'), 'at least 2 samples'), (dict(data='nowhere'), 'no such folder'), (dict(baselines='dpo'), "no 'dpo'"),
     (dict(weights='nowhere.pt'), 'no such file'), (dict(model='llamagen_xxl'), 'c2i_XXL_384.pt'), (dict(num_processes=3), 'must divide 128'),
-    (dict(out_dir='taken'), 'holds another run')], ids=lambda x: next(iter(x)) + '-' + str(next(iter(x.values()))) if isinstance(x, dict) else '')
+    (dict(weights='other.safetensors'), 'does not fit: it looks like a LlamaGen transformer with 3 layers of width 32'),
+    (dict(out_dir='taken'), 'holds another run'), (dict(out_dir='file/below'), "can't write there")], ids=lambda x: next(iter(x)) + '-' + str(next(iter(x.values()))) if isinstance(x, dict) else '')
 def test_bad_requests_fail_at_once(tmp_path, params, message):
-    if 'out_dir' in params:
-        (tmp_path/'taken').mkdir(); (tmp_path/'taken'/'config.json').write_text(to_json(replace(preset('toy'), seed=5)))
+    (tmp_path/'taken').mkdir(); (tmp_path/'taken'/'config.json').write_text(to_json(replace(preset('toy'), seed=5)))
+    (tmp_path/'file').touch()
+    save_file(GPT(toy_gpt_config(dim=32)).state_dict(), tmp_path/'other.safetensors')
     done = papermill('run_vapi', tmp_path/'x.ipynb', **{'out_dir': 'fresh', 'steps': 1, **params})
     assert done.returncode != 0 and message in done.stderr, done.stderr[-1500:]
-    assert not list(tmp_path.rglob('checkpoint'))
+    assert not list(tmp_path.rglob('checkpoint')) and sorted(p.name for p in (tmp_path/'taken').iterdir()) == ['config.json']
 
 
 def test_run_pretrain(tmp_path):
