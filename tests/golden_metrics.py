@@ -3,7 +3,7 @@ import math
 
 import pytest, torch
 
-from arpo_nb.entropy import entropy_coef, entropy_schedule, normalized_entropy, token_entropy
+from arpo_nb.entropy import C_MAX, entropy_coef, entropy_schedule, normalized_entropy, token_entropy
 from arpo_nb.grpo import clipped_objective, group_advantages, grpo_loss, k3_kl, log_ratio
 from arpo_nb.moments import Reference, loo_rewards, moments_std, state_fid
 from arpo_nb.noisy_context import corrupt_tokens
@@ -263,8 +263,10 @@ def controller(case):
     for name, want in case.data['expected'].items():
         inside = dict(clamp_everywhere=True, no_clamp_inside_deadband=False)[name]
         near([[entropy_coef(p, h, clamp_inside=inside) for h in case.data['H_hat']] for p in case.data['p']], want, name)
-    plateau = case.data.get('facts', {}).get('c_eff_at_H_hat_0_70_on_the_plateau')
-    if plateau: near(entropy_coef(.5, .7), plateau, 'c_eff at 0.70 on the plateau')
+    facts = case.data['facts'] # of the plateau
+    near(entropy_coef(.5, .7), facts['c_eff_at_H_hat_0_70_on_the_plateau'], 'c_eff at 0.70')
+    near(entropy_coef(.5, facts['H_hat_at_which_c_max_is_reached_on_the_plateau']), C_MAX, 'c_eff where c_max is reached')
+    near(entropy_coef(.5, .765 - 1e-12)/entropy_coef(.5, .765 + 1e-12), facts['jump_factor_at_the_deadband_edge'], 'jump at the deadband')
 
 # Token corruption
 
