@@ -25,6 +25,12 @@ def checks(*kinds):
         return f
     return register
 
+def close(got, want, tol, name):
+    "Fail unless the shapes are equal and the numbers within `tol`"
+    assert got.shape == want.shape, f'{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}'
+    err = (got.double() - want.double()).abs().max().item()
+    assert err <= tol, f'{name}: off by {err:.3g}, tolerance {tol:g}'
+
 @dataclass
 class Case:
     "One case: its kind, its description, and the folder its files are in"
@@ -52,10 +58,7 @@ class Case:
 
     def close(self, got, name, tol):
         "Fail unless `got` equals the tensor `name` within `tol`"
-        want = self.tensors[name]
-        assert got.shape == want.shape, f'{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}'
-        err = (got.double() - want.double()).abs().max().item()
-        assert err <= tol, f'{name}: off by {err:.3g}, tolerance {tol:g}'
+        close(got, self.tensors[name], tol, name)
 
     def equal(self, got, name):
         "Fail unless `got` equals the tensor `name` exactly"
