@@ -42,10 +42,10 @@ def clipped_objective(log_ratio:Tensor, # [B, G, T or 1]
                      ) -> Tensor: # [B, G, T or 1], to be maximised
     "PPO's clipped surrogate (VA-π Eq. 5 and 11)"
     if advantages.ndim == 2: advantages = advantages[..., None]
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-20, 20).exp()
     return torch.minimum(ratio*advantages, ratio.clamp(1-epsilon, 1+(epsilon_high or epsilon))*advantages)
 
-# %% ../nbs/13_grpo.ipynb #6f8d7e8b
+# %% ../nbs/13_grpo.ipynb #beccc157
 def k3_kl(logps:Tensor, # [...] log π_θ of sampled tokens
           ref_logps:Tensor, # [...] log π_ref of the same tokens
          ) -> Tensor: # [...], ≥ 0
@@ -53,7 +53,7 @@ def k3_kl(logps:Tensor, # [...] log π_θ of sampled tokens
     d = ref_logps - logps
     return d.exp() - d - 1
 
-# %% ../nbs/13_grpo.ipynb #36682a7e
+# %% ../nbs/13_grpo.ipynb #fc1d0678
 def aggregate(x:Tensor, # [B, G, T]
               loss_type:str='grpo', # 'grpo': mean of sequence means; 'bnpo', 'dapo': mean over tokens; 'dr_grpo': sum over B·G·T
               mask:Tensor|None=None, # [B, G, T] which tokens count; None for all
@@ -63,7 +63,7 @@ def aggregate(x:Tensor, # [B, G, T]
     if loss_type == 'grpo': return ((x*mask).sum(-1)/mask.sum(-1)).mean()
     return (x*mask).sum()/(mask.numel() if loss_type == 'dr_grpo' else mask.sum())
 
-# %% ../nbs/13_grpo.ipynb #a03a19a3
+# %% ../nbs/13_grpo.ipynb #704598f4
 def grpo_loss(logps:Tensor, # [B, G, T] log π_θ, with gradient
               old_logps:Tensor, # [B, G, T]
               advantages:Tensor, # [B, G] or [B, G, T]
@@ -76,8 +76,9 @@ def grpo_loss(logps:Tensor, # [B, G, T] log π_θ, with gradient
     loss = aggregate(-clipped_objective(lr, advantages, epsilon, epsilon_high), loss_type)
     with torch.no_grad():
         a = advantages[..., None] if advantages.ndim == 2 else advantages
-        acts = torch.where(a > 0, lr.exp() > 1 + (epsilon_high or epsilon), lr.exp() < 1 - epsilon) & (a != 0)
-        stats = {'policy/ratio': lr.exp().mean(), 'policy/clip_frac': acts.float().mean(), 'policy/approx_kl': k3_kl(old_logps, logps).mean()}
+        ratio = lr.clamp(-20, 20).exp()
+        acts = torch.where(a > 0, ratio > 1 + (epsilon_high or epsilon), ratio < 1 - epsilon) & (a != 0)
+        stats = {'policy/ratio': ratio.mean(), 'policy/clip_frac': acts.float().mean(), 'policy/approx_kl': k3_kl(old_logps, logps).mean()}
     if beta:
         kl = aggregate(k3_kl(logps, ref_logps), loss_type)
         loss, stats['policy/kl'] = loss + beta*kl, kl.detach()
