@@ -59,6 +59,7 @@ def load_data(model:str, # name in MODELS
               system:System):
     "Training images for a model"
     check_model(model)
+    if not system.num_classes: raise NotImplementedError(f"model={model!r}: captions are read by the text_data module, but the trainer does not take them yet; use a class-conditional model")
     if data != 'default': return FolderData(data, system.tokenizer.image_size, system.num_classes)
     if model != 'toy': raise ValueError(f"data='default': {model} comes without images; pass the folder of your training set, for example ImageNet's train folder")
     z = np.load(ASSETS/'fashion_mnist_5000.npz')

@@ -159,7 +159,6 @@ def update(acc:Accelerator, objective, opt, rollout:Rollout, cfg:Config) -> dict
     return {k: sum(s[k] for s in seen)/len(seen) for k in seen[0]}
 
 def _reduce(acc, stats):
-    if not stats: return {}
     values = acc.reduce(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=acc.device) for v in stats.values()]), 'mean')
     return dict(zip(stats, values.tolist()))
 
@@ -193,9 +192,11 @@ def save_checkpoint(acc:Accelerator, out:Path, step:int, reward_state):
     acc.save_state(str(new))
     if acc.is_main_process:
         torch.save(dict(step=step, reward_state=_plain(reward_state)), new/'run.pt')
-        if now.exists(): now.rename(old)
+        if now.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            now.rename(old)
         new.rename(now)
-        if old.exists(): shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     acc.wait_for_everyone()
 
 def _plain(x):
@@ -259,7 +260,8 @@ def train(system:System, # what to train
             t0, batch = time.perf_counter(), batch.to(acc.device)
             raw.model.eval()
             rollout, new_state, stats = roll_out(system, batch, reward, state, cfg, ref_policy, acc.autocast)
-            stats, t1 = _reduce(acc, stats), time.perf_counter()
+            stats = _reduce(acc, {**stats, 'stop': float(stop.received)}) # all processes must agree to stop
+            stopping, t1 = stats.pop('stop') > 0, time.perf_counter()
             try:
                 if not math.isfinite(stats.get('reward/mean', 0.)): raise FloatingPointError(f"mean reward is {stats['reward/mean']}")
                 if stats.get('reward/tied_groups') == 1.: warnings.warn(f"step {step}: all rewards are equal within every group, so this step teaches nothing; check the reward")
@@ -268,15 +270,15 @@ def train(system:System, # what to train
                 stats |= update(acc, objective, opt, rollout, cfg)
             except FloatingPointError as e:
                 save_checkpoint(acc, out, step, state)
-                raise FloatingPointError(f"step {step}: {e}; stopped before the update, and the state before it is in {out/'checkpoint'}. "
+                raise FloatingPointError(f"step {step}: {e}; stopped before that optimiser step, and the state before it is in {out/'checkpoint'}. "
                                          "Look at the last lines of metrics.jsonl; a smaller learning_rate or max_grad_norm usually helps") from e
             state = new_state
             stats |= {'optim/lr': learning_rate(cfg, step), 'time/rollout': t1 - t0, 'time/update': time.perf_counter() - t1}
             log.write(dict(step=step, **stats))
             bar.update(); bar.set_postfix({k.split('/')[-1]: f'{v:.4f}' for k, v in stats.items() if k in ('reward/mean', 'policy/prior_ce')})
-            last = step+1 == cfg.steps or stop.received
-            if last or (step+1) % cfg.save_steps == 0: save_checkpoint(acc, out, step+1, state)
-            if stop.received and step+1 < cfg.steps: raise SystemExit(f"stopped by SIGTERM after step {step}; resume=True continues from {out/'checkpoint'}")
+            last = step+1 == cfg.steps
+            if last or stopping or (step+1) % cfg.save_steps == 0: save_checkpoint(acc, out, step+1, state)
+            if stopping and not last: raise SystemExit(f"stopped by SIGTERM after step {step}; resume=True continues from {out/'checkpoint'}")
     bar.close()
     raw.model.eval()
     acc.free_memory()
