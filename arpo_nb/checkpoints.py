@@ -135,7 +135,7 @@ FILES = {n: Published(repo, f'{n}.pt', 4*v) for repo, values in {'FoundationVisi
 
 # %% ../nbs/38_checkpoints.ipynb #e7de332d
 def _hub():
-    try: import huggingface_hub
+    try: import huggingface_hub, huggingface_hub.constants # the latter is not attached by itself
     except ImportError as e: raise ImportError("huggingface_hub is needed to find published weights: pip install huggingface_hub") from e
     return huggingface_hub
 
