@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -60,8 +61,9 @@ def time_update(repeats:int=3, **kwargs) -> dict: # seconds (median), peak memor
 
 def peak_mb() -> float:
     "Peak resident memory of this process so far"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak/1024 if sys.platform != 'darwin' else peak/2**20
+    status = Path('/proc/self/status')
+    if status.exists(): return int(status.read_text().split('VmHWM:')[1].split()[0])/1024 # getrusage would count the parent's peak too
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
 
 def in_child(**kwargs) -> dict:
     "Run `time_update` in a process of its own"
