@@ -8,7 +8,7 @@ __all__ = ['import_torchvision', 'LPIPSFeatures']
 # %% ../nbs/22_features.ipynb #390b930e
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 # %% ../nbs/22_features.ipynb #bc649a5d
 def import_torchvision():
@@ -18,7 +18,7 @@ def import_torchvision():
         if 'torchvision::nms' not in str(e): raise
         import sys
         for name in [m for m in sys.modules if m.split('.')[0] == 'torchvision']: del sys.modules[name]
-        import_torchvision.lib = torch.library.Library('torchvision', 'DEF')
+        import_torchvision.lib = library.Library('torchvision', 'DEF')
         for op in ('nms', 'qnms'): import_torchvision.lib.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
         import torchvision
     return torchvision

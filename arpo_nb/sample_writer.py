@@ -15,7 +15,7 @@ from PIL import Image
 from numpy.lib import format as npy_format
 
 from .image_io import resize_pixels, to_uint8
-from .protocols import Streams
+from .protocols import Streams, map_cond
 
 # %% ../nbs/51_sample_writer.ipynb #3020c42e
 def random_labels(num_classes:int=1000, # classes 0 ... num_classes-1
@@ -76,12 +76,11 @@ def write_samples(policy, # see `protocols.Policy`
     mine = range(rank, n, world_size)
     todo = [i for i in mine if not image_path(folder, i).exists()]
     device = next(policy.parameters()).device
-    move = lambda c: type(c)(map(move, c)) if isinstance(c, (tuple, list)) else c.to(device)
     bar = _bar(len(mine), len(mine) - len(todo)) if progress and rank == 0 else None
     for start in range(0, len(todo), batch_size):
         index = np.array(todo[start:start+batch_size])
         streams = Streams(seed, np.stack([index, np.zeros_like(index)], 1))
-        tokens = policy.generate(move(labels(index)), streams, **kwargs)
+        tokens = policy.generate(map_cond(lambda c: c.to(device), labels(index)), streams, **kwargs)
         pixels = to_uint8(resize_pixels(tokenizer.decode(tokens, clamp=False), side)).cpu().numpy()
         for i, im in zip(index, pixels): _atomically(image_path(folder, i), lambda f: Image.fromarray(im).save(f, 'PNG'))
         if bar: bar.update(len(index))
