@@ -126,8 +126,8 @@ def batches(data, # has a length and `load(rows)`
     "The batches of steps `start` to `stop-1`"
     mine = slice(rank, None, world_size)
     def load(step):
-        images, cond = data.load(step_rows(len(data), batch_size, step, seed)[mine])
-        return Batch(cond, Streams.range(seed, step*batch_size, batch_size).take(mine), images)
+        images, cond, *prompts = data.load(step_rows(len(data), batch_size, step, seed)[mine])
+        return Batch(cond, Streams.range(seed, step*batch_size, batch_size).take(mine), images, *prompts)
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(load, start) if start < stop else None
         for step in range(start, stop):
