@@ -140,7 +140,7 @@ class WeightedSum:
 import torch
 from torch import Tensor
 
-from .moments import Reference, as_reference, loo_rewards
+from .moments import Reference, as_reference, loo_rewards, state_fid
 
 # %% ../nbs/21_loo_fid.ipynb #d203895f
 def loo_fid_reward(features:Tensor, # [N, D] features of this process's images, any device, any float dtype
@@ -165,10 +165,12 @@ class LOOFIDReward:
                  chunk_size:int=64, # images per call of the extractor
                  **options): # of `loo_fid_reward`
         self.extractor, self.reference, self.chunk_size, self.options = extractor, as_reference(reference), chunk_size, options
+        self.gather, self.stats = options.pop('gather', None), {} # features of this process to those of all; the distance after the last step
 
     @torch.no_grad()
     def __call__(self, images:Tensor, batch=None, state=None) -> tuple: # rewards [B, G] and the new state
         "[B, G, 3, H, W] images: one distribution for all of them, one reward for each"
         features = torch.cat([self.extractor(c) for c in images.flatten(0, 1).split(self.chunk_size)])
-        rewards, state = loo_fid_reward(features, self.reference, state, **self.options)
+        rewards, state = loo_fid_reward(features, self.reference, state, gather=self.gather, **self.options)
+        self.stats = {'ema_fid': state_fid(state, self.reference, self.options.get('eps', 1e-6)).item()}
         return rewards.unflatten(0, images.shape[:2]), state

@@ -17,7 +17,7 @@ LAYERS = ['protocols config weights',
           'reward_factory',
           'pretrain models sample_writer',
           'rollout',
-          'trainer evaluate',
+          'trainer evaluate plan',
           'launch bench']
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 POLICIES = ('tokenizers', 'llamagen', 'toy', 'enumerable', 'checkpoints')
