@@ -10,7 +10,7 @@ from conftest import ROOT
 # A module may import those of its own line or of lines above it.
 LAYERS = ['protocols config weights',
           'sampling plots image_io noisy_context grpo ste moments entropy elbo',
-          'rewards features data text_data enumerable scalewise',
+          'rewards features data text_data enumerable scalewise inception',
           'tokenizers llamagen',
           'toy checkpoints',
           'clip maniqa',
