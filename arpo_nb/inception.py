@@ -93,9 +93,10 @@ def mixed_e(inp, pool):
 
 # %% ../nbs/26_inception.ipynb #27165f14
 class Features(NamedTuple):
-    "What the evaluator reads off an image"
-    pool: Tensor # [N, 2048]
-    spatial: Tensor # [N, 2023], 17 × 17 × 7
+    "What a network reads off images"
+    pool: Tensor # [N, D], here 2048
+    spatial: Tensor|None = None # [N, 2023], 17 × 17 × 7
+    logits: Tensor|None = None # [N, classes], here 1008 and without the bias
 
 class Inception(nn.Module):
     "The FID Inception, with the keys and shapes of the published file"
@@ -113,13 +114,14 @@ class Inception(nn.Module):
         self.blocks, self.fc = tuple(blocks), nn.Linear(channels, 1008)
 
     def trunk(self, x) -> Features: # from [N, 3, 299, 299] in about [-1, 1]
-        "Pool and spatial features"
+        "Features of prepared images"
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x))))
         for name in self.blocks:
             if name == 'Mixed_6d': spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
             x = getattr(self, name)(x)
-        return Features(x.mean((2, 3)), spatial)
+        pool = x.mean((2, 3))
+        return Features(pool, spatial, pool@self.fc.weight.T)
 
     @torch.no_grad()
     def features(self,
@@ -133,15 +135,10 @@ class Inception(nn.Module):
             parts = [self.trunk((tf1_resize(to_255(part.to(device), quantize)) - 128)/128) for part in images.split(batch_size)]
         return Features(*map(torch.cat, zip(*parts)))
 
-    def logits(self, pool:Tensor) -> Tensor: # [N, 1008]
-        "Class logits without the bias, as the evaluator's Inception Score wants them"
-        return pool.to(self.fc.weight)@self.fc.weight.T
-
-    @torch.no_grad()
     def forward(self, images:Tensor): # features [N, 2048] and logits [N, 1008]
         "As the `net` of a `MetricNet`"
-        pool = self.features(images).pool
-        return pool, self.logits(pool)
+        out = self.features(images)
+        return out.pool, out.logits
 
 # %% ../nbs/26_inception.ipynb #6645d8f0
 def load_inception(weights:str|None=None, # None for the published file as `weights` finds it, 'random', or a path

@@ -49,7 +49,7 @@ def inception_features(case):
     image = formula_image_float(case.data['image'])
     out = net.features(image)
     hook.remove()
-    logits = net.logits(out.pool)
+    logits = out.logits
     for key, got in dict(pool=out.pool, spatial_hwc=out.spatial, logits_without_bias=logits).items():
         relative(got[0], case[case.data['expected'][key]], 1e-4, key)
     for key, got in dict(pool_norm=out.pool.norm(), spatial_norm=out.spatial.norm(), logits_norm=logits.norm(), pooled_768_norm=kept['m6e'].mean((2, 3)).norm()).items():
