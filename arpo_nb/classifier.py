@@ -53,9 +53,10 @@ def classify(batches, # iterable of (images [n, 3, H, W], labels [n])
              net, # images [n, 3, 224, 224] to logits [n, classes]
              k:int=5, # guesses
              prepare=resnet_input, # images to the network's input
+             device='cpu', # of the network
             ) -> dict: # top1, top5, n
     "Class accuracy of images that come with their labels"
-    device, first, among, n = next(net.parameters()).device, 0, 0, 0
+    first = among = n = 0
     for images, labels in batches:
         got = top_k_accuracy(net(prepare(images.to(device))), labels.to(device), k)
         first, among, n = first + got['top1']*len(labels), among + got[f'per_item_top{k}'].sum().item(), n + len(labels)

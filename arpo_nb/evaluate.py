@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 from .protocols import MetricNet, Streams
 
 # %% ../nbs/50_evaluate.ipynb #8e7b0898
-def root_factor(sigma:Tensor) -> Tensor: # L with L Lᵀ = sigma, [D, D]
-    "Cholesky factor of a covariance, or eigenvectors times roots where it is singular"
+def root_factor(sigma:Tensor) -> Tensor: # L with L Lᵀ = sigma, [D, rank]
+    "Cholesky factor of a covariance, or its eigenvectors times their roots where it is singular"
     L, failed = torch.linalg.cholesky_ex(sigma)
     if not failed: return L
     values, vectors = torch.linalg.eigh(sigma)
-    return vectors*values.clamp(min=0).sqrt()
+    there = values > 1e-15*len(values)*values[-1]
+    return vectors[:, there]*values[there].sqrt()
 
 def frechet_distance(mu1:Tensor, sigma1:Tensor, # [D], [D, D]
                      mu2:Tensor, sigma2:Tensor, # [D], [D, D]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'MOMENTS', 'image_files', 'read_picture', 'folder_chunks', 'npz_chunks', 'image_chunks', 'image_count',
            'Statistics', 'image_statistics', 'file_sha256', 'make_reference', 'load_reference', 'looks_sorted',
-           'compare', 'advice', 'score_images']
+           'compare', 'advice', 'score_images', 'MetricReader', 'from_metric_net', 'paper_rows']
 
 # %% ../nbs/53_metrics.ipynb #1e9f9c75
 import hashlib
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from .evaluate import RunningMoments, frechet_distance, inception_score, precision_recall
 from .image_io import center_crop
 from .inception import Features, to_255
+from .protocols import MetricNet
 
 # %% ../nbs/53_metrics.ipynb #06ddebc2
 SUFFIXES = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.JPEG', '.JPG', '.PNG'}
@@ -132,9 +133,8 @@ def image_statistics(source, # see `image_chunks`
         pool.add(f.pool)
         if f.spatial is not None: spatial.add(f.spatial)
         if f.logits is not None and not keep: logits.append(f.logits.float())
-    if not pool.n: raise ValueError(f"{source}: no images")
-    if pool.n < 2: raise ValueError(f"{source}: one image has no covariance; at least 2 are needed")
     name = str(source) if isinstance(source, (str, os.PathLike)) else 'tensors'
+    if pool.n < 2: raise ValueError(f"{name}: {pool.n} images; a covariance needs at least 2")
     return Statistics(net.name, name, pool.n, *pool.moments(), *(spatial.moments() if spatial.n else (None, None)), torch.cat(rows), torch.cat(logits) if logits else None)
 
 # %% ../nbs/53_metrics.ipynb #0148a0bb
@@ -241,3 +241,69 @@ def score_images(source, # generated images, see `image_chunks`
     protocol = dict(network=net.name, source=fake.source, reference=real.source, reference_sha256=real.sha256, reference_n=real.n,
                     reference_features=0 if real.features is None else len(real.features), k=k, precision_recall='half' if half else 'float32', split_size=split_size, torch=torch.__version__)
     return dict(**compare(fake, real, k=k, half=half, split_size=split_size, device=device), n=fake.n, warnings=notes, protocol=protocol)
+
+# %% ../nbs/53_metrics.ipynb #54bbfa0a
+class MetricReader:
+    "The network of a `MetricNet`, as one of this module"
+    def __init__(self, metric_net:MetricNet): self.net, self.name = metric_net.net, metric_net.name
+
+    @torch.no_grad()
+    def features(self, images:Tensor, batch_size:int=512) -> Features:
+        "Features and logits of 8-bit images"
+        device = next((p.device for p in self.net.parameters()), 'cpu')
+        pool, logits = map(torch.cat, zip(*(self.net(to_255(x.to(device))/255) for x in images.split(batch_size))))
+        return Features(pool, None, logits)
+
+def from_metric_net(metric_net:MetricNet): # reference `Statistics`, and a network
+    "Both sides of `score_images` from a `MetricNet`"
+    mu, sigma, features = metric_net.mu.double().cpu(), metric_net.sigma.double().cpu(), metric_net.features.float().cpu()
+    sha256 = hashlib.sha256(b''.join(t.contiguous().numpy().tobytes() for t in (mu, sigma, features))).hexdigest() # of the tensors
+    return Statistics(metric_net.name, 'of the metric network', 0, mu, sigma, features=features, sha256=sha256), MetricReader(metric_net)
+
+# %% ../nbs/53_metrics.ipynb #005d247b
+_ROWS = '''VA-π 2, llamagen_xl, LlamaGen-XL, no, 15.55 79.16 .62 .69, yes, 2.79 286.88 .84 .54
+VA-π 2, llamagen_xl, + AR-GRPO, yes, 3.63 293.07 .86 .48
+VA-π 2, llamagen_xl, + VA-π, no, 9.23 111.59 .71 .59, yes, 2.94 299.63 .84 .53
+VA-π 2, llamagen_xxl, LlamaGen-XXL, no, 14.36 86.55 .63 .69, yes, 2.37 252.16 .81 .59
+VA-π 2, llamagen_xxl, + post-trained tokenizer, no, 14.26 86.70 .63 .68, yes, 2.72 246.97 .80 .59
+VA-π 2, llamagen_xxl, + post-trained tokenizer (longer), no, 22.99 72.49 .56 .68, yes, 4.31 221.57 .75 .58
+VA-π 2, llamagen_xxl, + straight-through, no, 11.46 102.21 .68 .61, yes, 4.17 267.34 .83 .51
+VA-π 2, llamagen_xxl, + VA-π, no, 7.65 116.70 .71 .64, yes, 2.28 273.53 .83 .56
+VA-π 4, llamagen_xxl, perceptual reward only, no, 38.76 49.78 .48 .46
+VA-π 4, llamagen_xxl, reward without prior, no, 38.63 48.14 .49 .46
+VA-π 4, llamagen_xxl, prior only (cross-entropy), no, 14.17 88.78 .63 .69
+VA-π 4, llamagen_xxl, reward and prior, no, 7.65 116.70 .68 .64
+LOO-FID 1, llamagen_b, LlamaGen-B, yes, 7.06 119.52 .74 .61
+LOO-FID 1, llamagen_b, + LOO-FID, yes, 6.31 163.37 .82 .54
+LOO-FID 1, llamagen_l, LlamaGen-L, yes, 4.64 196.78 .78 .63
+LOO-FID 1, llamagen_l, + LOO-FID, yes, 3.83 215.90 .79 .63
+LOO-FID 1, llamagen_xl, LlamaGen-XL, yes, 3.96 187.75 .74 .67
+LOO-FID 1, llamagen_xl, + LOO-FID, yes, 3.82 195.58 .77 .67
+LOO-FID 2, llamagen_b, LlamaGen-B, no, 20.89 47.96 .47 .46
+LOO-FID 2, llamagen_b, + LOO-FID, no, 8.91 112.83 .78 .54
+LOO-FID 2, llamagen_l, LlamaGen-L, no, 10.24 82.38 .53 .48
+LOO-FID 2, llamagen_l, + LOO-FID, no, 5.12 143.32 .77 .63
+LOO-FID 2, llamagen_xl, LlamaGen-XL, no, 12.66 78.02 .60 .74
+LOO-FID 2, llamagen_xl, + LOO-FID, no, 4.55 148.16 .74 .68
+LOO-FID 4, llamagen_l, AR-GRPO (CLIPScore + HPSv2), yes, 6.37 223.95 .82 .56
+LOO-FID 4, llamagen_l, LOO-FID (CLIPScore + HPSv2), yes, 3.83 215.90 .79 .63
+LOO-FID 4, llamagen_l, AR-GRPO (+ MANIQA), yes, 9.34 147.30 .70 .59
+LOO-FID 4, llamagen_l, LOO-FID (+ MANIQA), yes, 6.43 175.34 .74 .64
+LOO-FID 5, llamagen_xl, + VA-π, no, 7.65 102.96 .69 .66, yes, 6.62 212.60 .80 .58
+LOO-FID 6, vqgan, VQGAN, no, 21.90 49.81 .57 .67
+LOO-FID 6, vqgan, + LOO-FID, no, 15.47 66.21 .59 .66
+LOO-FID 6, vqgan, VQGAN (top-k 100), no, 16.42 78.32 .62 .57
+LOO-FID 6, vqgan, + LOO-FID (top-k 100), no, 13.04 97.23 .69 .58'''
+
+def paper_rows(model:str|None=None, # as in `models`, for example 'llamagen_xl'; None for all
+               guided:bool|None=None, # with guidance, without, or both
+              ) -> list: # of dicts: paper, table, model, row, guided, fid, inception_score, precision, recall
+    "What the papers report"
+    found = []
+    for line in _ROWS.splitlines():
+        source, name, row, *cells = line.split(', ')
+        paper, table = source.rsplit(' ', 1)
+        for g, numbers in zip(cells[::2], cells[1::2]):
+            metrics = dict(zip(('fid', 'inception_score', 'precision', 'recall'), map(float, numbers.split())))
+            found.append(dict(paper=paper, table=int(table), model=name, row=row, guided=g == 'yes', **metrics))
+    return [r for r in found if model in (None, r['model']) and guided in (None, r['guided'])]

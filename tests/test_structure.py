@@ -10,13 +10,13 @@ from conftest import ROOT
 # A module may import those of its own line or of lines above it.
 LAYERS = ['protocols config',
           'sampling plots image_io noisy_context grpo ste moments entropy elbo',
-          'rewards features data text_data enumerable scalewise inception classifier geneval',
+          'rewards features data text_data enumerable scalewise inception classifier lite_features',
           'tokenizers llamagen',
           'toy checkpoints',
           'pretrain models sample_writer',
           'rollout',
           'trainer evaluate',
-          'launch bench metrics']
+          'launch bench metrics geneval']
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 POLICIES = ('tokenizers', 'llamagen', 'toy', 'enumerable', 'checkpoints')
 ABOUT_TRAINING = {'rewards', 'moments', 'entropy', 'grpo', 'ste', 'noisy_context', 'rollout', 'trainer', 'launch', 'evaluate', 'config'}
