@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .features import import_torchvision
 from .inception import to_255
+from .weights import locate
 
 # %% ../nbs/54_classifier.ipynb #70b2c6b6
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)
@@ -44,7 +45,6 @@ def load_resnet50(weights:str|None=None, # None for the published file as `weigh
     "ResNet-50 with its V2 weights"
     net = import_torchvision().models.resnet50(weights=None).eval().requires_grad_(False)
     if weights == 'random': return net
-    from arpo_nb.weights import locate
     net.load_state_dict(torch.load(locate('resnet50_v2', weights), map_location='cpu', weights_only=True))
     return net
 

@@ -25,6 +25,7 @@ from .features import import_torchvision
 from .image_io import to_tensor, to_uint8
 from .protocols import Streams
 from .sample_writer import _atomically, _settle
+from .weights import locate
 
 # %% ../nbs/55_geneval.ipynb #50bde46c
 CLASSES = [name.strip() for name in '''person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter, bench,
@@ -49,9 +50,7 @@ def check_prompt(p:dict, where:str):
 def read_prompts(path=None, # .jsonl; None for the published 553 as `weights` finds them
                 ) -> list: # of dicts
     "Prompts with what must be seen"
-    if path is None:
-        from arpo_nb.weights import locate
-        path = locate('geneval_prompts')
+    path = path or locate('geneval_prompts')
     prompts = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
     for i, p in enumerate(prompts): check_prompt(p, f'{path}, line {i+1}')
     return prompts

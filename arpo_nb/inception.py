@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .weights import locate
+
 # %% ../nbs/26_inception.ipynb #80822482
 def to_255(images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
            quantize:bool=True, # round floats to 8 bits, as files do
@@ -153,7 +155,6 @@ def load_inception(weights:str|None=None, # None for the published file as `weig
         nn.init.normal_(net.fc.weight, std=.05, generator=g)
         net.name = f'random Inception {seed}'
         return net
-    from arpo_nb.weights import locate
     path = locate('inception', weights)
     state, want = torch.load(path, map_location='cpu', weights_only=True), net.state_dict()
     wrong = sorted(want.keys() ^ state.keys()) or [k for k in want if want[k].shape != state[k].shape]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'MOMENTS', 'image_files', 'read_picture', 'folder_chunks', 'npz_chunks', 'image_chunks', 'image_count',
-           'Statistics', 'image_statistics', 'file_sha256', 'make_reference', 'load_reference', 'looks_sorted',
-           'compare', 'advice', 'score_images', 'MetricReader', 'from_metric_net', 'paper_rows']
+           'Statistics', 'image_statistics', 'make_reference', 'load_reference', 'looks_sorted', 'compare', 'advice',
+           'score_images', 'MetricReader', 'from_metric_net', 'paper_rows']
 
 # %% ../nbs/53_metrics.ipynb #1e9f9c75
 import hashlib
@@ -28,6 +28,7 @@ from .evaluate import RunningMoments, frechet_distance, inception_score, precisi
 from .image_io import center_crop
 from .inception import Features, to_255
 from .protocols import MetricNet
+from .weights import file_sha256
 
 # %% ../nbs/53_metrics.ipynb #06ddebc2
 SUFFIXES = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.JPEG', '.JPG', '.PNG'}
@@ -139,15 +140,6 @@ def image_statistics(source, # see `image_chunks`
 
 # %% ../nbs/53_metrics.ipynb #0148a0bb
 MOMENTS = ('mu', 'sigma', 'mu_s', 'sigma_s')
-
-def file_sha256(path) -> str:
-    "Checksum of a file of any size"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _digest(f)
-
-def _digest(f, block=1 << 22):
-    h = hashlib.sha256()
-    while part := f.read(block): h.update(part)
-    return h.hexdigest()
 
 def _stored_moments(path) -> dict: # of those names in MOMENTS that the file holds
     with np.load(path) as z: got = {k: torch.from_numpy(z[k].astype(np.float64)) for k in MOMENTS if k in z.files}

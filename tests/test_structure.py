@@ -8,11 +8,13 @@ import pytest
 from conftest import ROOT
 
 # A module may import those of its own line or of lines above it.
-LAYERS = ['protocols config',
+LAYERS = ['protocols config weights',
           'sampling plots image_io noisy_context grpo ste moments entropy elbo',
           'rewards features data text_data enumerable scalewise inception classifier lite_features',
           'tokenizers llamagen',
           'toy checkpoints',
+          'clip maniqa',
+          'reward_factory',
           'pretrain models sample_writer',
           'rollout',
           'trainer evaluate',
