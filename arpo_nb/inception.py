@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .rewards import check_images
 from .weights import locate
 
 # %% ../nbs/26_inception.ipynb #80822482
@@ -23,11 +24,7 @@ def to_255(images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         raise ValueError(f"images have shape {tuple(images.shape)}, expected [N, 3, H, W] with N > 0: RGB, channels first; grey pictures need .expand(-1, 3, -1, -1), an alpha channel must go")
     if images.dtype == torch.uint8: return images.float()
-    if not images.is_floating_point(): raise ValueError(f"images are {images.dtype}, expected uint8 in 0 ... 255 or floats in [0, 1]")
-    low, high = torch.stack(images.detach().aminmax()).tolist()
-    if not abs(low) + abs(high) < float('inf'): raise ValueError("images hold nan or infinite pixels; look at the decoder that made them")
-    if high > 1.001: raise ValueError(f"images reach {high:.4g}, expected floats in [0, 1]: pass 8-bit pixels as uint8, or divide by 255; clamp a decoder's overshoot")
-    if low < -.001: raise ValueError(f"images go down to {low:.4g}, expected floats in [0, 1]: pixels in [-1, 1] need (x + 1)/2; clamp a decoder's overshoot")
+    check_images(images)
     x = 255*images.float()
     return (x + .5).floor().clamp(0, 255) if quantize else x
 

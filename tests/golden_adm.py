@@ -1,7 +1,7 @@
 "Checkers of the evaluation: Inception features, the ADM evaluator's arithmetic, resizes, quantisation, classification"
-import json
 import math
 from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -158,3 +158,42 @@ def real_backbone(case):
     values, classes = out.logits[0].topk(5)
     assert classes.tolist() == d['top5'], 'top5'
     near(values, d['top5_logits'], 1e-3, 'top5_logits')
+
+# LPIPS on a trunk of the formula, with the real heads
+
+@lru_cache(1)
+def formula_lpips(base):
+    from arpo_nb.features import LPIPSFeatures
+    net = LPIPSFeatures('vgg', random=True)
+    for i, conv in enumerate(m for m in net.lpips.net.modules() if isinstance(m, torch.nn.Conv2d)):
+        u = lambda seed, shape: torch.from_numpy(np.random.RandomState(base + seed + i).random_sample(shape)).float()
+        conv.weight.data = (u(5000, tuple(conv.weight.shape)) - .5)*2*math.sqrt(6/conv.weight[0].numel())
+        conv.bias.data = .2*(u(5100, tuple(conv.bias.shape)) - .5)
+    return net
+
+def lpips_pair(images):
+    "The two pictures of a case, in [0, 1]"
+    if isinstance(images, str):
+        assert images.startswith('variant 0 at 64x64 against clip(variant 0 + (variant 3 mod 41) - 20'), images
+        a, b = formula_image(64, 64, 0).int(), formula_image(64, 64, 3).int()
+        pair = a, (a + b % 41 - 20).clamp(0, 255)
+    else: pair = [formula_image(i['h'], i['w'], i['v']) for i in images]
+    return [x.permute(2, 0, 1)[None].float()/255 for x in pair]
+
+@checks('lpips_vgg')
+def lpips_vgg(case):
+    if find_spec('lpips') is None: pytest.skip('lpips is not installed')
+    d = case.data
+    net = formula_lpips([c for c in case.context['cases'] if c['name'] == 'lpips_recipe'][0]['base'])
+    a, b = lpips_pair(d['images'])
+    with torch.no_grad():
+        layers = [(x - y).pow(2).sum(1).mean() for x, y in zip(net.features(a), net.features(b))]
+        unscaled = [(x - y).pow(2).sum(1).mean() for x, y in zip(net.features((a + 1)/2), net.features((b + 1)/2))]
+    total, want = sum(layers), d['expected']
+    near(total, want['lpips'], 1e-4*want['lpips'] + 1e-8, 'lpips')
+    near(total, want['lpips_from_unit_range_with_rescaling'], 1e-4*want['lpips'] + 1e-8, 'lpips_from_unit_range_with_rescaling')
+    near(torch.stack(layers), want['per_layer'], 1e-4*max(want['per_layer']) + 1e-8, 'per_layer')
+    near(sum(unscaled), d['wrong_if_unit_range_is_fed_directly'], 1e-4*d['wrong_if_unit_range_is_fed_directly'] + 1e-8, 'wrong_if_unit_range_is_fed_directly')
+    unit, signed = (a - b).double().square(), (2*a - 2*b).double().square()
+    for key, got in dict(mse_signed_range_mean=signed.mean(), mse_unit_range_mean=unit.mean(), mse_signed_range_sum=signed.sum(), reward_minus_mse_minus_lpips_lambda1=-signed.mean() - total).items():
+        near(got, d[key], 1e-4*abs(d[key]) + 1e-8, key)
