@@ -10,15 +10,15 @@ from conftest import ROOT
 # A module may import those of its own line or of lines above it.
 LAYERS = ['protocols config weights',
           'sampling plots image_io noisy_context grpo ste moments entropy elbo',
-          'rewards features data text_data enumerable scalewise inception',
-          'tokenizers llamagen',
-          'toy checkpoints',
-          'clip maniqa',
+          'rewards features data text_data enumerable scalewise inception classifier lite_features',
+          'tokenizers llamagen multiscale_vq',
+          'toy checkpoints vqgan janus var',
+          'clip maniqa var_toy',
           'reward_factory',
           'pretrain models sample_writer',
           'rollout',
           'trainer evaluate plan',
-          'launch bench']
+          'launch bench metrics geneval']
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 POLICIES = ('tokenizers', 'llamagen', 'toy', 'enumerable', 'checkpoints')
 ABOUT_TRAINING = {'rewards', 'moments', 'entropy', 'grpo', 'ste', 'noisy_context', 'rollout', 'trainer', 'launch', 'evaluate', 'config'}
