@@ -13,12 +13,14 @@ LAYERS = ['protocols config',
           'rewards features data text_data enumerable scalewise',
           'tokenizers llamagen',
           'toy checkpoints',
+          'vqgan',
+          'janus',
           'pretrain models sample_writer',
           'rollout',
           'trainer evaluate',
           'launch bench']
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
-POLICIES = ('tokenizers', 'llamagen', 'toy', 'enumerable', 'checkpoints')
+POLICIES = ('tokenizers', 'llamagen', 'toy', 'enumerable', 'checkpoints', 'vqgan', 'janus')
 ABOUT_TRAINING = {'rewards', 'moments', 'entropy', 'grpo', 'ste', 'noisy_context', 'rollout', 'trainer', 'launch', 'evaluate', 'config'}
 MODULES = sorted(p.stem for p in (ROOT/'arpo_nb').glob('*.py') if not p.stem.startswith('_'))
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
