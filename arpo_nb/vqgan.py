@@ -372,6 +372,7 @@ def load_strict(module:nn.Module, # filled in place
                 state:dict, # name → tensor
                 path, # where it came from, for the message
                 describe=describe, # puts a state dict into words
+                assign:bool=False, # take the tensors as they are, for a module without memory
                ) -> nn.Module: # the same module
     "Load a state dict whose names and shapes must all agree"
     want = module.state_dict()
@@ -380,7 +381,7 @@ def load_strict(module:nn.Module, # filled in place
     if any(wrong.values()):
         some = lambda names: ', '.join(names[:4]) + (f' and {len(names)-4} more' if len(names) > 4 else '')
         raise ValueError(f"{path} does not fit: it holds {describe(state)}, but the model is {describe(want)}. " + '; '.join(f'{len(v)} {k}: {some(v)}' for k, v in wrong.items() if v))
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
     return module
 
 # %% ../nbs/33_vqgan.ipynb #b52d3810
