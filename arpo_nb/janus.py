@@ -201,7 +201,7 @@ def generate(policy:JanusPolicy, # in eval mode
     u = None if greedy else streams.uniform(steps, device=cond[0].device)
     ids, valid = map(torch.cat, zip(cond, policy.null_cond(cond))) if guided else cond
     x, valid, cache = policy.language_model.embed_tokens(ids), valid.bool(), Cache(ids.shape[1] + steps - 1)
-    with packed_weights(policy, len(x)):
+    with packed_weights(policy, len(x) if len(x) > 3 and steps > 8 else 0): # rearranging pays from a few rows and codes on
         for t in range(steps):
             logits = policy.head(policy.trunk(x, valid, cache)[:, -1])
             if guided: logits = guide(*logits.chunk(2), cfg_scale)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import read_state_dict
+from .llamagen import packed_weights
 from .protocols import Streams
 from .sampling import sample_token
 from .tokenizers import AttnBlock, Downsample, ResBlock, Upsample
@@ -304,11 +305,12 @@ def generate(policy:CINTransformer, # in eval mode
     tokens = cond.new_empty(len(cond), 0) if given is None else given
     u = None if greedy else streams.uniform(policy.num_tokens, device=cond.device)
     cache, pos, x = policy.new_cache(len(cond)), 0, torch.cat([cond[:, None], tokens], 1)
-    for t in range(tokens.shape[1], policy.num_tokens):
-        logits = policy.head(policy.trunk(x, cache, pos)[:, -1])
-        pos, x = pos + x.shape[1], sample_token(logits, None if greedy else u[:, t], temperature, top_k, top_p, greedy)[:, None]
-        tokens = torch.cat([tokens, x], 1)
-        if progress: progress()
+    with packed_weights(policy, len(cond) if len(cond) > 3 else 0): # see llamagen
+        for t in range(tokens.shape[1], policy.num_tokens):
+            logits = policy.head(policy.trunk(x, cache, pos)[:, -1])
+            pos, x = pos + x.shape[1], sample_token(logits, None if greedy else u[:, t], temperature, top_k, top_p, greedy)[:, None]
+            tokens = torch.cat([tokens, x], 1)
+            if progress: progress()
     return tokens
 
 CINTransformer.generate = generate
