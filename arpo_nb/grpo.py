@@ -60,8 +60,8 @@ def aggregate(x:Tensor, # [B, G, T]
              ) -> Tensor: # scalar
     "Average a per-token loss, by TRL's names"
     if mask is None: return x.mean()
-    if loss_type == 'grpo': return ((x*mask).sum(-1)/mask.sum(-1)).mean()
-    return (x*mask).sum()/(mask.numel() if loss_type == 'dr_grpo' else mask.sum())
+    if loss_type == 'grpo': return ((x*mask).sum(-1)/mask.sum(-1).clamp(min=1)).mean()
+    return (x*mask).sum()/(mask.numel() if loss_type == 'dr_grpo' else mask.sum().clamp(min=1))
 
 # %% ../nbs/13_grpo.ipynb #704598f4
 def grpo_loss(logps:Tensor, # [B, G, T] log π_θ, with gradient
@@ -69,17 +69,20 @@ def grpo_loss(logps:Tensor, # [B, G, T] log π_θ, with gradient
               advantages:Tensor, # [B, G] or [B, G, T]
               *, epsilon:float=.2, epsilon_high:float=0., level:str='token', loss_type:str='grpo',
               ref_logps:Tensor|None=None, # [B, G, T], needed if beta > 0
-              beta:float=0., # weight of the per-token KL
+              beta:float=0., # weight of the KL
+              kl_level:str='token', # mean of per-token k3, or k3 of the mean log-ratio ('sequence', LOO-FID Alg. 1)
+              mask:Tensor|None=None, # [B, G, T] tokens the policy term counts
              ) -> tuple: # loss, {'policy/ratio', 'policy/clip_frac', 'policy/approx_kl', ...}
     "Negative clipped objective plus KL (VA-π Eq. 5), with what to watch"
     lr = log_ratio(logps, old_logps, level)
-    loss = aggregate(-clipped_objective(lr, advantages, epsilon, epsilon_high), loss_type)
+    loss = aggregate(-clipped_objective(lr, advantages, epsilon, epsilon_high), loss_type, mask)
     with torch.no_grad():
         a = advantages[..., None] if advantages.ndim == 2 else advantages
         ratio = lr.clamp(-20, 20).exp()
         acts = torch.where(a > 0, ratio > 1 + (epsilon_high or epsilon), ratio < 1 - epsilon) & (a != 0)
         stats = {'policy/ratio': ratio.mean(), 'policy/clip_frac': acts.float().mean(), 'policy/approx_kl': k3_kl(old_logps, logps).mean()}
     if beta:
-        kl = aggregate(k3_kl(logps, ref_logps), loss_type)
+        mean = (lambda x: x.mean(-1, keepdim=True)) if kl_level == 'sequence' else (lambda x: x)
+        kl = aggregate(k3_kl(mean(logps), mean(ref_logps)), loss_type)
         loss, stats['policy/kl'] = loss + beta*kl, kl.detach()
     return loss, stats

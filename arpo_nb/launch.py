@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .config import Config, from_json
-from .models import load_data, load_system
+from .models import load_data, load_reward, load_system
 from .trainer import claim_folder, train
 
 # %% ../nbs/42_launch.ipynb #944ac585
@@ -24,8 +24,7 @@ def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> l
     "Load the system and its data and train, in this process; returns the metrics"
     claim_folder(out_dir, cfg, resume) # refuse before loading gigabytes
     system = load_system(cfg.model, cfg.weights, seed=cfg.seed)
-    data = load_data(cfg.model, cfg.data, system)
-    return train(system, data, cfg, out_dir, resume=resume, progress=progress)
+    return train(system, load_data(cfg, system), cfg, out_dir, reward=load_reward(cfg, system), resume=resume, progress=progress)
 
 def launch(cfg:Config, # what to run
            out_dir:str|Path, # gets config.json, metrics.jsonl and checkpoint/

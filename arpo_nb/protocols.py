@@ -102,6 +102,8 @@ class Rollout:
     ref_logps: Tensor|None = None # [B, G, T] log π_ref, if there is a reference policy
     rewards: Tensor|None = None # [B, G], or [B, G, T] for credit per token
     advantages: Tensor|None = None # as rewards
+    entropy: Tensor|None = None # [B, C, T] of the policy that sampled, in nats, where it was computed
+    mask: Tensor|None = None # [B, G, T] 1 for tokens that the policy term counts; None for all
 
     def __len__(self): return len(self.context)
 
@@ -110,7 +112,16 @@ class Rollout:
         pick = lambda x: None if x is None else x.take(rows) if isinstance(x, Batch) else x[rows]
         return Rollout(*(pick(getattr(self, f.name)) for f in fields(self)))
 
-# %% ../nbs/01_protocols.ipynb #4300c0a2
+    def flat(self):
+        "Samples with contexts of their own as rows of their own, [G*B, 1, T]: all first samples, then all second ones, so any B rows in line hold every condition once"
+        b, g = self.tokens.shape[:2]
+        if self.context.shape[1] != g: raise ValueError(f"flat: {g} samples share {self.context.shape[1]} contexts; only samples with contexts of their own can stand alone")
+        rows = np.tile(np.arange(b), g)
+        batch = Batch(map_cond(lambda c: c.repeat(g, *[1]*(c.ndim-1)), self.batch.cond), self.batch.streams.take(rows))
+        row = lambda x: None if x is None else x.transpose(0, 1).flatten(0, 1)[:, None]
+        return Rollout(batch, **{f.name: row(getattr(self, f.name)) for f in fields(self) if f.name not in ('batch', 'targets')})
+
+# %% ../nbs/01_protocols.ipynb #59d20d73
 @runtime_checkable
 class Policy(Protocol):
     "An autoregressive generator of T tokens over V codes (an `nn.Module`)"
@@ -153,7 +164,7 @@ class Reward(Protocol):
     def __call__(self, images:Tensor, batch:Batch, state=None) -> tuple:
         "[B, G, 3, H, W] in [0, 1] and the batch they belong to, to rewards [B, G] or [B, G, T] and the new state"
 
-# %% ../nbs/01_protocols.ipynb #b8c2e6c8
+# %% ../nbs/01_protocols.ipynb #c96773cf
 @dataclass
 class System:
     "A policy and the networks around it"
@@ -162,10 +173,16 @@ class System:
     tokenizer: Any # `Tokenizer`
     perceptual: Any = None # `Perceptual` network of the reward
     num_classes: int = 0 # conditions are class ids below this; 0 for text
+    class_names: list|None = None # what text rewards call the classes
 
     def modules(self) -> list:
         "The networks that are there"
         return [m for m in (self.policy, self.tokenizer, self.perceptual) if m is not None]
+
+    def with_prompts(self, batch:Batch) -> Batch:
+        "The batch with 'a photo of a {class}' as prompts (LOO-FID §3.2), if it has none and the classes have names"
+        if batch.prompts is not None or self.class_names is None: return batch
+        return replace(batch, prompts=[f'a photo of a {self.class_names[i]}' for i in batch.cond.tolist()])
 
     def to(self, device):
         "Move all of them"

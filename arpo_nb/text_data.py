@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'CAPTIONS', 'clean_prompt', 'left_pad', 'stack_features', 'T5Features', 'DiskFeatures', 'TextImages',
-           'text_batches']
+           'text_batches', 'TextData', 'PromptData']
 
 # %% ../nbs/09_text_data.ipynb #25a6cf48
-import html, io, json, re, tarfile, zlib
+import html, io, json, re, tarfile, warnings, zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote_plus
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .features import import_transformers
 from .image_io import center_crop, to_tensor
 from .protocols import Batch, Streams
 
@@ -108,10 +110,9 @@ class T5Features:
                  clean:bool=True, # apply `clean_prompt` first
                 ):
         if isinstance(model, (str, Path)):
-            try: from transformers import AutoTokenizer, T5EncoderModel
-            except ImportError as e: raise ImportError("T5 features need transformers: pip install 'arpo_nb[t2i]', or store features and use DiskFeatures") from e
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-            model = T5EncoderModel.from_pretrained(model, torch_dtype=dtype)
+            transformers = import_transformers()
+            tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model)
+            model = transformers.T5EncoderModel.from_pretrained(model, dtype=dtype)
         self.model, self.tokenizer, self.length, self.device, self.clean = model.eval().to(device), tokenizer, length, device, clean
         self.truncated = 0 # captions cut so far
 
@@ -219,11 +220,12 @@ class TextImages:
                  path, # folder, .tar, .parquet, or a pattern of those
                  size:int=256, # side after the centre crop
                  rank:int=0, world_size:int=1, # this process and how many there are
-                 start:int=0, # records to skip in the first epoch, counted over all processes
+                 start:int=0, # number of the first record wanted: (epoch << 40) + place, as in a record's `index`
+                 endless:bool=False, # begin again after the last record
                  shuffle:int|None=None, # seed for the order of shards, None keeps it
                 ):
         self.sources, self.size, self.rank, self.world_size, self.start, self.shuffle = _sources(path), size, rank, world_size, start, shuffle
-        self.epoch, self.truncated, self.skipped = 0, 0, Counter() # features cut, and broken records by reason
+        self.epoch, self.endless, self.truncated, self.skipped = start >> 40, endless, 0, Counter() # features cut, and broken records by reason
 
     def _decode(self, record):
         "A raw record to tensors"
@@ -235,14 +237,23 @@ class TextImages:
         return r if feats is None else dict(r, feats=np.load(io.BytesIO(feats)))
 
     def __iter__(self):
+        while True:
+            found = False
+            for record in self._one_epoch():
+                found = True
+                yield record
+            if not self.endless: return
+            if not found and (self.epoch - 1) << 40 >= self.start: raise ValueError(f"data: no usable record in a whole epoch; skipped {dict(self.skipped) or 'none'}")
+
+    def _one_epoch(self):
         sources, epoch, seen = list(self.sources), self.epoch, 0
         if self.shuffle is not None: np.random.default_rng([self.shuffle, epoch]).shuffle(sources)
         self.epoch += 1
         def number(): # of the next record, None if it is not ours
             nonlocal seen
             seen += 1
-            mine = (seen-1) % self.world_size == self.rank and (epoch > 0 or seen > self.start)
-            return (epoch << 40) + seen-1 if mine else None
+            index = (epoch << 40) + seen-1
+            return index if (seen-1) % self.world_size == self.rank and index >= self.start else None
         for read, path in sources:
             try:
                 for record in read(path, number):
@@ -254,7 +265,7 @@ class TextImages:
 # %% ../nbs/09_text_data.ipynb #1f5aff0d
 def text_batches(data:TextImages, # the stream
                  batch_size:int, # records per batch; an incomplete last one is left out
-                 features=None, # `T5Features` or `DiskFeatures`; None takes the features stored in the records
+                 features=None, # prompts to conditions, such as `T5Features`; or `DiskFeatures`; None takes the features stored in the records
                  seed:int=0, # of the random streams
                  length:int=120, # rows of stored features after padding; longer ones are cut and counted in `data.truncated`
                 ): # yields `Batch`
@@ -266,8 +277,48 @@ def text_batches(data:TextImages, # the stream
         held.append(r)
         if len(held) == batch_size:
             texts = [r['text'] for r in held]
-            feats, mask, *long = stack_features([r['rows'] for r in held], length) if stored else features(texts)
-            data.truncated += sum(long)
+            if stored:
+                *cond, long = stack_features([r['rows'] for r in held], length)
+                data.truncated += long
+            else: cond = features(texts)
             streams = Streams(seed, np.array([[r['index'], 0] for r in held]))
-            yield Batch((feats, mask), streams, torch.stack([r['image'] for r in held]), texts)
+            yield Batch(tuple(cond), streams, torch.stack([r['image'] for r in held]), texts)
             held = []
+
+# %% ../nbs/09_text_data.ipynb #742635f7
+class TextData:
+    "Captioned pictures as the trainer takes them"
+    def __init__(self, path, # see `TextImages`
+                 size:int, # side in pixels
+                 features=None, # see `text_batches`
+                 length:int=120): # rows of stored features
+        self.path, self.size, self.features, self.length = path, size, features, length
+        probe = TextImages(path, size)
+        if next(text_batches(probe, 1, features, length=length), None) is None:
+            raise ValueError(f"data={str(path)!r}: no usable record; skipped {dict(probe.skipped) or 'none'}. A record needs a picture, a caption, and "
+                             "features stored with it unless an encoder computes them")
+
+    def batches(self, batch_size:int, seed:int, start:int, stop:int, rank:int=0, world_size:int=1, position:int=0):
+        "`Batch`es of this process, from record `position` on"
+        self.stream = TextImages(self.path, self.size, rank, world_size, position, endless=True, shuffle=seed)
+        steps = text_batches(self.stream, batch_size//world_size, self.features, seed, self.length)
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(next, steps) if start < stop else None
+            for step in range(start, stop):
+                batch, ahead = ahead.result(), reader.submit(next, steps) if step+1 < stop else None
+                yield batch
+
+class PromptData:
+    "Prompts without pictures, from a text file with one on each line"
+    def __init__(self, path, features): # features: prompts to conditions
+        lines = [l.strip() for l in Path(path).expanduser().read_text().splitlines()]
+        self.prompts, self.features = [l for l in lines if l], features
+        if not self.prompts: raise ValueError(f"data={str(path)!r}: no prompt in {len(lines)} lines; write one prompt on each line")
+        if blank := len(lines) - len(self.prompts): warnings.warn(f"data={str(path)!r}: {blank} blank lines left out, {len(self.prompts)} prompts remain")
+
+    def __len__(self): return len(self.prompts)
+
+    def load(self, rows) -> tuple:
+        "None, conditions and prompts of some rows"
+        texts = [self.prompts[i] for i in rows]
+        return None, self.features(texts), texts

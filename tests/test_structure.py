@@ -8,13 +8,15 @@ import pytest
 from conftest import ROOT
 
 # A module may import those of its own line or of lines above it.
-LAYERS = ['protocols config',
+LAYERS = ['protocols config weights',
           'sampling plots image_io noisy_context grpo ste moments entropy elbo',
           'rewards features data text_data enumerable scalewise',
           'tokenizers llamagen',
           'toy checkpoints',
           'vqgan',
           'janus',
+          'clip maniqa',
+          'reward_factory',
           'pretrain models sample_writer',
           'rollout',
           'trainer evaluate',

@@ -1,0 +1,122 @@
+"Checkers of the reward networks: CLIP's and HPSv2's preprocessing, tokens and score formulas, the aesthetic head, MANIQA"
+import json, warnings
+from functools import lru_cache
+from importlib.util import find_spec
+
+import numpy as np, pytest, torch
+
+from golden_cases import checks, close
+
+def image_of(case):
+    "The case's 8-bit image, [1, 3, H, W] in [0, 1]"
+    image = case[case.data['image']]
+    assert image.shape == (case.data['height'], case.data['width'], 3)
+    return image.permute(2, 0, 1)[None]/255
+
+def number(got, want, tol, name): assert abs(got - want) <= tol, f'{name}: {got}, expected {want}, tolerance {tol:g}'
+
+IMAGENET = (.485, .456, .406), (.229, .224, .225)
+
+@checks('preprocess')
+def preprocess(case):
+    from arpo_nb.clip import CLIP_MEAN, CLIP_STD, centre_crop, clip_preprocess, hps_preprocess, shortest_side, standardise
+    x, d = image_of(case), case.data
+    stats = (case.context or {}).get('conventions', {})
+    if stats: assert tuple(stats['clip_mean']) == CLIP_MEAN and tuple(stats['clip_std']) == CLIP_STD
+    got = dict(hps=hps_preprocess(x)[0], open_clip=clip_preprocess(x)[0],
+               resnet50_v2=standardise(centre_crop(shortest_side(x, 232, 'bilinear'), 224), *IMAGENET)[0])
+    for name, y in got.items():
+        if name not in d: continue
+        assert y.shape == (3, 224, 224)
+        case.close(y[:, ::8, ::8], d[name]['expected'], 2e-6)
+        number(y.double().sum().item(), d[name]['sum'], 1e-7*y.numel(), f'{name} sum')
+    if 'hps' not in d: return
+    pixels = got['hps']*torch.tensor(CLIP_STD)[:, None, None] + torch.tensor(CLIP_MEAN)[:, None, None]
+    rows, columns = ((pixels.abs() > 1e-5).any(0).any(i).nonzero() for i in (1, 0)) # the bars are black
+    box = {'resized_to': [len(rows), len(columns)], 'pad_left_top': [columns[0].item(), rows[0].item()]}
+    for name, v in box.items(): assert v == d['hps'][name], f'hps {name}: {v}, expected {d["hps"][name]}'
+    for name, v in dict(min=pixels.min(), max=pixels.max()).items(): number(v.item(), d['hps'][name], 1e-6, f'hps {name}')
+    cost = d.get('differences', {})
+    plain = hps_preprocess(x, antialias=False)[0]*torch.tensor(CLIP_STD)[:, None, None] + torch.tensor(CLIP_MEAN)[:, None, None]
+    if 'hps_without_antialias_max_abs_in_0_1' in cost: number((plain - pixels).abs().max().item(), cost['hps_without_antialias_max_abs_in_0_1'], 1e-5, 'hps_without_antialias_max_abs_in_0_1')
+    eight, floats = (255*centre_crop(shortest_side(x, eight_bit=e), 224)[0].double() for e in (True, False))
+    for name, v in dict(open_clip_pil_vs_float_tensor_antialias_max_levels=(eight - floats).abs().max(), open_clip_pil_vs_float_tensor_mean_levels=(eight - floats).abs().mean(),
+                        open_clip_pil_vs_float_tensor_rounded_max_levels=(eight - floats.round().clamp(0, 255)).abs().max()).items():
+        if name in cost: number(v.item(), cost[name], 1e-3, name)
+
+@checks('tokenizer')
+def tokenizer(case):
+    if not find_spec('open_clip'): pytest.skip('open_clip is not installed')
+    from arpo_nb.clip import tokenize
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        tokens = tokenize(case.data['texts'], case.data['context_length'])
+    assert tokens.shape == (len(case.data['texts']), case.data['context_length'])
+    for text, got, want in zip(case.data['texts'], tokens.tolist(), case.data['expected']):
+        assert got == want + [case.data['pad']]*(len(got) - len(want)), f'expected tokens of {text[:40]!r} are {want}, got {got}'
+
+NAMES = dict(cosine='cosine', hps_score='cosine', hps_benchmark_times_100='percent', torchmetrics_clip_score='torchmetrics', original_clipscore_2_5='clipscore')
+
+@checks('score')
+def score(case):
+    from arpo_nb.clip import cosine_scores
+    image, text = (torch.tensor(case.data[f'{k}_features'], dtype=torch.float64) for k in ('image', 'text'))
+    for name, want in case.data['expected'].items():
+        want = torch.tensor(want, dtype=torch.float64)
+        if name == 'all_pairs_cosine': got = cosine_scores(image[:, None], text[None])
+        else: got = cosine_scores(image, text, NAMES[name])
+        close(got, want, 1e-12*max(1., want.abs().max().item()), name)
+
+@checks('aesthetic_v2')
+def aesthetic_v2(case):
+    from arpo_nb.clip import AestheticHead, affine_score
+    e, w, b, want = case['embeddings'], case['collapsed_weight'], case['collapsed_bias'], {k: torch.tensor(v, dtype=torch.float64) for k, v in case.data['expected'].items()}
+    got = affine_score(e, w, b)
+    close(got, want['score_collapsed_f64'], 1e-12*max(1., got.abs().max().item()), 'score_collapsed_f64')
+    close(got, want['score_five_layers_f32'], 1e-5, 'score_five_layers_f32')
+    close(e.double() @ w + b, want['score_if_embedding_not_normalised'], 1e-9, 'score_if_embedding_not_normalised')
+    number(w.norm().item(), case.data['collapsed_weight_norm'], 1e-10, 'collapsed_weight_norm')
+    for got, limit in zip((b - w.norm(), b + w.norm()), case.data['score_range_on_the_unit_sphere']): number(got.item(), limit, 1e-9, 'score_range_on_the_unit_sphere')
+    shapes = {k: list(v.shape) for k, v in AestheticHead().state_dict().items()}
+    assert shapes == case.data['head_file']['state_dict'], 'head_file: names or shapes differ'
+    head = AestheticHead().eval()
+    assert torch.allclose(head(e).double(), affine_score(e, *head.collapse()), atol=1e-5)
+
+def formula_image(height, width, variant):
+    "[3, H, W] 8-bit image by the cases' formula, as whole numbers"
+    i, j, c = np.ogrid[:height, :width, :3]
+    return torch.from_numpy((i*(3 + c) + 2*j*(c + 1) + i*j//(7 + c) + 40*variant*(c + 1)) % 256).permute(2, 0, 1)
+
+def formula_weights(keys_and_shapes, recipe):
+    "MANIQA's weights by the cases' recipe; buffers are left out"
+    state = {}
+    for n, (key, shape) in enumerate(sorted(keys_and_shapes.items())):
+        if key in recipe['buffers']: continue
+        u = np.random.RandomState(recipe['base'] + n).random_sample(shape) - .5
+        if key == 'fc_score.3.bias': u = np.full(shape, .5)
+        elif key.startswith('vit.head.'): u *= .02
+        elif key.endswith('relative_position_bias_table') or key in ('vit.cls_token', 'vit.pos_embed'): u *= .4
+        elif len(shape) == 1: u = 1 + .2*u if 'norm' in key and key.endswith('weight') else .1*u
+        else: u *= 2*np.sqrt(3/np.prod(shape[1:]))
+        state[key] = torch.from_numpy(u).float()
+    return state
+
+@lru_cache(1)
+def maniqa_scores(text):
+    "Scores of a case's images, its weights being those of the recipe"
+    from arpo_nb.maniqa import MANIQA, MANIQAReward
+    d = json.loads(text)
+    net = MANIQA(**d['config'])
+    shapes = {k: list(v.shape) for k, v in net.state_dict().items()}
+    assert shapes == d['keys_and_shapes'], 'keys_and_shapes: names or shapes differ'
+    assert sum(p.numel() for p in net.parameters()) == d['parameters']
+    wrong = net.load_state_dict(formula_weights(d['keys_and_shapes'], d['weights_recipe']), strict=False)
+    assert not wrong.unexpected_keys and set(wrong.missing_keys) == set(d['weights_recipe']['buffers'])
+    reward = MANIQAReward(net)
+    return torch.stack([reward.score(formula_image(**i)[None]/255)[0] for i in d['images']]).double()
+
+@checks('maniqa')
+def maniqa(case):
+    if not find_spec('timm'): pytest.skip('timm is not installed')
+    got = maniqa_scores(json.dumps({k: case.data[k] for k in ('config', 'keys_and_shapes', 'parameters', 'weights_recipe', 'images')}, sort_keys=True))
+    for name in ('expected_score', 'second_implementation_score'): close(got, torch.tensor(case.data[name], dtype=torch.float64), 1e-3, name)
