@@ -274,6 +274,10 @@ class CINTransformer(nn.Module):
         "Teacher-forced logits [N, T, V]"
         return self.head(self.hidden(context, cond))
 
+    def null_cond(self, cond):
+        "There is none"
+        raise ValueError("cfg_scale: this model has no null class and was trained without label dropout, so there is nothing to guide away from; use cfg_scale=1 (rollout_cfg_scale=1 in a configuration)")
+
     def example_cond(self, n:int) -> Tensor:
         "`n` conditions of the right shape, without content"
         return torch.zeros(n, dtype=torch.long)
@@ -303,7 +307,7 @@ def generate(policy:CINTransformer, # in eval mode
              progress=None, # called after every token, for a bar
             ) -> Tensor: # [N, T] int64
     "Draw token sequences free-running through a key/value cache"
-    if cfg_scale != 1: raise ValueError(f"cfg_scale={cfg_scale}: this model has no null class and was trained without label dropout, so there is nothing to guide away from; use cfg_scale=1")
+    if cfg_scale != 1: policy.null_cond(cond)
     policy.check(cond)
     if len(cond) != len(streams): raise ValueError(f"streams: {len(streams)} random streams for {len(cond)} class ids, expected one per condition")
     top_k, top_p = taming_filters(top_k, top_p)

@@ -17,7 +17,7 @@ LAYERS = ['protocols config weights',
           'janus',
           'clip maniqa',
           'reward_factory',
-          'pretrain models sample_writer',
+          'contract pretrain models sample_writer',
           'rollout',
           'trainer evaluate',
           'launch bench']
