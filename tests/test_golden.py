@@ -19,10 +19,10 @@ def test_folder_without_cases_fails(tmp_path):
     with pytest.raises(ValueError, match='no golden cases'): discover(tmp_path)
     with pytest.raises(FileNotFoundError): discover(tmp_path/'missing')
 
-@pytest.mark.parametrize('name', ['gpt_c2i_gqa', 'gpt_t2i_8', 'vq_widen2', 'sampler', 'rope2d', 'image_io'])
+@pytest.mark.parametrize('name', ['gpt_c2i_gqa', 'gpt_t2i_8', 'vq_widen2', 'sampler', 'rope2d', 'image_io', 'label_to_image', 'quantizer', 'sampling_filters'])
 def test_a_wrong_number_fails(name):
     "Every checker notices when any one of the float outputs it compares is shifted"
-    case, = [c for c in discover(GOLDEN/'llamagen') if c.id == name]
+    case, = [c for family in ('llamagen', 'vqgan') for c in discover(GOLDEN/family) if c.id == name]
     names = [k for k, v in case.tensors.items() if k.startswith('out.') and 'sampled' not in k]
     for k in names:
         bad = Case(case.id, case.kind, case.data, case.path)
