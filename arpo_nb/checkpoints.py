@@ -51,20 +51,23 @@ def _read_file(path):
 
 def _is_state(d): return isinstance(d, dict) and len(d) > 0 and all(isinstance(v, torch.Tensor) for v in d.values())
 
-def _unwrap(data, path, ema):
+def _unwrap(data, path, ema, key=None):
     "The state dict inside a file's contents"
+    if isinstance(data, dict) and isinstance(data.get('trainer'), dict): data = data['trainer'] # VAR's training script: several models
     if ema:
         if isinstance(data, dict) and _is_state(data.get('ema')): return data['ema']
         raise ValueError(f"{path}: ema=True, but there are no `ema` weights in it; use ema=False")
     if _is_state(data): return data
-    for key in WRAPPERS:
-        if isinstance(data, dict) and _is_state(data.get(key)): return data[key]
+    keys = (key, *WRAPPERS) if key else WRAPPERS
+    for k in keys:
+        if isinstance(data, dict) and _is_state(data.get(k)): return data[k]
     found = list(data)[:8] if isinstance(data, dict) else type(data).__name__
-    raise ValueError(f"{path}: no weights found; expected tensors at the top level or under {', '.join(WRAPPERS)}, got {found}")
+    raise ValueError(f"{path}: no weights found; expected tensors at the top level or under {', '.join(keys)}, got {found}")
 
 # %% ../nbs/38_checkpoints.ipynb #e5838131
 def read_state_dict(path, # file, index of shards, or folder
                     ema:bool=False, # take the averaged weights under `ema`
+                    key:str|None=None, # where else weights may be, in a file with several models
                    ) -> dict: # name → tensor
     "Open a checkpoint, whatever its wrapping"
     path = Path(path)
@@ -77,8 +80,8 @@ def read_state_dict(path, # file, index of shards, or folder
         shards = sorted(set(json.loads(path.read_text())['weight_map'].values()))
         lost = [s for s in shards if not (path.parent/s).exists()]
         if lost: raise FileNotFoundError(f"{path}: {len(lost)} of {len(shards)} shards are missing ({', '.join(lost[:4])}); copy them into {path.parent}")
-        state = {k: v for s in shards for k, v in _unwrap(_read_file(path.parent/s), path.parent/s, ema).items()}
-    else: state = _unwrap(_read_file(path), path, ema)
+        state = {k: v for s in shards for k, v in _unwrap(_read_file(path.parent/s), path.parent/s, ema, key).items()}
+    else: state = _unwrap(_read_file(path), path, ema, key)
     state = {re.sub(r'^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+', '', k).replace('_fsdp_wrapped_module.', ''): v for k, v in state.items()}
     return {k.removeprefix('model.'): v for k, v in state.items()} if all(k.startswith('model.') for k in state) else state # as the trainer saves it
 
@@ -92,6 +95,9 @@ def looks_like(state:dict, # name → tensor
         names = [n for n, s in SIZES.items() if (s['n_layer'], s['dim']) == (layers, dim)]
         cond = 'text-conditional' if 'cls_embedding.uncond_embedding' in shape else 'class-conditional'
         return f"LlamaGen GPT-{names[0]}, {cond}" if names else f"a LlamaGen transformer with {layers} layers of width {dim}, {cond}"
+    if 'pos_1LC' in shape:
+        return f"VAR-d{1 + max([int(k.split('.')[1]) for k in shape if k.startswith('blocks.')], default=-1)}, width {shape['pos_1LC'][2]}, {shape['pos_1LC'][1]} tokens in {shape['lvl_embed.weight'][0]} scales"
+    if 'quantize.ema_vocab_hit_SV' in shape: return f"a multi-scale tokenizer of VAR, {shape['quantize.ema_vocab_hit_SV'][0]} scales, {shape['quantize.embedding.weight'][0]} codes of {shape['quantize.embedding.weight'][1]}"
     if 'quantize.embedding.weight' in shape and 'encoder.conv_in.weight' in shape:
         levels = 1 + max([int(k.split('.')[2]) for k in shape if re.match(r'encoder\.conv_blocks\.\d', k)], default=0)
         codes = shape['quantize.embedding.weight']
@@ -103,9 +109,10 @@ def _some(names): return ', '.join(sorted(names)[:6]) + (f' and {len(names)-6} m
 def load_weights(module:nn.Module, # filled in place
                  path, # see `read_state_dict`
                  ema:bool=False, # take the averaged weights
+                 key:str|None=None, # see `read_state_dict`
                 ) -> nn.Module: # the same module
     "Load a checkpoint strictly"
-    state, want = read_state_dict(path, ema), module.state_dict()
+    state, want = read_state_dict(path, ema, key), module.state_dict()
     state.pop('freqs_cis', None)
     wrong = dict(missing=want.keys() - state.keys(), surplus=state.keys() - want.keys(),
                  misshapen={f'{k} {tuple(state[k].shape)} instead of {tuple(want[k].shape)}' for k in want.keys() & state.keys() if state[k].shape != want[k].shape})
@@ -130,7 +137,8 @@ class Published:
 _VALUES = dict(vq_ds16_c2i=71_948_939, vq_ds8_c2i=70_175_371, c2i_B_256=110_888_448, c2i_B_384=110_888_448, c2i_L_256=342_910_976,
                c2i_L_384=342_910_976, c2i_XL_384=774_699_520, c2i_XXL_384=1_410_972_672, c2i_3B_384=3_096_659_200)
 _TEXT = dict(vq_ds16_t2i=71_948_939, t2i_XL_stage1_256=777_923_840, t2i_XL_stage2_512=777_923_840)
-FILES = {n: Published(repo, f'{n}.pt', 4*v) for repo, values in {'FoundationVision/LlamaGen': _VALUES, 'peizesun/llamagen_t2i': _TEXT}.items()
+_VAR = dict(vae_ch160v4096z32=108_989_315, var_d16=310_762_984, var_d20=601_405_816, var_d24=1_033_899_304, var_d30=2_010_541_036, var_d36=2_358_996_688)
+FILES = {n: Published(repo, n + end, 4*v) for repo, end, values in [('FoundationVision/LlamaGen', '.pt', _VALUES), ('peizesun/llamagen_t2i', '.pt', _TEXT), ('FoundationVision/var', '.pth', _VAR)]
          for n, v in values.items()}
 
 # %% ../nbs/38_checkpoints.ipynb #e7de332d

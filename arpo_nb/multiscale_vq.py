@@ -144,12 +144,14 @@ class MultiScaleQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1/cfg.codebook_size, 1/cfg.codebook_size)
         self.register_buffer('ema_vocab_hit_SV', torch.zeros(len(self.sizes), cfg.codebook_size)) # usage counts of the official file, read by nobody
         self.quant_resi = _phis(cfg) if cfg.quant_resi else nn.Identity()
+        found = sum(isinstance(m, Phi) for m in self.quant_resi.modules())
+        self.which = phi_table(found, len(self.sizes)) if found else None
 
     @property
     def phis(self) -> list:
         "The phi of every scale"
         found = [m for m in self.quant_resi.modules() if isinstance(m, Phi)]
-        return [found[i] for i in phi_table(len(found), len(self.sizes))] if found else [nn.Identity()]*len(self.sizes)
+        return [found[i] for i in self.which] if found else [nn.Identity()]*len(self.sizes)
 
     def nearest(self, z:Tensor) -> Tensor:
         "[N, C] to ids [N] of the nearest codes"

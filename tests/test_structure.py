@@ -11,14 +11,14 @@ from conftest import ROOT
 LAYERS = ['protocols config',
           'sampling plots image_io noisy_context grpo ste moments entropy elbo',
           'rewards features data text_data enumerable scalewise',
-          'tokenizers llamagen',
-          'toy checkpoints',
+          'tokenizers llamagen multiscale_vq',
+          'toy checkpoints var',
           'pretrain models sample_writer',
           'rollout',
           'trainer evaluate',
           'launch bench']
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
-POLICIES = ('tokenizers', 'llamagen', 'toy', 'enumerable', 'checkpoints')
+POLICIES = ('tokenizers', 'llamagen', 'multiscale_vq', 'var', 'toy', 'enumerable', 'checkpoints')
 ABOUT_TRAINING = {'rewards', 'moments', 'entropy', 'grpo', 'ste', 'noisy_context', 'rollout', 'trainer', 'launch', 'evaluate', 'config'}
 MODULES = sorted(p.stem for p in (ROOT/'arpo_nb').glob('*.py') if not p.stem.startswith('_'))
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
