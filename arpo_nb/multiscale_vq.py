@@ -232,7 +232,7 @@ class MultiScaleVQ(nn.Module):
 
     def decode_latents(self, f_hat:Tensor, clamp:bool=True) -> Tensor:
         "Latents [N, C, h, w] to pixels [N, 3, H, W]"
-        pixels = (self.decoder(self.post_quant_conv(f_hat)) + 1)/2
+        pixels = (self.decoder(self.post_quant_conv(f_hat.contiguous(memory_format=torch.channels_last))) + 1)/2
         return pixels.clamp(0, 1) if clamp else pixels
 
     def decode(self, tokens:Tensor, clamp:bool=True) -> Tensor:

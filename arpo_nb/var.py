@@ -306,7 +306,7 @@ def generate_smooth(policy:VAR, cond:Tensor, streams:Streams, *, temperature:flo
         return smooth_weights(filter_logits(logits, temperature, top_k, top_p), noise[k], k/max(len(policy.sizes) - 1, 1)) @ codes
     return policy.decode(cond, choose, cfg_scale)
 
-# %% ../nbs/33_var.ipynb #8d7c343a
+# %% ../nbs/33_var.ipynb #ec79cac5
 PATCHES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 VARS = dict(var_d16=dict(depth=16), var_d20=dict(depth=20), var_d24=dict(depth=24), var_d30=dict(depth=30),
             var_d36=dict(depth=36, shared_aln=True, patch_nums=PATCHES_512))
@@ -318,7 +318,7 @@ def var_config(model:str, # key of `VARS`
     if model not in VARS: raise ValueError(f"model={model!r}: choose one of {', '.join(VARS)}")
     return VARConfig(**{**VARS[model], **kwargs})
 
-# %% ../nbs/33_var.ipynb #c0470ec4
+# %% ../nbs/33_var.ipynb #973f6b8c
 def load_var(policy:VAR, # filled in place
              path, # published file, or a checkpoint of VAR's training script
             ) -> VAR: # the same

@@ -13,7 +13,7 @@ LAYERS = ['protocols config',
           'rewards features data text_data enumerable scalewise',
           'tokenizers llamagen multiscale_vq',
           'toy checkpoints var',
-          'pretrain models sample_writer',
+          'pretrain var_toy models sample_writer',
           'rollout',
           'trainer evaluate',
           'launch bench']
