@@ -53,10 +53,11 @@ def reconstruction_loss(images, targets, perceptual=None, mse_coef:float=1., per
 
 # %% ../nbs/20_rewards.ipynb #c9819333
 def pool_to_grid(maps:list, # error maps [B, G, h, w]
-                 grid:tuple, # (rows, columns) of the token map
+                 grid:tuple, # (rows, columns) of the token map, or a tuple of such pairs, one per scale
                 ) -> Tensor: # [B, G, T], whose mean over T is the mean of the maps when sizes divide
     "Sum of error maps, averaged over each token's patch"
-    return sum(F.adaptive_avg_pool2d(m, grid).flatten(2) for m in maps)
+    grids = grid if isinstance(grid[0], tuple) else (grid,)
+    return torch.cat([sum(F.adaptive_avg_pool2d(m, g).flatten(2) for m in maps) for g in grids], -1)
 
 class ReconstructionReward:
     "−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or per token"

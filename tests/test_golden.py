@@ -30,6 +30,18 @@ def test_a_wrong_number_fails(name):
         bad.tensors = {**case.tensors, k: ~v if v.dtype == torch.bool else v + 3}
         with pytest.raises(AssertionError): check(bad)
 
+@pytest.mark.parametrize('name', ['quant_phi_per_scale', 'vqvae_small', 'transformer_plain_attn', 'sampling_filters'])
+def test_a_wrong_number_fails_var(name):
+    "Every output of the VAR cases is compared: move one number of it, and the checker notices"
+    case, = [c for c in discover(GOLDEN/'var') if c.id == name]
+    draws = [k for k in case.tensors if 'rng_idx' in k] # of torch's own generator
+    for k in [k for k in case.tensors if k.startswith('out.') and k not in draws]:
+        bad = Case(case.id, case.kind, case.data, case.path)
+        bad.tensors = {**case.tensors, k: case.tensors[k].clone()}
+        first = bad[k].view(-1)[:1]
+        first.copy_(1 - first if bad[k].dtype in (torch.uint8, torch.int64) else first + .1)
+        with pytest.raises(AssertionError): check(bad)
+
 def shifted(x):
     "A number, or the first number of a nested list, moved by a tenth"
     if isinstance(x, list): return [shifted(x[0]), *x[1:]]
