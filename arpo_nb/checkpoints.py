@@ -49,20 +49,23 @@ def _read_file(path):
 
 def _is_state(d): return isinstance(d, dict) and len(d) > 0 and all(isinstance(v, torch.Tensor) for v in d.values())
 
-def _unwrap(data, path, ema):
+def _unwrap(data, path, ema, key=None):
     "The state dict inside a file's contents"
+    if isinstance(data, dict) and isinstance(data.get('trainer'), dict): data = data['trainer'] # VAR's training script: several models
     if ema:
         if isinstance(data, dict) and _is_state(data.get('ema')): return data['ema']
         raise ValueError(f"{path}: ema=True, but there are no `ema` weights in it; use ema=False")
     if _is_state(data): return data
-    for key in WRAPPERS:
-        if isinstance(data, dict) and _is_state(data.get(key)): return data[key]
+    keys = (key, *WRAPPERS) if key else WRAPPERS
+    for k in keys:
+        if isinstance(data, dict) and _is_state(data.get(k)): return data[k]
     found = list(data)[:8] if isinstance(data, dict) else type(data).__name__
-    raise ValueError(f"{path}: no weights found; expected tensors at the top level or under {', '.join(WRAPPERS)}, got {found}")
+    raise ValueError(f"{path}: no weights found; expected tensors at the top level or under {', '.join(keys)}, got {found}")
 
 # %% ../nbs/38_checkpoints.ipynb #e5838131
 def read_state_dict(path, # file, index of shards, or folder
                     ema:bool=False, # take the averaged weights under `ema`
+                    key:str|None=None, # where else weights may be, in a file with several models
                    ) -> dict: # name → tensor
     "Open a checkpoint, whatever its wrapping"
     path = Path(path)
@@ -75,8 +78,8 @@ def read_state_dict(path, # file, index of shards, or folder
         shards = sorted(set(json.loads(path.read_text())['weight_map'].values()))
         lost = [s for s in shards if not (path.parent/s).exists()]
         if lost: raise FileNotFoundError(f"{path}: {len(lost)} of {len(shards)} shards are missing ({', '.join(lost[:4])}); copy them into {path.parent}")
-        state = {k: v for s in shards for k, v in _unwrap(_read_file(path.parent/s), path.parent/s, ema).items()}
-    else: state = _unwrap(_read_file(path), path, ema)
+        state = {k: v for s in shards for k, v in _unwrap(_read_file(path.parent/s), path.parent/s, ema, key).items()}
+    else: state = _unwrap(_read_file(path), path, ema, key)
     state = {re.sub(r'^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+', '', k).replace('_fsdp_wrapped_module.', ''): v for k, v in state.items()}
     return {k.removeprefix('model.'): v for k, v in state.items()} if all(k.startswith('model.') for k in state) else state # as the trainer saves it
 
@@ -90,6 +93,9 @@ def looks_like(state:dict, # name → tensor
         names = [n for n, s in SIZES.items() if (s['n_layer'], s['dim']) == (layers, dim)]
         cond = 'text-conditional' if 'cls_embedding.uncond_embedding' in shape else 'class-conditional'
         return f"LlamaGen GPT-{names[0]}, {cond}" if names else f"a LlamaGen transformer with {layers} layers of width {dim}, {cond}"
+    if 'pos_1LC' in shape:
+        return f"VAR-d{1 + max([int(k.split('.')[1]) for k in shape if k.startswith('blocks.')], default=-1)}, width {shape['pos_1LC'][2]}, {shape['pos_1LC'][1]} tokens in {shape['lvl_embed.weight'][0]} scales"
+    if 'quantize.ema_vocab_hit_SV' in shape: return f"a multi-scale tokenizer of VAR, {shape['quantize.ema_vocab_hit_SV'][0]} scales, {shape['quantize.embedding.weight'][0]} codes of {shape['quantize.embedding.weight'][1]}"
     if 'quantize.embedding.weight' in shape and 'encoder.conv_in.weight' in shape:
         levels = 1 + max([int(k.split('.')[2]) for k in shape if re.match(r'encoder\.conv_blocks\.\d', k)], default=0)
         codes = shape['quantize.embedding.weight']
@@ -101,9 +107,10 @@ def _some(names): return ', '.join(sorted(names)[:6]) + (f' and {len(names)-6} m
 def load_weights(module:nn.Module, # filled in place
                  path, # see `read_state_dict`
                  ema:bool=False, # take the averaged weights
+                 key:str|None=None, # see `read_state_dict`
                 ) -> nn.Module: # the same module
     "Load a checkpoint strictly"
-    state, want = read_state_dict(path, ema), module.state_dict()
+    state, want = read_state_dict(path, ema, key), module.state_dict()
     state.pop('freqs_cis', None)
     wrong = dict(missing=want.keys() - state.keys(), surplus=state.keys() - want.keys(),
                  misshapen={f'{k} {tuple(state[k].shape)} instead of {tuple(want[k].shape)}' for k in want.keys() & state.keys() if state[k].shape != want[k].shape})

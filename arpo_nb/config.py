@@ -63,6 +63,7 @@ class Config:
     rollout_top_p: float = 1.
     text_features: str = 'google/flan-t5-xl' # of captions: a T5 encoder's name or folder, 'stored' with the records, or a file or folder of features
     logprob_cfg: str = 'off' # log-probabilities of the conditional policy ('off', LOO-FID Alg. 1) or of the guided one ('guided')
+    brightness_threshold: float = 0. # of the brightness and darkness rewards; 0 for the paper's 0.8 and 0.2
     class_split: float = 1. # share of the classes that free-running training sees
     free_generations: int = 0 # method mixed: free-running samples per label; 0 for num_generations
     free_coef: float = 1. # method mixed: weight of the free-running part
@@ -288,7 +289,7 @@ def preset(model:str, # name of the system
     if variant not in VARIANTS: raise ValueError(f"variant={variant!r}: choose one of {', '.join(VARIANTS)}")
     if method not in RECIPES: raise ValueError(f"method={method!r}: choose one of {', '.join(RECIPES)}")
     toy, free = 'toy' in model, dict(model=model, method='grpo')
-    if method == 'grpo': method = 'var_grpo' if model.startswith('var') else 'loofid'
+    if method == 'grpo': method = 'var_grpo' if 'var' in model else 'loofid'
     if method == 'loofid': return loofid_toy(**free) if toy else loofid(**free)
     if method == 'ar_grpo': return loofid_toy(**free, rewards='class_score') if toy else ar_grpo('t2i' in model or 'janus' in model, variant, **free)
     if method == 'var_grpo': return loofid_toy(**free, rewards='brightness') if toy else var_grpo(**free)

@@ -92,12 +92,14 @@ class Guided:
     def parameters(self): return self.policy.parameters()
 
     def hidden(self, context:Tensor, cond) -> Tensor:
-        "[N, T] to [N, T, 2D]: conditional and unconditional states side by side"
-        return torch.cat([self.policy.hidden(context, c) for c in (cond, self.policy.null_cond(cond))], -1)
+        "[N, T] to [N, T, 2D+1]: conditional and unconditional states side by side, and the scale, which some policies raise along the way"
+        states = [self.policy.hidden(context, c) for c in (cond, self.policy.null_cond(cond))]
+        scale = self.policy.guidance(self.cfg_scale) if hasattr(self.policy, 'guidance') else torch.full((context.shape[1],), float(self.cfg_scale))
+        return torch.cat([*states, scale.to(context.device).expand(len(context), -1)[..., None]], -1)
 
     def head(self, hidden:Tensor) -> Tensor:
-        "[..., 2D] to guided logits [..., V]"
-        return guide(*(self.policy.head(h) for h in hidden.chunk(2, -1)), self.cfg_scale)
+        "[..., 2D+1] to guided logits [..., V]"
+        return guide(*(self.policy.head(h) for h in hidden[..., :-1].chunk(2, -1)), hidden[..., -1:])
 
 @torch.no_grad()
 def free_running(policy, # `Policy`, in eval mode

@@ -194,6 +194,10 @@ class VAR(nn.Module):
         "The null class for every row"
         return torch.full_like(cond, self.cfg.num_classes)
 
+    def guidance(self, cfg_scale:float) -> Tensor: # [T]
+        "The guidance scale at every token: it rises from 1 at the first scale to `cfg_scale` at the last"
+        return 1 + (cfg_scale - 1)*scale_index(self.sizes)/max(len(self.sizes) - 1, 1)
+
     def check_cond(self, cond, null:bool=False):
         "Refuse what is not a batch of class ids"
         n = self.cfg.num_classes
@@ -336,7 +340,7 @@ def build_var(model:str, # key of `VARS`
              ) -> tuple: # policy, tokenizer; both on the CPU in float32 and eval mode
     "A VAR transformer and its tokenizer, with their weights"
     cfg, random = var_config(model), weights == 'random'
-    wanted = [(model, weights), ('vae_ch160v4096z32', 'random' if random and tokenizer_weights is None else tokenizer_weights)]
+    wanted = [(model, weights), ('var_vae', 'random' if random and tokenizer_weights is None else tokenizer_weights)]
     paths = [None if w == 'random' else locate(n, w, cache_dir, offline) for n, w in wanted] # both, before building anything
     vq = MultiScaleVQ(MultiScaleConfig(patch_nums=cfg.patch_nums, image_size=16*cfg.patch_nums[-1]))
     if paths[1]: load_weights(vq, paths[1], key='vae_local')
