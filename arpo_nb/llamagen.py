@@ -261,6 +261,11 @@ class GPT(nn.Module):
         "The unconditional counterpart of a condition"
         return self.cls_embedding.null(cond)
 
+    def example_cond(self, n:int):
+        "`n` conditions of the right shape, without content"
+        if self.cfg.cond == 'class': return torch.zeros(n, dtype=torch.long)
+        return torch.zeros(n, self.cfg.cond_len, self.cfg.caption_dim), torch.ones(n, self.cfg.cond_len, dtype=torch.long)
+
     def new_cache(self, n:int, length:int) -> list:
         "Room for the keys and values of `n` sequences"
         kv, p = self.cfg.n_kv_head or self.cfg.n_head, self.tok_embeddings.weight
@@ -273,23 +278,23 @@ class GPT(nn.Module):
 
 # %% ../nbs/31_llamagen.ipynb #95b9e8f6
 @contextmanager
-def packed_weights(module:nn.Module, # its linear layers without bias
+def packed_weights(module:nn.Module, # its linear layers
                    rows:int, # of the products to come; others are computed as usual
                   ):
     "Rearrange float32 weights for fast products on a CPU with MKL, within a `with`"
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear) and m.bias is None and m.weight.device.type == 'cpu' and m.weight.dtype == torch.float32]
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear) and m.weight.device.type == 'cpu' and m.weight.dtype == torch.float32]
     if rows < 2 or torch.is_autocast_enabled('cpu') or not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear')): layers = []
     try:
         for m in layers:
-            packed = torch.ops.mkl._mkl_reorder_linear_weight(m.weight.detach(), rows)
-            m.forward = _packed(m.weight.detach(), packed, rows)
+            packed, bias = torch.ops.mkl._mkl_reorder_linear_weight(m.weight.detach(), rows), m.bias if m.bias is None else m.bias.detach()
+            m.forward = _packed(m.weight.detach(), bias, packed, rows)
         yield module
     finally:
         for m in layers: m.__dict__.pop('forward', None)
 
-def _packed(weight, packed, rows):
+def _packed(weight, bias, packed, rows):
     "The forward of a linear layer with packed weights"
-    return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, rows) if x.numel() == rows*weight.shape[1] else F.linear(x, weight)
+    return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows) if x.numel() == rows*weight.shape[1] else F.linear(x, weight, bias)
 
 # %% ../nbs/31_llamagen.ipynb #c9d055fe
 @torch.no_grad()

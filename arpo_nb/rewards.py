@@ -53,10 +53,11 @@ def reconstruction_loss(images, targets, perceptual=None, mse_coef:float=1., per
 
 # %% ../nbs/20_rewards.ipynb #c9819333
 def pool_to_grid(maps:list, # error maps [B, G, h, w]
-                 grid:tuple, # (rows, columns) of the token map
+                 grid:tuple, # (rows, columns) of the token map, or a tuple of such pairs, one per scale
                 ) -> Tensor: # [B, G, T], whose mean over T is the mean of the maps when sizes divide
     "Sum of error maps, averaged over each token's patch"
-    return sum(F.adaptive_avg_pool2d(m, grid).flatten(2) for m in maps)
+    grids = grid if isinstance(grid[0], tuple) else (grid,)
+    return torch.cat([sum(F.adaptive_avg_pool2d(m, g).flatten(2) for m in maps) for g in grids], -1)
 
 class ReconstructionReward:
     "−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or per token"
@@ -128,7 +129,8 @@ class WeightedSum:
         if bad := {k: w for k, (_, w) in rewards.items() if not 0 <= w < math.inf}: raise ValueError(f"weights {bad}: expected finite non-negative numbers; to punish, negate the reward")
         if not any(w for _, w in rewards.values()): raise ValueError(f"weights of {', '.join(rewards)}: all are 0, so nothing can be learned")
         self.rewards, self.normalise, self.chunk_size, self.stats = rewards, normalise, chunk_size, {}
-        self.gather = gather or (lambda x: x)
+        self._gather = lambda x: x
+        if gather: self.gather = gather
         self.allow_constant = set(rewards) if allow_constant is True else set(allow_constant)
         if unknown := self.allow_constant - set(rewards): raise ValueError(f"allow_constant: no reward named {', '.join(sorted(unknown))}; there is {', '.join(rewards)}")
 
@@ -156,7 +158,7 @@ class WeightedSum:
 import torch
 from torch import Tensor
 
-from .moments import Reference, as_reference, loo_rewards
+from .moments import Reference, as_reference, loo_rewards, state_fid
 
 # %% ../nbs/21_loo_fid.ipynb #d203895f
 def loo_fid_reward(features:Tensor, # [N, D] features of this process's images, any device, any float dtype
@@ -182,10 +184,12 @@ class LOOFIDReward:
                  gather=None, # callable, [n, D] of this process to [N, D] of all
                  **options): # of `loo_fid_reward`
         self.extractor, self.reference, self.chunk_size, self.gather, self.options = extractor, as_reference(reference), chunk_size, gather, options
+        self.stats = {} # the distance after the last step
 
     @torch.no_grad()
     def __call__(self, images:Tensor, batch=None, state=None) -> tuple: # rewards [B, G] and the new state
         "[B, G, 3, H, W] images: one distribution for all of them, one reward for each"
         features = torch.cat([self.extractor(c) for c in images.flatten(0, 1).split(self.chunk_size)])
         rewards, state = loo_fid_reward(features, self.reference, state, gather=self.gather, **self.options)
+        self.stats = {'ema_fid': state_fid(state, self.reference, self.options.get('eps', 1e-6)).item()}
         return rewards.unflatten(0, images.shape[:2]), state

@@ -19,15 +19,27 @@ def test_folder_without_cases_fails(tmp_path):
     with pytest.raises(ValueError, match='no golden cases'): discover(tmp_path)
     with pytest.raises(FileNotFoundError): discover(tmp_path/'missing')
 
-@pytest.mark.parametrize('name', ['gpt_c2i_gqa', 'gpt_t2i_8', 'vq_widen2', 'sampler', 'rope2d', 'image_io'])
+@pytest.mark.parametrize('name', ['gpt_c2i_gqa', 'gpt_t2i_8', 'vq_widen2', 'sampler', 'rope2d', 'image_io', 'label_to_image', 'quantizer', 'sampling_filters'])
 def test_a_wrong_number_fails(name):
     "Every checker notices when any one of the float outputs it compares is shifted"
-    case, = [c for c in discover(GOLDEN/'llamagen') if c.id == name]
+    case, = [c for family in ('llamagen', 'vqgan') for c in discover(GOLDEN/family) if c.id == name]
     names = [k for k, v in case.tensors.items() if k.startswith('out.') and 'sampled' not in k]
     for k in names:
         bad = Case(case.id, case.kind, case.data, case.path)
         v = case.tensors[k]
         bad.tensors = {**case.tensors, k: ~v if v.dtype == torch.bool else v + 3}
+        with pytest.raises(AssertionError): check(bad)
+
+@pytest.mark.parametrize('name', ['quant_phi_per_scale', 'vqvae_small', 'transformer_plain_attn', 'sampling_filters'])
+def test_a_wrong_number_fails_var(name):
+    "Every output of the VAR cases is compared: move one number of it, and the checker notices"
+    case, = [c for c in discover(GOLDEN/'var') if c.id == name]
+    draws = [k for k in case.tensors if 'rng_idx' in k] # of torch's own generator
+    for k in [k for k in case.tensors if k.startswith('out.') and k not in draws]:
+        bad = Case(case.id, case.kind, case.data, case.path)
+        bad.tensors = {**case.tensors, k: case.tensors[k].clone()}
+        first = bad[k].view(-1)[:1]
+        first.copy_(1 - first if bad[k].dtype in (torch.uint8, torch.int64) else first + .1)
         with pytest.raises(AssertionError): check(bad)
 
 def shifted(x):
