@@ -274,7 +274,7 @@ def var_grpo(**kwargs):
 def loofid_toy(**kwargs):
     "LOO-FID policy tuning on the toy system (our choice)"
     return loofid(**{**dict(
-        rewards='class_score+loo_fid', normalize_rewards=True, steps=60, learning_rate=3e-4, lr_scheduler_type='cosine', rollout_cfg_scale=1.,
+        rewards='class_score+loo_fid', normalize_rewards=True, steps=60, learning_rate=1e-4, lr_scheduler_type='cosine', rollout_cfg_scale=1.,
         batch_size=12, num_generations=12, beta=0., entropy_coef=0., entropy_target=0., mixed_precision='no', micro_batch_size=0,
         gradient_checkpointing=False, decode_batch_size=256, save_steps=20), **kwargs})
 

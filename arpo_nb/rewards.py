@@ -27,8 +27,8 @@ def check_images(images:Tensor, # [..., 3, H, W]
     if not math.isfinite(low + high):
         bad = (~images.isfinite()).flatten(-3).any(-1).nonzero()[0].tolist()
         raise ValueError(f"{name}: pixels of image {bad} are not finite; look at the decoder's output")
-    cure = 'look like 0 to 255: divide by 255' if high > 2 else 'look like [-1, 1]: use (x + 1)/2' if low < -.5 else 'clamp them'
-    if low < -tol or high > 1 + tol: raise ValueError(f"{name}: expected pixels in [0, 1], got [{low:.3g}, {high:.3g}]; they {cure}")
+    cure = 'they look like 0 to 255: divide by 255' if high > 2 else 'they look like [-1, 1]: use (x + 1)/2' if low < -.5 else 'clamp them'
+    if low < -tol or high > 1 + tol: raise ValueError(f"{name}: expected pixels in [0, 1], got [{low:.3g}, {high:.3g}]; {cure}")
     return images
 
 # %% ../nbs/20_rewards.ipynb #1604b280
@@ -128,9 +128,19 @@ class WeightedSum:
         if not rewards: raise ValueError("rewards: expected at least one entry name: (reward, weight), got none")
         if bad := {k: w for k, (_, w) in rewards.items() if not 0 <= w < math.inf}: raise ValueError(f"weights {bad}: expected finite non-negative numbers; to punish, negate the reward")
         if not any(w for _, w in rewards.values()): raise ValueError(f"weights of {', '.join(rewards)}: all are 0, so nothing can be learned")
-        self.rewards, self.normalise, self.gather, self.chunk_size, self.stats = rewards, normalise, gather or (lambda x: x), chunk_size, {}
+        self.rewards, self.normalise, self.chunk_size, self.stats = rewards, normalise, chunk_size, {}
+        self._gather = lambda x: x
+        if gather: self.gather = gather
         self.allow_constant = set(rewards) if allow_constant is True else set(allow_constant)
         if unknown := self.allow_constant - set(rewards): raise ValueError(f"allow_constant: no reward named {', '.join(sorted(unknown))}; there is {', '.join(rewards)}")
+
+    @property
+    def gather(self): return self._gather
+    @gather.setter
+    def gather(self, f): # the terms that look at the whole step need it too
+        self._gather = f
+        for reward, _ in self.rewards.values():
+            if hasattr(reward, 'gather'): reward.gather = f
 
     def __call__(self, images:Tensor, batch:Batch, state:dict|None=None):
         terms, new = [], {}
@@ -171,9 +181,10 @@ class LOOFIDReward:
     def __init__(self, extractor, # [N, 3, H, W] images in [0, 1] to [N, D] features
                  reference, # `Reference` or pair, of the same extractor's features
                  chunk_size:int=64, # images per call of the extractor
+                 gather=None, # callable, [n, D] of this process to [N, D] of all
                  **options): # of `loo_fid_reward`
-        self.extractor, self.reference, self.chunk_size, self.options = extractor, as_reference(reference), chunk_size, options
-        self.gather, self.stats = options.pop('gather', None), {} # features of this process to those of all; the distance after the last step
+        self.extractor, self.reference, self.chunk_size, self.gather, self.options = extractor, as_reference(reference), chunk_size, gather, options
+        self.stats = {} # the distance after the last step
 
     @torch.no_grad()
     def __call__(self, images:Tensor, batch=None, state=None) -> tuple: # rewards [B, G] and the new state

@@ -16,7 +16,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from filelock import FileLock
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/08_weights.ipynb #a9ca7230
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Our HPSv2 score against the hpsv2 package's own path, on random weights; skipped where the package cannot be imported.
 
 As a test it uses a tiny network in the shape of the package's ViT-H-14. `python tests/test_hpsv2.py [images]` compares and times the real
-size on the CPU (about 10 GB of memory). The wheel of hpsv2 1.2.0 lacks the vocabulary file of its tokenizer; open_clip's is identical, so copy
+size on the CPU (about 7 GB of memory). The wheel of hpsv2 1.2.0 lacks the vocabulary file of its tokenizer; open_clip's is identical, so copy
 open_clip/bpe_simple_vocab_16e6.txt.gz into hpsv2/src/open_clip/."""
 import sys, tempfile, time, warnings
 from pathlib import Path
@@ -36,7 +36,8 @@ def compare(theirs, arch, n, seed=0):
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(n)]
     with tempfile.TemporaryDirectory() as d, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        torch.save({'state_dict': ours.state_dict()}, file := Path(d)/'hps.pt')
+        torch.save({'state_dict': {k: v.half() for k, v in ours.state_dict().items()}}, file := Path(d)/'hps.pt') # half precision, as published
+        del ours
         sizes = {'ViT-H-14': arch} if arch else {}
         with patch.dict(old.factory._MODEL_CONFIGS, sizes), patch.dict(theirs.model_dict, clear=True):
             model, _, preprocess = old.create_model_and_transforms('ViT-H-14', None, precision='amp', device='cpu', light_augmentation=True, aug_cfg={}, output_dict=True,
@@ -54,7 +55,7 @@ def compare(theirs, arch, n, seed=0):
                 slow = time.perf_counter() - t - len(PROMPTS)*read
             theirs.model_dict.clear()
             del model
-    scorer = CLIPScorer(ours, hps_preprocess, chunk_size=8)
+        scorer = CLIPScorer(build_clip('hps_v2.1', file, arch), hps_preprocess, chunk_size=8)
     tensors = [torch.from_numpy(np.array(p)).permute(2, 0, 1)[None]/255 for p in pictures]
     t = time.perf_counter()
     if arch: got = torch.cat([scorer.score(x, [p]) for x, p in zip(tensors, prompts)]) # sizes differ
