@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
+from .weights import locate
+
 # %% ../nbs/22_features.ipynb #bc649a5d
 def import_torchvision():
     "torchvision, also where only its Python part can be loaded"
@@ -37,12 +39,22 @@ class LPIPSFeatures(nn.Module):
     def __init__(self,
                  net:str='vgg', # 'vgg' (the papers'), 'alex' or 'squeeze'
                  random:bool=False, # a random trunk with the real heads, for rehearsals; no download
+                 weights=None, # of the VGG-16 trunk: a local file, or None for the published one
                 ):
         super().__init__()
         import_torchvision()
         try: import lpips
         except ImportError as e: raise ImportError("LPIPS needs the package lpips: pip install 'arpo_nb[rewards]'") from e
-        self.lpips = lpips.LPIPS(net=net, pnet_rand=random, verbose=False).eval().requires_grad_(False)
+        path = locate('vgg16', weights) if net == 'vgg' and not random else None # before building anything
+        self.lpips = lpips.LPIPS(net=net, pnet_rand=random or path is not None, verbose=False).eval().requires_grad_(False)
+        if path is not None: self._load_trunk(path)
+
+    def _load_trunk(self, path):
+        "Fill the trunk from torchvision's file; layers keep their numbers there"
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        own = {k: f"features.{k.split('.', 1)[1]}" for k in self.lpips.net.state_dict()}
+        if lost := set(own.values()) - set(state): raise ValueError(f"{path}: not the VGG-16 of torchvision, {len(lost)} tensors are missing, for example {min(lost)}")
+        self.lpips.net.load_state_dict({k: state[v] for k, v in own.items()})
 
     def features(self, images:Tensor) -> list:
         "[N, 3, H, W] in [0, 1] to weighted feature maps"

@@ -15,14 +15,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from .config import Config, from_json
-from .models import load_data, load_reward, load_system
+from .config import RECIPES, VARIANTS, Config, from_json, override, preset
+from .models import MODELS, load_data, load_reward, load_system
+from .plan import check_memory, describe, make_plan
 from .trainer import claim_folder, train
 
 # %% ../nbs/42_launch.ipynb #944ac585
 def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> list:
     "Load the system and its data and train, in this process; returns the metrics"
     claim_folder(out_dir, cfg, resume) # refuse before loading gigabytes
+    check_memory(make_plan(cfg), cfg)
     system = load_system(cfg.model, cfg.weights, seed=cfg.seed)
     return train(system, load_data(cfg, system), cfg, out_dir, reward=load_reward(cfg, system), resume=resume, progress=progress)
 
@@ -66,16 +68,26 @@ def provenance() -> dict:
 
 # %% ../nbs/42_launch.ipynb #32d981a3
 def main(argv=None):
-    "python -m arpo_nb.launch JOB_OR_CONFIG [--out_dir DIR]"
-    p = argparse.ArgumentParser(prog='python -m arpo_nb.launch', description='Post-train an autoregressive image generator from a configuration file.')
-    p.add_argument('file', type=Path, help='config.json of a run, or the launch.json a notebook wrote')
+    "python -m arpo_nb.launch FILE | --model NAME [...] [--dry-run]"
+    p = argparse.ArgumentParser(prog='python -m arpo_nb.launch', description='Post-train an autoregressive image generator.')
+    p.add_argument('file', type=Path, nargs='?', help='config.json of a run, or the launch.json a notebook wrote')
+    p.add_argument('--model', help=f"instead of a file: {', '.join(MODELS)}")
+    p.add_argument('--method', default='vapi', help=', '.join(RECIPES))
+    p.add_argument('--variant', default='paper', help=', '.join(VARIANTS))
+    p.add_argument('--set', default='', metavar='A=1,B=2', help='changed fields of the configuration')
     p.add_argument('--out_dir', type=Path, help='where results go (default: the folder named in the file, or the one it lies in)')
     p.add_argument('--no-resume', action='store_true', help='refuse a folder that already holds this run')
+    p.add_argument('--dry-run', action='store_true', help='say what the run needs and costs, and stop')
     args = p.parse_args(argv)
-    if not args.file.is_file(): p.error(f"{args.file}: no such file; write one with arpo_nb.config.to_json")
-    job = json.loads(args.file.read_text())
-    cfg = from_json(json.dumps(job.get('config', job)))
-    out = args.out_dir or job.get('out_dir') or args.file.parent
+    if (args.file is None) == (args.model is None): p.error('give either a file or --model')
+    if args.file and not args.file.is_file(): p.error(f"{args.file}: no such file; write one with arpo_nb.config.to_json")
+    job = json.loads(args.file.read_text()) if args.file else {}
+    cfg = override(from_json(json.dumps(job.get('config', job))) if args.file else preset(args.model, args.method, args.variant), args.set)
+    if args.dry_run:
+        print(describe(plan := make_plan(cfg), cfg))
+        return check_memory(plan, cfg)
+    out = args.out_dir or job.get('out_dir') or (args.file.parent if args.file else None)
+    if out is None: p.error('--model needs --out_dir')
     return run(cfg, out, resume=job.get('resume', True) and not args.no_resume, progress=job.get('progress', True))
 
 if __name__ == '__main__' and '__file__' in globals(): main()

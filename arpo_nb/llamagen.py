@@ -261,6 +261,11 @@ class GPT(nn.Module):
         "The unconditional counterpart of a condition"
         return self.cls_embedding.null(cond)
 
+    def example_cond(self, n:int):
+        "`n` conditions of the right shape, without content"
+        if self.cfg.cond == 'class': return torch.zeros(n, dtype=torch.long)
+        return torch.zeros(n, self.cfg.cond_len, self.cfg.caption_dim), torch.ones(n, self.cfg.cond_len, dtype=torch.long)
+
     def new_cache(self, n:int, length:int) -> list:
         "Room for the keys and values of `n` sequences"
         kv, p = self.cfg.n_kv_head or self.cfg.n_head, self.tok_embeddings.weight

@@ -27,7 +27,8 @@ class ChannelAttention(nn.Module):
         self.c_q, self.c_k, self.c_v = (nn.Linear(positions, positions) for _ in range(3))
 
     def forward(self, x:Tensor) -> Tensor: # [B, C, P] to the same
-        y = F.scaled_dot_product_attention(self.c_q(x), self.c_k(x), self.c_v(x))
+        scores = self.c_q(x) @ self.c_k(x).transpose(1, 2)*x.shape[-1]**-.5
+        y = scores.softmax(-1) @ self.c_v(x)
         return x + y.transpose(1, 2).reshape(x.shape) # sic: see the text
 
 # %% ../nbs/24_maniqa.ipynb #e2e94e26
@@ -66,7 +67,8 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         if mask is not None: bias = (bias + mask[:, None]).repeat(len(x)//len(mask), 1, 1, 1)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+        scores = q*q.shape[-1]**-.5 @ k.transpose(-2, -1) + bias
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 class MLP(nn.Module):
     def __init__(self, dim:int, hidden:int):

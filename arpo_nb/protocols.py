@@ -174,6 +174,7 @@ class System:
     perceptual: Any = None # `Perceptual` network of the reward
     num_classes: int = 0 # conditions are class ids below this; 0 for text
     class_names: list|None = None # what text rewards call the classes
+    encode_prompts: Any = None # list of prompts to conditions, where the model brings its own text encoder
 
     def modules(self) -> list:
         "The networks that are there"

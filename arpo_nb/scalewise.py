@@ -22,7 +22,7 @@ def scale_sizes(sides, # sides p of square maps, or (height, width) pairs
 def scale_index(sizes, # tokens per scale
                ) -> Tensor: # [T] scale of every token
     "Which scale each token belongs to"
-    return torch.repeat_interleave(torch.arange(len(sizes)), torch.as_tensor(sizes))
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.as_tensor(sizes), output_size=sum(sizes))
 
 def block_causal_mask(sizes, # tokens per scale
                      ) -> Tensor: # [T, T] True where query (row) may see key (column)

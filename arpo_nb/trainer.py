@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Objective', 'PolicyGradient', 'scored_policy', 'MaximumLikelihood', 'StraightThrough',
-           'TokenizerPostTraining', 'make_reward', 'RollOut', 'learning_rate', 'make_optimizer', 'update',
-           'claim_folder', 'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'StopSignal', 'bonus_weight',
-           'train']
+           'TokenizerPostTraining', 'make_reward', 'reward_parts', 'RollOut', 'learning_rate', 'make_optimizer',
+           'update', 'claim_folder', 'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'StopSignal',
+           'bonus_weight', 'train']
 
 # %% ../nbs/41_trainer.ipynb #d27cf186
 import copy
@@ -117,6 +117,10 @@ def make_reward(system:System, cfg:Config) -> ReconstructionReward:
     "VA-π's intrinsic reward for a system"
     return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef, system.tokenizer.token_grid if cfg.credit == 'token' else None)
 
+def reward_parts(reward) -> list: # pairs of the prefix of its metrics and the reward
+    "A reward and, if it is a sum, its terms"
+    return [('', reward), *((f'reward/{name}/', r) for name, (r, _) in getattr(reward, 'rewards', {}).items())]
+
 class RollOut:
     "Samples, decodes, scores, and compares within groups: a batch in, rollouts with advantages out"
     def __init__(self, system:System, cfg:Config,
@@ -130,8 +134,8 @@ class RollOut:
         self.reward, self.free_reward = (reward, None) if cfg.method not in FREE else (None, reward)
         if cfg.method in FREE and reward is None: raise ValueError(f"reward=None: method {cfg.method!r} needs the rewards of free-running samples; see `models.load_reward`")
         if cfg.method in ('vapi', 'mixed') and self.reward is None: self.reward = make_reward(system, cfg)
-        for name, value in dict(gather=gather, clock=self.clock).items():
-            if reward is not None and hasattr(reward, name): setattr(reward, name, value)
+        for _, part in reward_parts(reward):
+            if hasattr(part, 'gather'): part.gather = gather
 
     def __call__(self, batch:Batch, state=None) -> tuple: # {prefix of its metrics: rollout}, new reward state, metrics
         "One step's rollouts"
@@ -177,7 +181,7 @@ class RollOut:
         if c.scale_rewards == 'batch': advantages = advantages[self.mine(len(rewards))]
         stats |= {f'{prefix}reward/mean': rewards.mean(), f'{prefix}reward/group_std': rewards.std(1).mean(),
                   f'{prefix}reward/tied_groups': (advantages == 0).flatten(1).all(1).float().mean()}
-        stats |= {f'{prefix}reward/{k}': v for k, v in getattr(reward, 'stats', {}).items()}
+        stats |= {f'{prefix}{name}{k}': v for name, part in reward_parts(reward) for k, v in getattr(part, 'stats', {}).items()}
         if free: stats['policy/rollout_entropy'] = r.entropy.mean()
         if self.ref_policy is not None and c.beta:
             with self.clock('reference'): r = replace(r, ref_logps=self.reference_logps(r))
@@ -345,7 +349,8 @@ def train(system:System, # what to train
     ref_policy = _frozen_copy(system.policy) if cfg.beta and cfg.method in SAMPLING else None
     moving = ref_policy if cfg.ref_policy == 'ema' else None
     objective, opt = acc.prepare(raw, make_optimizer(raw.parameters_to_train(), cfg))
-    if reward is not None and hasattr(reward, 'to'): reward.to(acc.device)
+    for _, part in reward_parts(reward):
+        if hasattr(part, 'to'): part.to(acc.device)
     clock = Clock(acc.device)
     roll_out = RollOut(system, cfg, reward, ref_policy, acc.autocast, acc.gather, clock)
     roll_out.rank = acc.process_index

@@ -1,7 +1,7 @@
 """Golden cases: recorded results of other people's code, found under a folder and checked by kind.
 
 A case is one of
-- `NAME.case.json` with a `kind`, its tensors in the safetensors file that `file` names, or in `NAME.safetensors`;
+- `NAME.case.json` with a `kind`, its tensors in the safetensors file that `file` names, or else in `NAME.safetensors`;
 - `cases.json`, either with a `kind` of its own or with a list `cases` whose entries have one;
 - any other `*.json` with a `kind`;
 - `manifests/NAME.json` with a `state_dict`: kind `manifest-` and the leading letters of NAME, in lower case.
@@ -43,8 +43,9 @@ class Case:
     @cached_property
     def tensors(self):
         "The tensors of the file that the case names"
-        name, beside = self.data.get('file') or (self.context or {}).get('file'), self.path.name.replace('.case.json', '.safetensors')
-        if not name and beside != self.path.name and (self.path.parent/beside).exists(): name = beside
+        name = self.data.get('file') or (self.context or {}).get('file')
+        usual = self.path.name.removesuffix('.json').removesuffix('.case') + '.safetensors'
+        if not name and (self.path.parent/usual).exists(): name = usual
         return load_file(self.path.parent/name) if name else {}
 
     def weights(self):

@@ -30,6 +30,18 @@ def test_a_wrong_number_fails(name):
         bad.tensors = {**case.tensors, k: ~v if v.dtype == torch.bool else v + 3}
         with pytest.raises(AssertionError): check(bad)
 
+@pytest.mark.parametrize('name', ['quant_phi_per_scale', 'vqvae_small', 'transformer_plain_attn', 'sampling_filters'])
+def test_a_wrong_number_fails_var(name):
+    "Every output of the VAR cases is compared: move one number of it, and the checker notices"
+    case, = [c for c in discover(GOLDEN/'var') if c.id == name]
+    draws = [k for k in case.tensors if 'rng_idx' in k] # of torch's own generator
+    for k in [k for k in case.tensors if k.startswith('out.') and k not in draws]:
+        bad = Case(case.id, case.kind, case.data, case.path)
+        bad.tensors = {**case.tensors, k: case.tensors[k].clone()}
+        first = bad[k].view(-1)[:1]
+        first.copy_(1 - first if bad[k].dtype in (torch.uint8, torch.int64) else first + .1)
+        with pytest.raises(AssertionError): check(bad)
+
 def shifted(x):
     "A number, or the first number of a nested list, moved by a tenth"
     if isinstance(x, list): return [shifted(x[0]), *x[1:]]
@@ -57,11 +69,13 @@ NUMBERS = dict( # results that a case keeps outside `expected`
     k3_is_unbiased_for_one_token=['exact_kl_theta_ref', 'expectation_of_k3_under_theta', 'expectation_of_k1_under_theta', 'expectation_if_sign_were_reversed'],
     entropy_extremes=['uniform_H_hat', 'one_hot_H_hat'],
     corruption_kernel=['transition_matrix_K5_xi0_4', 'entropy_of_one_row_nats'],
-    channels=['pure_red', 'pure_green', 'pure_blue', 'white', 'black'])
+    channels=['pure_red', 'pure_green', 'pure_blue', 'white', 'black'],
+    aesthetic_v2=['collapsed_weight_norm', 'score_range_on_the_unit_sphere'],
+    maniqa=['expected_score', 'second_implementation_score'])
 
 def results(case):
     "Paths of the results in a case's json"
-    found = {k: case.data[k] for k in ('expected', 'variants') if k in case.data}
+    found = {k: case.data[k] for k in ('expected', 'variants', 'hps', 'open_clip', 'resnet50_v2', 'differences') if k in case.data}
     return [*leaves(found), *((k,) for k in NUMBERS.get(case.data.get('name', case.kind), []))]
 
 METRICS = discover(GOLDEN/'metrics')
@@ -70,7 +84,7 @@ METRICS = discover(GOLDEN/'metrics')
 def test_a_shifted_result_fails(case):
     "Every result in the json is compared: shift any one, and the failure names it"
     for path in results(case):
-        name = path[1] if path[0] in ('expected', 'variants') else path[0]
+        name = path[min(1, len(path) - 1)]
         with pytest.raises(AssertionError, match=re.escape(name)): check(changed(case, path))
 
 @pytest.mark.parametrize('case', [c for c in METRICS if c.data.get('file')], ids=lambda c: c.id)
@@ -80,5 +94,5 @@ def test_a_shifted_tensor_fails(case):
     for k in case.tensors.keys() - unused:
         bad = Case(case.id, case.kind, case.data, case.path, case.context)
         bad.tensors = {**case.tensors, k: case.tensors[k].clone()}
-        bad[k].view(-1)[0] += .1
+        bad[k].view(-1)[0] += .1 if bad[k].is_floating_point() else 100
         with pytest.raises(AssertionError): check(bad)

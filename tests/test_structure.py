@@ -10,19 +10,19 @@ from conftest import ROOT
 # A module may import those of its own line or of lines above it.
 LAYERS = ['protocols config weights',
           'sampling plots image_io noisy_context grpo ste moments entropy elbo',
-          'rewards features data text_data enumerable scalewise',
-          'tokenizers llamagen',
+          'rewards features data text_data enumerable scalewise inception classifier lite_features',
+          'tokenizers llamagen multiscale_vq',
           'toy checkpoints',
-          'vqgan',
+          'vqgan var',
           'janus',
-          'clip maniqa',
+          'clip maniqa var_toy',
           'reward_factory',
           'contract pretrain models sample_writer',
           'rollout',
-          'trainer evaluate',
-          'launch bench']
+          'trainer evaluate plan',
+          'launch bench metrics geneval']
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
-POLICIES = ('tokenizers', 'llamagen', 'toy', 'enumerable', 'checkpoints', 'vqgan', 'janus')
+POLICIES = ('tokenizers', 'llamagen', 'multiscale_vq', 'var', 'toy', 'enumerable', 'checkpoints', 'vqgan', 'janus')
 ABOUT_TRAINING = {'rewards', 'moments', 'entropy', 'grpo', 'ste', 'noisy_context', 'rollout', 'trainer', 'launch', 'evaluate', 'config'}
 MODULES = sorted(p.stem for p in (ROOT/'arpo_nb').glob('*.py') if not p.stem.startswith('_'))
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))

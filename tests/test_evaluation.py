@@ -1,0 +1,101 @@
+"Evaluation: every result of the golden cases is compared, memory stays within bounds, run_eval from end to end"
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from golden_cases import Case, check, discover
+from safetensors.torch import load_file, save_file
+from test_runs import ENV, papermill
+
+CASES = discover(ROOT/'tests'/'golden'/'evaluation')
+BY_NAME = {c.data.get('name', c.kind): c for c in CASES}
+
+def changed(case, path, change):
+    "The case with one of its numbers changed"
+    data = copy.deepcopy(case.data)
+    at = data
+    for k in path[:-1]: at = at[k]
+    at[path[-1]] = change(at[path[-1]])
+    return Case(case.id, case.kind, data, case.path, case.context)
+
+def one_more(x): return [one_more(x[0]), *x[1:]] if isinstance(x, list) else (not x) if isinstance(x, bool) else (1.5 if x == 'nan' else x + (1 if isinstance(x, int) else max(.01, abs(x)/20)))
+
+NUMBERS = [(name, (k,)) for name, keys in {
+    'tiny_d2': ['trace_ref', 'mean_term', 'fid_symmetric_eigh_f64', 'fid_eigvals_of_product_f64', 'fid_nuclear_norm_f64', 'fid_adm_f64_features', 'fid_adm_f32_features'],
+    'near_duplicate_d64': ['fid_symmetric_eigh_f64', 'fid_nuclear_norm_f64'], 'illcond_d64': ['fid_nuclear_norm_f64', 'fid_adm_f32_features'],
+    'three_unequal_splits': ['is_adm_f32', 'is_f64_logsoftmax', 'per_split_f64', 'is_if_bias_were_added_f64'],
+    'mild_d16': ['precision_f32', 'recall_f32', 'precision_adm_tf_cpu', 'recall_adm_tf_cpu'],
+    'resize_64_to_299': ['sum', 'mean'], 'inception_img64': ['pool_norm', 'spatial_norm', 'logits_norm', 'pooled_768_norm', 'pool_first4']}.items() for k in keys]
+NUMBERS += [('top5', ('expected', k)) for k in ('top1', 'top5', 'per_item_top5')] + [('quantise', ('expected', 'llamagen_127.5x_plus_128_truncated'))]
+NUMBERS += [('geneval_logic', ('summary', 'expected', k)) for k in ('overall', 'image_accuracy')] + [('geneval_logic', ('iou', 1, 'iou'))]
+NUMBERS += [('geneval_logic', (group, i, 'correct')) for group, i in (('cases', 0), ('cases', 8), ('overlap_suppression_cases', 0))]
+
+@pytest.mark.parametrize('name, path', NUMBERS, ids=lambda x: x if isinstance(x, str) else '.'.join(map(str, x)))
+def test_a_shifted_result_fails(name, path):
+    with pytest.raises(AssertionError): check(changed(BY_NAME[name], path, one_more))
+
+@pytest.mark.parametrize('name, key', [('well_d16', 'well_d16.mu_ref'), ('well_d16', 'well_d16.sigma_sample'), ('mild_d16', 'mild_d16.radii_ref_f64'), ('mild_d16', 'mild_d16.radii_sample_adm'),
+    ('resize_64_to_299', 'resized64_stride9'), ('resize_64_to_299', 'resized64_last_row'), ('inception_img64', 'inception.img64.spatial_hwc'), ('inception_img64', 'inception.img64.logits_without_bias')])
+def test_a_shifted_tensor_fails(name, key):
+    case = BY_NAME[name]
+    bad = Case(case.id, case.kind, case.data, case.path, case.context)
+    bad.tensors = {**case.tensors, key: case.tensors[key].clone()}
+    bad[key].view(-1)[0] += 10
+    with pytest.raises(AssertionError): check(bad)
+
+PEAK = '''
+import resource, sys, torch
+from arpo_nb.evaluate import precision_recall
+torch.set_num_threads(1)
+real, fake = torch.randn(2_000, 64), torch.randn(10_000, 64)
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+precision_recall(real, fake, half=sys.argv[1] == 'half')
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
+'''
+
+def test_distances_are_computed_in_tiles():
+    "10,000 × 10,000 distances would be 400 MB at a time, with a copy for the sort 800"
+    done = subprocess.run([sys.executable, '-c', PEAK, 'full'], capture_output=True, text=True, env=ENV, check=True)
+    assert int(done.stdout) < 350_000, f'{int(done.stdout)/1e3:.0f} MB'
+
+def test_archives_are_streamed(tmp_path):
+    "120 MB of images pass through 16 MB"
+    code = '''
+import resource, sys
+from arpo_nb.metrics import image_chunks
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(sum(len(x) for x in image_chunks(sys.argv[1], 64)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
+'''
+    np.savez(tmp_path/'big.npz', arr_0=np.zeros((2500, 128, 128, 3), np.uint8))
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path/'big.npz')], capture_output=True, text=True, env=ENV, check=True)
+    n, peak = map(int, done.stdout.split())
+    assert n == 2500 and peak < 60_000, f'{peak/1e3:.0f} MB'
+
+def test_run_eval(tmp_path):
+    (tmp_path/'tuned').mkdir()
+    base = load_file(ROOT/'arpo_nb/assets/policy.safetensors')
+    save_file({k: v*1.02 for k, v in base.items()}, tmp_path/'tuned'/'policy.safetensors')
+    small = dict(n=40, batch_size=20, out_dir=tmp_path/'out', checkpoint=tmp_path/'tuned'/'policy.safetensors')
+    done = papermill('run_eval', tmp_path/'e.ipynb', **small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = json.loads((tmp_path/'out'/'eval.json').read_text())
+    assert set(kept['metrics']) == {'base', 'tuned'} == set(kept['protocol']) and kept['paper_rows'] == [] and kept['torch']
+    for name in kept['metrics']:
+        assert {'frechet', 'inception_score', 'precision', 'recall', 'top1', 'n', 'warnings'} <= set(kept['metrics'][name]) and kept['metrics'][name]['n'] == 40
+        assert {'reference_sha256', 'cfg_scale', 'top_k', 'top_p', 'temperature', 'size', 'seed', 'weights', 'network'} <= set(kept['protocol'][name])
+    assert (tmp_path/'out'/'samples.png').exists() and len(list((tmp_path/'out'/'tuned').glob('*.png'))) == 40
+    again = papermill('run_eval', tmp_path/'f.ipynb', **small)
+    assert again.returncode == 0 and json.loads((tmp_path/'out'/'eval.json').read_text())['metrics'] == kept['metrics']
+    other = papermill('run_eval', tmp_path/'g.ipynb', **{**small, 'top_k': 5})
+    assert other.returncode != 0 and 'another run' in other.stderr
+
+@pytest.mark.parametrize('params, message', [(dict(model='toyy'), "did you mean 'toy'"), (dict(checkpoint='gone.pt'), 'no such file'), (dict(part='head'), 'choose policy or tokenizer'), (dict(labels='sorted'), 'choose balanced or random'),
+    (dict(model='llamagen_b', inception='random', reference='gone.npz'), 'no such file')], ids=lambda x: str(next(iter(x.values()))) if isinstance(x, dict) else '')
+def test_bad_requests_fail_at_once(tmp_path, params, message):
+    done = papermill('run_eval', tmp_path/'x.ipynb', **{'n': 10, 'out_dir': tmp_path/'out', **params})
+    assert done.returncode != 0 and message in done.stderr, done.stderr[-1500:]
+    assert not list(tmp_path.rglob('*.png'))

@@ -1,0 +1,130 @@
+"Free-running policy tuning: processes, resuming, references, guidance, and both papers in one update"
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from arpo_nb.config import Config, preset, to_json
+from arpo_nb.launch import launch
+from arpo_nb.models import load_data, load_reward, load_system
+from arpo_nb.trainer import train
+
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+TINY = replace(preset('toy', 'loofid'), steps=3, batch_size=4, num_generations=4, save_steps=2)
+BUSY = dict(beta=.2, ref_policy='ema', ref_decay=.5, entropy_coef=1e-3, entropy_control='adaptive', mini_batch_size=8, num_iterations=2,
+            scale_rewards='batch', top_entropy_quantile=.5) # everything that has a state or looks across processes
+
+
+def weights(folder): return load_file(folder/'checkpoint'/'model.safetensors')
+
+def numbers(rows): return [{k: v for k, v in r.items() if not k.startswith('time/')} for r in rows]
+
+
+def test_two_processes_give_the_result_of_one(tmp_path):
+    cfg = replace(TINY, **BUSY)
+    one = launch(cfg, tmp_path/'one', progress=False)
+    two = launch(replace(cfg, num_processes=2), tmp_path/'two', progress=False)
+    for a, b in zip(numbers(one), numbers(two), strict=True):
+        assert a.keys() == b.keys()
+        for k in a: assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-4), k
+    for k, w in weights(tmp_path/'one').items(): torch.testing.assert_close(w, weights(tmp_path/'two')[k], rtol=1e-3, atol=2e-5)
+    assert 'reward/loo_fid/ema_fid' in one[0] and 'policy/kl' in one[0] and one[-1]['policy/ratio'] != 1
+
+
+@pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGKILL])
+def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig):
+    cfg = replace(TINY, **BUSY, steps=30, save_steps=3)
+    for name in ('whole', 'killed'):
+        (tmp_path/name).mkdir(); (tmp_path/name/'job.json').write_text(to_json(cfg))
+    command = lambda name: [sys.executable, '-m', 'arpo_nb.launch', str(tmp_path/name/'job.json'), '--out_dir', str(tmp_path/name/'run')]
+    subprocess.run(command('whole'), check=True, env=ENV, capture_output=True)
+    child = subprocess.Popen(command('killed'), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path/'killed'/'run'/'metrics.jsonl', time.time() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 8):
+        assert child.poll() is None and time.time() < deadline
+        time.sleep(.02)
+    child.send_signal(sig); child.wait()
+    assert len(log.read_text().splitlines()) < 30, 'finished before it was killed'
+    subprocess.run(command('killed'), check=True, env=ENV, capture_output=True)
+    a, b = (weights(tmp_path/n/'run') for n in ('whole', 'killed'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    rows = [numbers(json.loads(line) for line in (tmp_path/n/'run'/'metrics.jsonl').read_text().splitlines()) for n in ('whole', 'killed')]
+    assert rows[0] == rows[1] and len(rows[0]) == 30
+
+
+def test_the_frozen_reference_is_in_no_checkpoint(tmp_path):
+    for ref, there in (('frozen', False), ('ema', True)):
+        launch(replace(TINY, steps=1, beta=.1, ref_policy=ref), tmp_path/ref, progress=False)
+        files = {p.name for p in (tmp_path/ref/'checkpoint').iterdir()}
+        assert ('reference.safetensors' in files) == there
+        assert len(weights(tmp_path/ref)) == len(load_system('toy').policy.state_dict())
+
+
+def test_a_moving_reference_moves(tmp_path):
+    "After one rollout with decay d, the reference is d of the start and 1-d of the policy"
+    launch(replace(TINY, steps=1, beta=.1, ref_policy='ema', ref_decay=.75), tmp_path, progress=False)
+    start, now, ref = load_system('toy').policy.state_dict(), weights(tmp_path), load_file(tmp_path/'checkpoint'/'reference.safetensors')
+    for k, v in start.items(): torch.testing.assert_close(ref[k], .75*v + .25*now[f'model.{k}'], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('logprob_cfg', ['off', 'guided'])
+def test_ratio_is_one_on_the_first_step(tmp_path, logprob_cfg):
+    cfg = replace(TINY, steps=2, rollout_cfg_scale=2., logprob_cfg=logprob_cfg)
+    if logprob_cfg == 'off':
+        with pytest.warns(UserWarning, match='guided distribution, but scored'): rows = launch(cfg, tmp_path, progress=False)
+    else: rows = launch(cfg, tmp_path, progress=False)
+    assert abs(rows[0]['policy/ratio'] - 1) < 1e-5 and abs(rows[0]['policy/approx_kl']) < 1e-6
+
+
+def test_both_in_one_update(tmp_path):
+    "A mixed run without weight on its free-running half is VA-π; with it, it is something else"
+    small = dict(batch_size=8, num_generations=2, steps=2)
+    vapi = launch(replace(preset('toy', 'vapi'), **small), tmp_path/'vapi', progress=False)
+    mixed = replace(preset('toy', 'vapi_loofid'), **small)
+    zero = launch(replace(mixed, free_coef=0.), tmp_path/'zero', progress=False)
+    both = launch(mixed, tmp_path/'both', progress=False)
+    assert zero[-1]['vapi/reward/mean'] == pytest.approx(vapi[-1]['reward/mean'], rel=1e-5)
+    a, b, c = (weights(tmp_path/n) for n in ('vapi', 'zero', 'both'))
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a) and not all(torch.allclose(a[k], c[k], atol=1e-5) for k in a)
+    assert {'reward/loo_fid', 'reward/class_score', 'vapi/policy/prior_ce'} <= both[0].keys()
+
+
+def test_a_failing_reward_stops_the_run_and_loses_nothing(tmp_path):
+    cfg, system = replace(TINY, steps=6, save_steps=50), load_system('toy')
+    inner, calls = load_reward(cfg, system), []
+    class Fails:
+        together = True
+        def __call__(self, images, batch, state=None):
+            calls.append(1)
+            if len(calls) == 4: raise ValueError('image 3: no face found')
+            return inner(images, batch, state)
+    with pytest.raises(RuntimeError, match='step 3: image 3: no face found'): train(system, load_data(cfg, system), cfg, tmp_path/'a', reward=Fails(), progress=False)
+    assert torch.load(tmp_path/'a'/'checkpoint'/'run.pt')['step'] == 3
+    again = load_system('toy')
+    train(again, load_data(cfg, again), cfg, tmp_path/'a', reward=load_reward(cfg, again), progress=False)
+    whole = load_system('toy')
+    train(whole, load_data(cfg, whole), cfg, tmp_path/'b', reward=load_reward(cfg, whole), progress=False)
+    assert all(torch.equal(x, y) for x, y in zip(again.policy.parameters(), whole.policy.parameters()))
+
+
+def test_moments_of_another_reference_are_refused(tmp_path):
+    launch(replace(TINY, steps=1, rewards='loo_fid'), tmp_path/'a', progress=False)
+    state = torch.load(tmp_path/'a'/'checkpoint'/'run.pt')['reward_state']
+    cfg, system = replace(TINY, rewards='loo_fid'), load_system('toy')
+    reward, images = load_reward(cfg, system), torch.rand(2, 4, 3, 32, 32)
+    reward(images, None, state)
+    term = reward.rewards['loo_fid'][0]
+    term.reference = type(term.reference)(term.reference.mean + 1, term.reference.std)
+    with pytest.raises(ValueError, match='reference'): reward(images, None, state)
+
+
+def test_groups_are_not_split():
+    with pytest.raises(ValueError, match='use 1, 2, 3, 4, 6, 12 processes'): Config(method='grpo', rewards='clip', batch_size=12, num_processes=8)
