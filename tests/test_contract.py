@@ -1,0 +1,76 @@
+"The library's own policies and tokenizers keep the rules that `contract` checks, and train"
+import pytest
+import torch
+
+from arpo_nb.config import Config
+from arpo_nb.contract import check_policy, check_tokenizer
+from arpo_nb.llamagen import GPT, GPTConfig
+from arpo_nb.protocols import System
+from arpo_nb.tokenizers import VQConfig, VQModel
+from arpo_nb.trainer import train
+from arpo_nb.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
+
+def jitter(module, std=.1):
+    with torch.no_grad():
+        for p in module.parameters(): p.add_(std*torch.randn_like(p))
+    return module.eval()
+
+def gpt(text):
+    kind = dict(cond='text', cond_len=4, caption_dim=8) if text else dict(num_classes=5)
+    return GPT(GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=24, block_size=16, multiple_of=32, **kind))
+
+def janus():
+    pytest.importorskip('transformers')
+    from arpo_nb.janus import JanusConfig, JanusPolicy, SpecialIds
+    return JanusPolicy(JanusConfig(dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=48, text_vocab_size=60, max_positions=64, vocab_size=24, num_tokens=16, ids=SpecialIds(1, 2, 3, 4, 5)))
+
+PROMPTS = torch.tensor([[5, 1, 20, 3], [1, 30, 31, 3], [5, 5, 1, 3], [5, 1, 22, 3]]), torch.tensor([[0, 1, 1, 1], [1]*4, [0, 0, 1, 1], [0, 1, 1, 1]])
+FEATURES = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0)), PROMPTS[1]
+LABELS = torch.tensor([0, 3, 4, 3])
+POLICIES = dict(llamagen_c2i=(lambda: gpt(False), LABELS), llamagen_t2i=(lambda: gpt(True), FEATURES), janus=(janus, PROMPTS),
+                vqgan_cin=(lambda: CINTransformer(CINConfig(vocab_size=24, block_size=16, n_layer=2, n_head=2, n_embd=32, num_classes=5)), LABELS))
+TOKENIZERS = dict(llamagen=lambda: VQModel(VQConfig(ch=8, encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=24, codebook_embed_dim=4, num_groups=4, image_size=8)),
+                  vqgan=lambda: VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), resolution=8, z_channels=8, codebook_size=24, embed_dim=6, image_size=8)))
+
+@pytest.mark.parametrize('name', POLICIES)
+def test_policy(name):
+    torch.manual_seed(0)
+    make, cond = POLICIES[name]
+    policy = jitter(make())
+    check_policy(policy, cond)
+    if hasattr(policy, 'example_cond'):
+        example = policy.example_cond(2)
+        assert (example.shape[1:] if torch.is_tensor(example) else len(example)) == (cond.shape[1:] if torch.is_tensor(cond) else len(cond))
+
+@pytest.mark.parametrize('name', TOKENIZERS)
+def test_tokenizer(name):
+    torch.manual_seed(0)
+    check_tokenizer(jitter(TOKENIZERS[name]()), torch.rand(3, 3, 8, 8))
+
+class Data:
+    "Eight random pictures with the conditions of a policy"
+    def __init__(self, cond): self.cond, self.images = cond, torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    def __len__(self): return 8
+    def load(self, rows):
+        rows = torch.as_tensor(rows)
+        pick = lambda c: c.repeat(2, *[1]*(c.dim()-1))[rows]
+        return self.images[rows], pick(self.cond) if torch.is_tensor(self.cond) else tuple(map(pick, self.cond))
+
+@pytest.mark.parametrize('method', ['vapi', 'mle', 'ste', 'tokenizer', 'grpo'])
+@pytest.mark.parametrize('name', ['vqgan_cin', 'janus'])
+def test_trains(name, method, tmp_path):
+    "Two steps: finite, the right part moves, the other stays, ratio 1 at first"
+    torch.manual_seed(0)
+    make, cond = POLICIES[name]
+    system = System(name, jitter(make()), jitter(TOKENIZERS['vqgan' if name == 'vqgan_cin' else 'llamagen']()), num_classes=0 if name == 'janus' else 5)
+    parts = system.policy, system.tokenizer
+    before = [[p.clone() for p in m.parameters()] for m in parts]
+    free = dict(rewards='brightness') if method == 'grpo' else {}
+    class Bright:
+        def __call__(self, images, batch, state=None): return images.mean((-3, -2, -1)), state
+    cfg = Config(model='tiny', method=method, steps=2, batch_size=4, num_generations=4, learning_rate=1e-3, save_steps=2, prior_coef=.1, perceptual_coef=0., gradient_checkpointing=True, micro_batch_size=3, **free)
+    rows = train(system, Data(cond), cfg, tmp_path/'run', reward=Bright() if free else None, progress=False)
+    moved = [any(not torch.equal(a, b) for a, b in zip(m.parameters(), old)) for m, old in zip(parts, before)]
+    assert moved == ([False, True] if method == 'tokenizer' else [True, False])
+    assert len(rows) == 2 and all(v == v for r in rows for v in r.values() if isinstance(v, float))
+    if method in ('vapi', 'grpo'): assert abs(rows[0]['policy/ratio'] - 1) < 1e-4
