@@ -48,7 +48,8 @@ def check_tokenizer(tokenizer, # `Tokenizer`, in eval mode
     with torch.no_grad(): ids, n = tokenizer.encode(images), len(images)
     t, k = tokenizer.num_tokens, tokenizer.codebook_size
     _must(ids.shape == (n, t) and ids.dtype == torch.int64 and 0 <= ids.min() <= ids.max() < k, f"encode: {str(ids.dtype)[6:]} {list(ids.shape)}, expected int64 [{n}, {t}] in 0 ... {k-1}")
-    _must(tokenizer.token_grid[0]*tokenizer.token_grid[1] == t or len(tokenizer.token_grid) != 2, f"token_grid={tokenizer.token_grid}: does not hold {t} tokens")
+    grids = tokenizer.token_grid if isinstance(tokenizer.token_grid[0], tuple) else (tokenizer.token_grid,) # one per scale, or one
+    _must(sum(h*w for h, w in grids) == t, f"token_grid={tokenizer.token_grid}: does not hold {t} tokens")
     onehot = F.one_hot(ids, k).float().requires_grad_()
     pixels, soft = tokenizer.decode(ids), tokenizer.decode_probs(onehot)
     _must(pixels.shape == images.shape and 0 <= pixels.min() and pixels.max() <= 1, f"decode: {list(pixels.shape)} in [{pixels.min():.2f}, {pixels.max():.2f}], expected {list(images.shape)} in [0, 1]")

@@ -5,9 +5,11 @@ import torch
 from arpo_nb.config import Config
 from arpo_nb.contract import check_policy, check_tokenizer
 from arpo_nb.llamagen import GPT, GPTConfig
+from arpo_nb.multiscale_vq import MultiScaleConfig, MultiScaleVQ
 from arpo_nb.protocols import System
 from arpo_nb.tokenizers import VQConfig, VQModel
 from arpo_nb.trainer import train
+from arpo_nb.var import VAR, VARConfig
 from arpo_nb.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
 
 def jitter(module, std=.1):
@@ -24,12 +26,16 @@ def janus():
     from arpo_nb.janus import JanusConfig, JanusPolicy, SpecialIds
     return JanusPolicy(JanusConfig(dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=48, text_vocab_size=60, max_positions=64, vocab_size=24, num_tokens=16, ids=SpecialIds(1, 2, 3, 4, 5)))
 
+SCALES = (1, 2, 4)
+def multiscale(): return MultiScaleVQ(MultiScaleConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8, codebook_size=24, patch_nums=SCALES, image_size=8))
+def var(): return VAR(VARConfig(depth=2, embed_dim=32, num_heads=2, vocab_size=24, z_channels=8, num_classes=5, patch_nums=SCALES), jitter(multiscale()).quantize)
+
 PROMPTS = torch.tensor([[5, 1, 20, 3], [1, 30, 31, 3], [5, 5, 1, 3], [5, 1, 22, 3]]), torch.tensor([[0, 1, 1, 1], [1]*4, [0, 0, 1, 1], [0, 1, 1, 1]])
 FEATURES = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0)), PROMPTS[1]
 LABELS = torch.tensor([0, 3, 4, 3])
-POLICIES = dict(llamagen_c2i=(lambda: gpt(False), LABELS), llamagen_t2i=(lambda: gpt(True), FEATURES), janus=(janus, PROMPTS),
+POLICIES = dict(llamagen_c2i=(lambda: gpt(False), LABELS), llamagen_t2i=(lambda: gpt(True), FEATURES), janus=(janus, PROMPTS), var=(var, LABELS),
                 vqgan_cin=(lambda: CINTransformer(CINConfig(vocab_size=24, block_size=16, n_layer=2, n_head=2, n_embd=32, num_classes=5)), LABELS))
-TOKENIZERS = dict(llamagen=lambda: VQModel(VQConfig(ch=8, encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=24, codebook_embed_dim=4, num_groups=4, image_size=8)),
+TOKENIZERS = dict(var=multiscale, llamagen=lambda: VQModel(VQConfig(ch=8, encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=24, codebook_embed_dim=4, num_groups=4, image_size=8)),
                   vqgan=lambda: VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), resolution=8, z_channels=8, codebook_size=24, embed_dim=6, image_size=8)))
 
 @pytest.mark.parametrize('name', POLICIES)
