@@ -210,7 +210,7 @@ class CLIPScorer(nn.Module):
         if len(images) != len(prompts): raise ValueError(f"prompts: expected one per image, got {len(prompts)} for {len(images)} images")
         return (self.embed_images(images)*self.embed_texts(prompts, images.device)).sum(-1)
 
-# %% ../nbs/23_clip.ipynb #c650ddc1
+# %% ../nbs/23_clip.ipynb #b4dd4612
 SCALES = dict(cosine=lambda c: c, percent=lambda c: 100*c, torchmetrics=lambda c: (100*c).clamp(min=0), clipscore=lambda c: 2.5*c.clamp(min=0))
 
 def cosine_scores(image_features:Tensor, text_features:Tensor, # [..., D], any length
@@ -220,7 +220,7 @@ def cosine_scores(image_features:Tensor, text_features:Tensor, # [..., D], any l
     if scale not in SCALES: raise ValueError(f"scale={scale!r}: choose one of {', '.join(SCALES)}")
     return SCALES[scale]((F.normalize(image_features, dim=-1)*F.normalize(text_features, dim=-1)).sum(-1))
 
-# %% ../nbs/23_clip.ipynb #6c4a128a
+# %% ../nbs/23_clip.ipynb #7babbf25
 class AestheticHead(nn.Module):
     "LAION's aesthetic predictor V2: five linear layers on a unit embedding"
     def __init__(self, dim:int=768):
@@ -244,7 +244,7 @@ def affine_score(embeddings:Tensor, # [N, D], any length
     "The aesthetic score from the collapsed head; a zero embedding scores b"
     return F.normalize(embeddings.to(w), dim=-1) @ w + b
 
-# %% ../nbs/23_clip.ipynb #eea42356
+# %% ../nbs/23_clip.ipynb #b19c278d
 class CLIPReward:
     "Cosine of image and prompt: CLIPScore, or HPSv2 with its weights and preprocessing"
     def __init__(self, scorer:CLIPScorer): self.scorer = scorer
@@ -267,7 +267,7 @@ class AestheticReward:
     def __call__(self, images:Tensor, batch=None, state=None) -> tuple: # rewards [B, G], state untouched
         return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
 
-# %% ../nbs/23_clip.ipynb #b19c278d
+# %% ../nbs/23_clip.ipynb #d71b6af7
 def clip_reward(name:str='clip_l14', # key of `CLIPS`; 'hps_v2.1' and 'hps_v2.0' use HPSv2's preprocessing
                 weights=None, # None for the published file, 'random', or a local file
                 arch=None, quick_gelu:bool|None=None, # see `build_clip`
