@@ -290,7 +290,7 @@ def preset(model:str, # name of the system
     if method not in RECIPES: raise ValueError(f"method={method!r}: choose one of {', '.join(RECIPES)}")
     toy, free = 'toy' in model, dict(model=model, method='grpo')
     if method == 'grpo': method = 'var_grpo' if 'var' in model else 'loofid'
-    if method == 'loofid': return loofid_toy(**free) if toy else loofid(**free)
+    if method == 'loofid': return loofid_toy(**free) if toy else loofid(**free, **(dict(rollout_cfg_scale=1.) if 'vqgan' in model else {})) # VQGAN has no null class (Table 6)
     if method == 'ar_grpo': return loofid_toy(**free, rewards='class_score') if toy else ar_grpo('t2i' in model or 'janus' in model, variant, **free)
     if method == 'var_grpo': return loofid_toy(**free, rewards='brightness') if toy else var_grpo(**free)
     if method in ('mixed', 'vapi_loofid'):

@@ -19,8 +19,8 @@ from torch import nn
 from .checkpoints import MODELS as LLAMAGEN, build_llamagen, llamagen_files, load_weights
 from .config import FREE, Config, parse_rewards
 from .data import ArrayData, FolderData, LabelData
-from .features import LPIPSFeatures, import_torchvision, import_transformers
-from .janus import CONFIGS as JANUS, PromptEncoder, build_janus
+from .features import LPIPSFeatures, import_torchvision
+from .janus import CONFIGS as JANUS, build_janus, load_prompt_encoder
 from .llamagen import GPT
 from .moments import Reference
 from .protocols import MetricNet, System
@@ -55,7 +55,7 @@ def load_system(model:str, # name in MODELS
     policy, tokenizer = build(model, given)
     system = System(model, policy, tokenizer, load_weights(ToyNet(NET_A), ASSETS/'net_a.safetensors') if toy else LPIPSFeatures(random=weights == 'random'),
                     num_classes=getattr(policy.cfg, 'num_classes', 0) if getattr(policy.cfg, 'cond', 'class') == 'class' else 0, class_names=CLASSES if toy else None)
-    if model in JANUS: system.encode_prompts = PromptEncoder(_janus_tokenizer(model, given, policy.cfg), policy.cfg)
+    if model in JANUS: system.encode_prompts = load_prompt_encoder(model, given)
     for m in system.modules(): m.eval()
     return system
 
@@ -74,13 +74,6 @@ def _toy_parts(model, weights):
     if weights == 'random': nn.init.normal_(policy.output.weight, std=.02)
     else: load_weights(policy, weights or ASSETS/'policy.safetensors')
     return policy, vq
-
-def _janus_tokenizer(model, weights, cfg):
-    "The text tokenizer beside the weights; for random weights one that makes a token of every byte"
-    if weights == 'random':
-        return lambda text: dict(input_ids=[cfg.ids.bos, *(b + 100 for b in text.encode()[:cfg.max_positions//2]), cfg.ids.boi])
-    folder = Path(weights) if weights and Path(weights).is_dir() else f'deepseek-ai/{model.replace("janus_pro", "Janus-Pro").replace("_", "-").upper().replace("JANUS-PRO", "Janus-Pro")}'
-    return import_transformers().AutoTokenizer.from_pretrained(folder)
 
 # %% ../nbs/37_models.ipynb #a4ab9cee
 class ClassScore:

@@ -133,6 +133,7 @@ class RollOut:
         self.system, self.cfg, self.ref_policy, self.autocast, self.gather, self.clock = system, cfg, ref_policy, autocast, gather, clock or Clock()
         self.reward, self.free_reward = (reward, None) if cfg.method not in FREE else (None, reward)
         if cfg.method in FREE and reward is None: raise ValueError(f"reward=None: method {cfg.method!r} needs the rewards of free-running samples; see `models.load_reward`")
+        if cfg.method in FREE and cfg.rollout_cfg_scale != 1 and hasattr(system.policy, 'example_cond'): system.policy.null_cond(system.policy.example_cond(1)) # raises without a null class
         if cfg.method in ('vapi', 'mixed') and self.reward is None: self.reward = make_reward(system, cfg)
         for _, part in reward_parts(reward):
             if hasattr(part, 'gather'): part.gather = gather
