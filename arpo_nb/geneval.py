@@ -251,7 +251,7 @@ def evaluate_folder(folder, # see `write_geneval`
     if out: _atomically(Path(out), lambda f: f.write('\n'.join(map(json.dumps, rows)).encode()))
     return dict(**summarize(rows), detector=getattr(detect, 'name', 'unnamed'), official=False)
 
-# %% ../nbs/55_geneval.ipynb #d270093f
+# %% ../nbs/55_geneval.ipynb #7a443307
 def official_command(folder, results, repo, python, detector) -> list:
     "The command that runs GenEval's own evaluator"
     return [str(x) for x in (python, Path(repo)/'evaluation'/'evaluate_images.py', Path(folder).resolve(), '--outfile', Path(results).resolve(), '--model-path', detector)]
