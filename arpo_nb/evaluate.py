@@ -127,6 +127,7 @@ def generate_images(policy, tokenizer, # `Policy`, `Tokenizer`
         y = labels[i:i+batch_size].to(device)
         yield tokenizer.decode(policy.generate(y, Streams.range(seed, start+i, len(y)), **sampling)), y
 
+@torch.no_grad()
 def evaluate(policy, tokenizer, # `Policy`, `Tokenizer`
              metric_net:MetricNet,
              num_classes:int, # labels go round 0 ... num_classes-1
