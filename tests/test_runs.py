@@ -117,9 +117,20 @@ def test_run_pretrain(tmp_path):
     done = papermill('run_pretrain', tmp_path/'p.ipynb', out_dir=tmp_path/'base', a_epochs=.03, b_epochs=.03, vq_epochs=.03, policy_epochs=.03)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ('net_a', 'net_b', 'vq', 'policy', 'reference'): assert (tmp_path/'base'/f'{name}.safetensors').exists()
-    shipped = {p.name: {k: v.shape for k, v in load_file(p).items()} for p in (ROOT/'arpo_nb/assets').glob('*.safetensors')}
-    for name, shapes in shipped.items():
-        if name != 'reference.safetensors': assert {k: v.shape for k, v in load_file(tmp_path/'base'/name).items()} == shapes
+    same_shapes(tmp_path/'base', ['net_a', 'net_b', 'vq', 'policy'])
+
+
+def same_shapes(folder, names):
+    "What a pretraining run makes fits what is shipped"
+    for name in names:
+        made, shipped = ({k: (v.shape, v.dtype) for k, v in load_file(d/f'{name}.safetensors').items()} for d in (folder, ROOT/'arpo_nb/assets'))
+        assert made == shipped, name
+
+
+def test_run_pretrain_var(tmp_path):
+    done = papermill('run_pretrain_var', tmp_path/'p.ipynb', out_dir=tmp_path/'base', num_images=128, num_test=50, vq_epochs=.5, policy_epochs=2., num_samples=20)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_shapes(tmp_path/'base', ['var_vq', 'var_policy'])
 
 
 def test_run_bench(tmp_path):
