@@ -165,6 +165,7 @@ class RollOut:
         "Samples from nothing but their condition"
         c = self.cfg
         batch = replace(self.system.with_prompts(batch), images=None)
+        if c.prompt: batch = replace(batch, prompts=[c.prompt]*len(batch))
         with self.autocast():
             r = free_running(self.system.policy, batch, num_generations=c.method == 'mixed' and c.free_generations or c.num_generations,
                              temperature=c.temperature, cfg_scale=c.rollout_cfg_scale, top_k=c.rollout_top_k, top_p=c.rollout_top_p, logprob_cfg=c.logprob_cfg,

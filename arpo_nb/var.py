@@ -131,6 +131,8 @@ class Float32Linear(nn.Linear):
     def forward(self, x): return super().forward(x).float()
 
 # %% ../nbs/33_var.ipynb #c7b1f34e
+def _exact(device): return torch.autocast('cpu' if device.type == 'meta' else device.type, enabled=False) # meta has no autocast
+
 class VAR(nn.Module):
     "VAR's transformer behind the `Policy` protocol; parameter names are the official ones"
     def __init__(self, cfg:VARConfig, quantizer:MultiScaleQuantizer):
@@ -168,7 +170,7 @@ class VAR(nn.Module):
     @torch.no_grad()
     def seen(self, context:Tensor) -> Tensor:
         "Tokens [N, T] to what scales 2, 3, ... see, [N, T - T_1, z]"
-        with torch.autocast(context.device.type, enabled=False): return self.quantizer.inputs(context).to(self.word_embed.weight.dtype)
+        with _exact(context.device): return self.quantizer.inputs(context).to(self.word_embed.weight.dtype)
 
     def embed(self, context:Tensor, cond:Tensor) -> Tensor:
         "Tokens [N, T] and embedded labels [N, C] to the input of the first block, [N, T, C]"
@@ -220,7 +222,7 @@ class VAR(nn.Module):
             for block, six, cache in zip(self.blocks, sixes, caches): x = block(x, six, cache=cache)
             logits = self.head(self.head_nm(x, two))
             if guided: logits = guide(*logits.chunk(2), 1 + (cfg_scale - 1)*k/max(last, 1))
-            with torch.autocast(x.device.type, enabled=False): f_hat, seen = self.quantizer.step(k, f_hat, choose(k, logits))
+            with _exact(x.device): f_hat, seen = self.quantizer.step(k, f_hat, choose(k, logits))
             if k < last: x = self.word_embed(seen.to(self.word_embed.weight.dtype)).repeat(1 + guided, 1, 1)
         return f_hat
 
