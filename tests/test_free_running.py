@@ -16,6 +16,7 @@ from arpo_nb.config import Config, preset, to_json
 from arpo_nb.launch import launch
 from arpo_nb.models import load_data, load_reward, load_system
 from arpo_nb.trainer import train
+from test_runs import papermill
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 TINY = replace(preset('toy', 'loofid'), steps=3, batch_size=4, num_generations=4, save_steps=2)
@@ -128,3 +129,31 @@ def test_moments_of_another_reference_are_refused(tmp_path):
 
 def test_groups_are_not_split():
     with pytest.raises(ValueError, match='use 1, 2, 3, 4, 6, 12 processes'): Config(method='grpo', rewards='clip', batch_size=12, num_processes=8)
+
+
+def test_run_loofid_end_to_end(tmp_path):
+    done = papermill('run_loofid', tmp_path/'a.ipynb', steps=2, out_dir=tmp_path/'out', overrides='batch_size=4,num_generations=4', eval_images=60, arms='all')
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path/'out'/'summary.json').read_text())
+    assert {'base', 'tuned', 'instance_only', 'fid_only', 'full', 'raw_sum', 'kl', 'entropy'} < set(summary['metrics'])
+    assert {'time/generate', 'time/decode', 'time/reward', 'time/update'} <= set(summary['step_s'])
+
+
+def test_run_var_end_to_end(tmp_path):
+    done = papermill('run_var', tmp_path/'a.ipynb', steps=1, out_dir=tmp_path/'out', overrides='batch_size=4,num_generations=4,mini_batch_size=8', eval_images=60, arms='half_labels,loofid', sweeps='kl')
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path/'out'/'summary.json').read_text())
+    assert set(summary['metrics']) == {'base', 'tuned', 'half_labels', 'loofid'} and set(summary['sweeps']['kl']) == {'kl_0', 'kl_005', 'kl_02', 'kl_1'}
+
+
+def test_run_brightness_end_to_end(tmp_path):
+    done = papermill('run_brightness', tmp_path/'a.ipynb', steps=2, out_dir=tmp_path/'out', overrides='batch_size=4,num_generations=4,mini_batch_size=8')
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(json.loads((tmp_path/'out'/'summary.json').read_text())['shares']) == {'base', 'bright', 'dark'}
+
+
+@pytest.mark.parametrize('params, message', [(dict(rewards='x'), 'no reward named'), (dict(arms='dpo'), "no 'dpo'"), (dict(overrides='rewards=clop'), 'did you mean')])
+def test_bad_requests_are_refused_before_any_work(tmp_path, params, message):
+    notebook = 'run_var' if 'rewards' in params else 'run_loofid'
+    done = papermill(notebook, tmp_path/'a.ipynb', out_dir=tmp_path/'out', **params)
+    assert done.returncode and message in done.stderr and not list((tmp_path/'out').rglob('metrics.jsonl'))
