@@ -302,7 +302,8 @@ def preset(model:str, # name of the system
     if method == 'var_grpo': return var_toy(**free) if toy else var_grpo(**free)
     if method in ('mixed', 'vapi_loofid'):
         one = (loofid_toy if toy else loofid)(**free)
-        return replace(preset(model, 'vapi', variant), method='mixed', **{k: getattr(one, k) for k in ('rewards', 'normalize_rewards', 'ema_weight', 'covariance', 'rollout_cfg_scale')})
+        numbers = dict(batch_size=12, free_generations=12, learning_rate=1e-4) if toy else {}
+        return replace(preset(model, 'vapi', variant), method='mixed', **numbers, **{k: getattr(one, k) for k in ('rewards', 'normalize_rewards', 'ema_weight', 'covariance', 'rollout_cfg_scale')})
     changes = dict(model=model, method=method)
     if variant == 'released_code': changes |= dict(noise_kernel='all', update_dropout=True, ste_mode='gumbel')
     if model.startswith('janus'): return vapi_janus(**{**(dict(noise_rate=1.) if variant == 'released_code' else {}), **changes})

@@ -43,11 +43,12 @@ def plot_metrics(runs:dict, # name: list of metric dicts, one per step
     "Training curves of several runs side by side"
     fig, axes = plt.subplots(1, len(keys), figsize=(3*len(keys), 2.2), constrained_layout=True, squeeze=False)
     for ax, key in zip(axes[0], keys):
-        for name, metrics in runs.items():
+        for i, (name, metrics) in enumerate(runs.items()):
             y = [m[key] for m in metrics if key in m]
             k = max(1, min(window, len(y)))
-            if y: ax.plot(np.arange(len(y) - k + 1) + k, smooth(y, k), label=name)
+            if y: ax.plot(np.arange(len(y) - k + 1) + k, smooth(y, k), label=name, color=f'C{i}') # a run keeps its colour in every panel
         ax.set(xlabel='step', title=key)
         ax.title.set_fontsize(9)
-    if len(runs) > 1: axes[0][0].legend(fontsize=7)
+    fullest = max(axes[0], key=lambda ax: len(ax.lines))
+    if len(runs) > 1: fullest.legend(fontsize=7)
     return fig
