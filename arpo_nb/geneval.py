@@ -266,7 +266,7 @@ def official_evaluation(folder, # see `write_geneval`
     "Hand a folder to the official evaluator"
     command = official_command(folder, results, repo, python, detector)
     if not run:
-        print(shlex.join(command))
+        print(shlex.join(command).replace(f'{Path.cwd()}/', ''))
         return None
     list(read_folder(folder))
     if not Path(command[1]).exists(): raise FileNotFoundError(f"repo {repo}: no {Path(command[1]).name} there; clone https://github.com/djghosh13/geneval and pass its folder")
