@@ -87,7 +87,7 @@ def test_ratio_is_one_on_the_first_step(tmp_path, logprob_cfg):
 
 def test_both_in_one_update(tmp_path):
     "A mixed run without weight on its free-running half is VA-π; with it, it is something else"
-    small = dict(batch_size=8, num_generations=2, steps=2)
+    small = dict(batch_size=8, num_generations=2, steps=2, learning_rate=1e-4)
     vapi = launch(replace(preset('toy', 'vapi'), **small), tmp_path/'vapi', progress=False)
     mixed = replace(preset('toy', 'vapi_loofid'), **small)
     zero = launch(replace(mixed, free_coef=0.), tmp_path/'zero', progress=False)
