@@ -127,10 +127,11 @@ class RollOut:
                  reward=None, # `Reward` of free-running samples, or of VA-π's in place of the reconstruction reward
                  ref_policy=None, # for the KL
                  autocast=nullcontext, # precision of the policy, the same here and in the update; tokenizer and reward stay in float32
-                 gather=lambda x: x, # rows of this process to rows of all
+                 gather=lambda x: x, # rows of this process to rows of all, process by process
+                 rank:int=0, # this process
                  clock=None, # `Clock`
                 ):
-        self.system, self.cfg, self.ref_policy, self.autocast, self.gather, self.clock = system, cfg, ref_policy, autocast, gather, clock or Clock()
+        self.system, self.cfg, self.ref_policy, self.autocast, self.gather, self.rank, self.clock = system, cfg, ref_policy, autocast, gather, rank, clock or Clock()
         self.reward, self.free_reward = (reward, None) if cfg.method not in FREE else (None, reward)
         if cfg.method in FREE and reward is None: raise ValueError(f"reward=None: method {cfg.method!r} needs the rewards of free-running samples; see `models.load_reward`")
         if cfg.method in FREE and cfg.rollout_cfg_scale != 1 and hasattr(system.policy, 'example_cond'): system.policy.null_cond(system.policy.example_cond(1)) # raises without a null class
@@ -171,7 +172,8 @@ class RollOut:
                              temperature=c.temperature, cfg_scale=c.rollout_cfg_scale, top_k=c.rollout_top_k, top_p=c.rollout_top_p, logprob_cfg=c.logprob_cfg,
                              generate_batch_size=c.generate_batch_size, micro_batch_size=c.micro_batch_size, chunk=c.logps_chunk, clock=self.clock)
         if c.top_entropy_quantile == 1: return r
-        least = self.gather(r.entropy).flatten().kthvalue(max(1, round((1 - c.top_entropy_quantile)*self.gather(r.entropy).numel()))).values
+        everyone = self.gather(r.entropy).flatten()
+        least = everyone.kthvalue(max(1, round((1 - c.top_entropy_quantile)*len(everyone)))).values
         return replace(r, mask=(r.entropy >= least).float())
 
     def judge(self, r:Rollout, reward, state, prefix:str, stats:dict) -> tuple: # rollout with rewards, advantages and reference, new state
@@ -180,7 +182,7 @@ class RollOut:
         rewards, state = score_groups(reward, self.system.tokenizer, r.tokens, r.batch, state, c.decode_batch_size, self.clock)
         everyone = self.gather(rewards) if c.scale_rewards == 'batch' else rewards
         advantages = group_advantages(everyone, c.scale_rewards, c.unbiased_std, c.advantage_eps, c.advantage_clip)
-        if c.scale_rewards == 'batch': advantages = advantages[self.mine(len(rewards))]
+        if c.scale_rewards == 'batch': advantages = advantages[self.rank*len(rewards):][:len(rewards)]
         stats |= {f'{prefix}reward/mean': rewards.mean(), f'{prefix}reward/group_std': rewards.std(1).mean(),
                   f'{prefix}reward/tied_groups': (advantages == 0).flatten(1).all(1).float().mean()}
         stats |= {f'{prefix}{name}{k}': v for name, part in reward_parts(reward) for k, v in getattr(part, 'stats', {}).items()}
@@ -188,10 +190,6 @@ class RollOut:
         if self.ref_policy is not None and c.beta:
             with self.clock('reference'): r = replace(r, ref_logps=self.reference_logps(r))
         return replace(r, rewards=rewards, advantages=advantages), state
-
-    def mine(self, n:int) -> slice: # rows of this process among those gathered
-        rank = getattr(self, 'rank', 0)
-        return slice(rank*n, (rank+1)*n)
 
     @torch.no_grad()
     def reference_logps(self, r:Rollout) -> Tensor: # [B, G, T]
@@ -354,8 +352,7 @@ def train(system:System, # what to train
     for _, part in reward_parts(reward):
         if hasattr(part, 'to'): part.to(acc.device)
     clock = Clock(acc.device)
-    roll_out = RollOut(system, cfg, reward, ref_policy, acc.autocast, acc.gather, clock)
-    roll_out.rank = acc.process_index
+    roll_out = RollOut(system, cfg, reward, ref_policy, acc.autocast, acc.gather, acc.process_index, clock)
     ckpt, run = find_checkpoint(out), dict(step=0, reward_state=None, entropy=None, position=0)
     if ckpt: run = load_checkpoint(acc, ckpt, moving)
     if acc.is_main_process: (out/'config.json').write_text(to_json(cfg))

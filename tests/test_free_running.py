@@ -1,30 +1,26 @@
 "Free-running policy tuning: processes, resuming, references, guidance, and both papers in one update"
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
 
-from arpo_nb.config import Config, preset, to_json
+from arpo_nb.config import Config, preset
 from arpo_nb.launch import launch
 from arpo_nb.models import load_data, load_reward, load_system
 from arpo_nb.trainer import train
-from test_runs import papermill
+from test_runs import killed_and_resumed, papermill, weights
 
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 TINY = replace(preset('toy', 'loofid'), steps=3, batch_size=4, num_generations=4, save_steps=2)
 BUSY = dict(beta=.2, ref_policy='ema', ref_decay=.5, entropy_coef=1e-3, entropy_control='adaptive', mini_batch_size=8, num_iterations=2,
             scale_rewards='batch', top_entropy_quantile=.5) # everything that has a state or looks across processes
 
 
-def weights(folder): return load_file(folder/'checkpoint'/'model.safetensors')
+@pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGKILL])
+def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig): killed_and_resumed(replace(TINY, **BUSY, steps=30, save_steps=3), tmp_path, sig)
+
 
 def numbers(rows): return [{k: v for k, v in r.items() if not k.startswith('time/')} for r in rows]
 
@@ -38,27 +34,6 @@ def test_two_processes_give_the_result_of_one(tmp_path):
         for k in a: assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-4), k
     for k, w in weights(tmp_path/'one').items(): torch.testing.assert_close(w, weights(tmp_path/'two')[k], rtol=1e-3, atol=2e-5)
     assert 'reward/loo_fid/ema_fid' in one[0] and 'policy/kl' in one[0] and one[-1]['policy/ratio'] != 1
-
-
-@pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGKILL])
-def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig):
-    cfg = replace(TINY, **BUSY, steps=30, save_steps=3)
-    for name in ('whole', 'killed'):
-        (tmp_path/name).mkdir(); (tmp_path/name/'job.json').write_text(to_json(cfg))
-    command = lambda name: [sys.executable, '-m', 'arpo_nb.launch', str(tmp_path/name/'job.json'), '--out_dir', str(tmp_path/name/'run')]
-    subprocess.run(command('whole'), check=True, env=ENV, capture_output=True)
-    child = subprocess.Popen(command('killed'), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, deadline = tmp_path/'killed'/'run'/'metrics.jsonl', time.time() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 8):
-        assert child.poll() is None and time.time() < deadline
-        time.sleep(.02)
-    child.send_signal(sig); child.wait()
-    assert len(log.read_text().splitlines()) < 30, 'finished before it was killed'
-    subprocess.run(command('killed'), check=True, env=ENV, capture_output=True)
-    a, b = (weights(tmp_path/n/'run') for n in ('whole', 'killed'))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    rows = [numbers(json.loads(line) for line in (tmp_path/n/'run'/'metrics.jsonl').read_text().splitlines()) for n in ('whole', 'killed')]
-    assert rows[0] == rows[1] and len(rows[0]) == 30
 
 
 def test_the_frozen_reference_is_in_no_checkpoint(tmp_path):

@@ -48,8 +48,11 @@ def command(folder): return [sys.executable, '-m', 'arpo_nb.launch', str(folder/
 
 
 @pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGKILL])
-def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig):
-    cfg = replace(TINY, steps=40, save_steps=3, update_dropout=True)
+def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig): killed_and_resumed(replace(TINY, steps=40, save_steps=3, update_dropout=True), tmp_path, sig)
+
+
+def killed_and_resumed(cfg, tmp_path, sig):
+    "A run killed after eight steps and resumed against an unbroken one"
     for name in ('whole', 'killed'):
         (tmp_path/name).mkdir(); (tmp_path/name/'job.json').write_text(to_json(cfg))
     subprocess.run(command(tmp_path/'whole'), check=True, env=ENV, capture_output=True)
@@ -59,7 +62,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig):
         assert child.poll() is None and time.time() < deadline
         time.sleep(.02)
     child.send_signal(sig); child.wait()
-    assert len(log.read_text().splitlines()) < 40, 'finished before it was killed'
+    assert len(log.read_text().splitlines()) < cfg.steps, 'finished before it was killed'
     subprocess.run(command(tmp_path/'killed'), check=True, env=ENV, capture_output=True)
     a, b = (weights(tmp_path/n/'run') for n in ('whole', 'killed'))
     assert all(torch.equal(a[k], b[k]) for k in a)
