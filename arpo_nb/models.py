@@ -18,7 +18,7 @@ from torch import nn
 
 from .checkpoints import MODELS as LLAMAGEN, build_llamagen, llamagen_files, load_weights
 from .config import FREE, Config, parse_rewards
-from .data import ArrayData, FolderData, LabelData
+from .data import ArrayData, LabelData, folder_data, hub_data, is_hub_folder
 from .features import LPIPSFeatures, import_torchvision
 from .janus import CONFIGS as JANUS, build_janus, load_prompt_encoder
 from .llamagen import GPT
@@ -127,7 +127,7 @@ def load_data(cfg:Config, # its model, method, data, seed and class_split
     model, data = cfg.model, cfg.data
     if cfg.method == 'grpo' and system.num_classes: return LabelData(system.num_classes, cfg.class_split, cfg.seed)
     if not system.num_classes: return _text_data(cfg, system)
-    if data != 'default': return FolderData(data, system.tokenizer.image_size, system.num_classes)
+    if data != 'default': return (hub_data if is_hub_folder(data) else folder_data)(data, system.tokenizer.image_size, system.num_classes)
     if model.startswith('toy'): return toy_images()
     raise ValueError(f"data='default': {model} comes without images; pass the folder of your training set, for example ImageNet's train folder")
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .data import is_hub_folder
 from .features import import_transformers
 from .image_io import center_crop, to_tensor
 from .protocols import Batch, Streams
@@ -176,15 +177,22 @@ def _from_tar(path, number):
         def text(f=f): return f['txt'].decode() if 'txt' in f else _caption(json.loads(f['json'])) if 'json' in f else None
         yield dict(index=i, key=key, image=image, text=text, feats=f.get('npy'))
 
-def _from_parquet(path, number):
-    "Records of a parquet file, a few rows at a time"
-    try: import pyarrow.parquet as pq
-    except ImportError as e: raise ImportError("parquet needs pyarrow: pip install pyarrow") from e
+def _tables(path):
+    "Column names and record batches of a parquet file, or of an Arrow file of Hugging Face `datasets`"
+    try: import pyarrow, pyarrow.parquet as pq
+    except ImportError as e: raise ImportError(f"{path.suffix[1:]} needs pyarrow: pip install pyarrow") from e
+    if path.suffix == '.arrow':
+        file = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+        return file.schema.names, lambda columns: (b.select(columns).slice(i, 64) for b in file for i in range(0, len(b), 64))
     file = pq.ParquetFile(path)
-    names = file.schema_arrow.names
+    return file.schema_arrow.names, lambda columns: file.iter_batches(64, columns=columns)
+
+def _from_table(path, number):
+    "Records of a parquet or Arrow file, a few rows at a time"
+    names, batches = _tables(path)
     image, text = (next((c for c in choice if c in names), None) for choice in (('image', 'jpg', 'img', 'png'), CAPTIONS))
     if not (image and text): raise ValueError(f"{path}: columns {names}; expected pictures in one called image, jpg, img or png, and captions in {', '.join(CAPTIONS)}")
-    for batch in file.iter_batches(64, columns=[image, text]):
+    for batch in batches([image, text]):
         for r in batch.to_pylist():
             if (i := number()) is not None:
                 yield dict(index=i, key=str(i), image=r[image]['bytes'] if isinstance(r[image], dict) else r[image], text=r[text], feats=None)
@@ -202,15 +210,22 @@ def _from_folder(path, number):
 
 def _read_text(path): return path.read_text() if path.exists() else None
 
+def _files(path):
+    "Files at a path or pattern; of a folder of Hugging Face `datasets`, those of its training split"
+    if path.is_file(): return [path]
+    if not path.is_dir(): return sorted(path.parent.glob(path.name))
+    home = next((path/d for d in ('train', 'data') if is_hub_folder(path) and (path/d).is_dir()), path)
+    files = sorted(home.glob('*'))
+    return [f for f in files if f.name.startswith('train') and f.suffix == '.parquet'] or files
+
 def _sources(path):
     "Pairs of a reader and what it reads"
     path = Path(path).expanduser()
-    if path.is_file(): files = [path]
-    else: files = sorted(path.glob('*') if path.is_dir() else path.parent.glob(path.name))
+    files = _files(path)
     if not files: raise FileNotFoundError(f"data={str(path)!r}: nothing there; give a folder, a .tar, a .parquet, or a pattern like 'shards/*.tar'")
-    readers = {p: _from_tar if '.tar' in p.suffixes else _from_parquet if p.suffix == '.parquet' else None for p in files}
+    readers = {p: _from_tar if '.tar' in p.suffixes else _from_table if p.suffix in ('.parquet', '.arrow') else None for p in files}
     shards = [(read, p) for p, read in readers.items() if read]
-    if not shards and not path.is_dir(): raise ValueError(f"data={str(path)!r}: neither a folder nor .tar or .parquet files")
+    if not shards and not path.is_dir(): raise ValueError(f"data={str(path)!r}: neither a folder nor .tar, .parquet or .arrow files")
     return shards or [(_from_folder, path)]
 
 # %% ../nbs/09_text_data.ipynb #9b6b20f3
