@@ -9,7 +9,7 @@ __all__ = ['FILTERS', 'CLIP_MEAN', 'CLIP_STD', 'CLIPS', 'SCALES', 'import_open_c
            'CLIPReward', 'AestheticReward', 'clip_reward', 'aesthetic_reward']
 
 # %% ../nbs/23_clip.ipynb #b7440bb2
-import math, warnings, zipfile
+import warnings, zipfile
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoints import read_state_dict
+from .checkpoints import load_strict, read_state_dict
 from .features import import_torchvision
 from .protocols import Batch
 from .rewards import check_images
@@ -134,13 +134,7 @@ def load_clip(model:nn.Module, # filled in place
     "Load a CLIP file strictly, whatever its form"
     state = _archive_state(path) or read_state_dict(path)
     state = {k: v for k, v in state.items() if k not in ('input_resolution', 'context_length', 'vocab_size')}
-    want = model.state_dict()
-    lost, extra = want.keys() - state.keys(), state.keys() - want.keys()
-    shapes = [f'{k} {tuple(state[k].shape)} instead of {tuple(want[k].shape)}' for k in want.keys() & state.keys() if state[k].shape != want[k].shape]
-    if lost or extra or shapes:
-        raise ValueError(f"{path} does not fit this CLIP: " + '; '.join(f"{len(v)} {k}: {', '.join(sorted(v)[:3])}" for k, v in dict(missing=lost, surplus=extra, misshapen=shapes).items() if v))
-    model.load_state_dict(state)
-    return model
+    return load_strict(model, state, path, describe=lambda s: f'a CLIP of {len(s)} tensors')
 
 def build_clip(name:str='clip_l14', # key of `CLIPS`
                weights=None, # None for the published file, 'random', or a local file

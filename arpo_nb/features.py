@@ -7,7 +7,6 @@ __all__ = ['import_torchvision', 'import_transformers', 'LPIPSFeatures']
 
 # %% ../nbs/22_features.ipynb #390b930e
 import torch
-import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 from .weights import locate
@@ -25,12 +24,15 @@ def import_torchvision():
         import torchvision
     return torchvision
 
-def import_transformers():
+def import_transformers(extra:str='t2i' # the extra to install it with, for the message
+                       ):
     "transformers, which itself imports torchvision"
-    try: import_torchvision()
-    except ImportError: pass
-    try: import transformers
-    except ImportError as e: raise ImportError("transformers is needed: pip install 'arpo_nb[t2i]'") from e
+    try: import_torchvision() # where it was built for another torch, transformers fails on it
+    except ImportError: pass # not needed
+    try:
+        import transformers
+        transformers.LlamaModel # imported when asked for
+    except ImportError as e: raise ImportError(f"transformers is needed: pip install 'arpo_nb[{extra}]' [{e}]") from e
     return transformers
 
 # %% ../nbs/22_features.ipynb #7a5fba71

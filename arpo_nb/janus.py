@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VQ', 'CONFIGS', 'CFG_SCALE', 'HUB', 'RENAMED', 'VQ_RENAMED', 'VQ_BACK', 'QUESTIONS', 'SpecialIds', 'JanusConfig',
-           'import_transformers', 'llama_config', 'Cache', 'Aligner', 'GenerationHead', 'JanusPolicy', 'generate',
-           'format_prompt', 'special_ids', 'encode_prompts', 'PromptEncoder', 'to_transformers', 'is_official', 'Parts',
-           'split_parts', 'describe', 'transformers_config', 'silently_wrong', 'merge_policy', 'read_janus',
-           'build_janus', 'WordHash', 'load_prompt_encoder', 'load_text_head', 'answer_logps', 'understanding_change']
+           'llama_config', 'Cache', 'Aligner', 'GenerationHead', 'JanusPolicy', 'generate', 'format_prompt',
+           'special_ids', 'encode_prompts', 'PromptEncoder', 'to_transformers', 'is_official', 'Parts', 'split_parts',
+           'describe', 'transformers_config', 'silently_wrong', 'merge_policy', 'read_janus', 'build_janus', 'WordHash',
+           'load_prompt_encoder', 'load_text_head', 'answer_logps', 'understanding_change']
 
 # %% ../nbs/39_janus.ipynb #7328b0b5
 import json
@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoints import read_state_dict
-from .features import import_torchvision
+from .checkpoints import load_strict, read_state_dict
+from .features import import_transformers
 from .llamagen import packed_weights
 from .protocols import Streams
 from .sampling import guide, sample_token
 from .tokenizers import VQConfig, VQModel
-from .vqgan import load_strict
 from .weights import locate
 
 # %% ../nbs/39_janus.ipynb #6cbad75e
@@ -63,19 +62,9 @@ CFG_SCALE = 5. # the released sampler's guidance weight
 HUB = dict(janus_pro_1b='deepseek-ai/Janus-Pro-1B', janus_pro_7b='deepseek-ai/Janus-Pro-7B')
 
 # %% ../nbs/39_janus.ipynb #66c3b9ef
-def import_transformers():
-    "transformers, or what to install"
-    try: import_torchvision() # where it was built for another torch, transformers fails on it
-    except ImportError: pass # not needed
-    try:
-        import transformers
-        transformers.LlamaModel
-        return transformers
-    except ImportError as e: raise ImportError(f"Janus-Pro needs the package transformers, version 5: pip install 'arpo_nb[janus]' [{e}]") from e
-
 def llama_config(cfg:JanusConfig):
     "Settings of the language model for transformers; text head and embedding are not tied"
-    return import_transformers().LlamaConfig(
+    return import_transformers('janus').LlamaConfig(
         vocab_size=cfg.text_vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
         num_key_value_heads=cfg.n_kv_head or cfg.n_head, max_position_embeddings=cfg.max_positions, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False,
         rope_parameters=dict(rope_theta=cfg.rope_base, rope_type='default'), attn_implementation='sdpa')
@@ -117,7 +106,7 @@ class JanusPolicy(nn.Module):
     def __init__(self, cfg:JanusConfig):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size, self.gradient_checkpointing = cfg, cfg.num_tokens, cfg.vocab_size, False
-        self.language_model = import_transformers().LlamaModel(llama_config(cfg))
+        self.language_model = import_transformers('janus').LlamaModel(llama_config(cfg))
         self.generation_embeddings, self.generation_aligner = nn.Embedding(cfg.vocab_size, cfg.code_dim), Aligner(cfg.code_dim, cfg.dim)
         self.generation_head = GenerationHead(cfg.dim, cfg.head_hidden or cfg.dim, cfg.vocab_size)
 
@@ -336,12 +325,12 @@ def transformers_config(cfg:JanusConfig, vq:VQConfig=VQ, **vision):
                      channel_multiplier=list(vq.encoder_ch_mult), projection_dim=cfg.dim, image_token_embed_dim=cfg.dim, num_hidden_layers=2)
     vision_config = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=vq.image_size, patch_size=16, mlp_ratio=4.,
                          projection_dim=cfg.dim, depth=2, num_image_tokens=cfg.num_tokens) | vision
-    return import_transformers().JanusConfig(text_config=llama_config(cfg).to_dict(), vision_config=vision_config, vq_config=vq_config, tie_word_embeddings=False)
+    return import_transformers('janus').JanusConfig(text_config=llama_config(cfg).to_dict(), vision_config=vision_config, vq_config=vq_config, tie_word_embeddings=False)
 
 def silently_wrong(folder, # what someone would hand to transformers' `from_pretrained`
                   ) -> list: # reasons, empty if it loads right
     "Why transformers would load a folder without an error, and wrongly"
-    folder, tf = Path(folder), import_transformers()
+    folder, tf = Path(folder), import_transformers('janus')
     config, state = json.loads((folder/'config.json').read_text()), read_state_dict(folder)
     if config.get('model_type') != 'janus':
         return [f"config.json has the type {config.get('model_type')!r} of the official layout: JanusConfig accepts it with a warning and builds its default size; build_janus reads this folder"]
@@ -401,7 +390,7 @@ def load_prompt_encoder(model:str='janus_pro_1b', # key of CONFIGS
     cfg = CONFIGS[model][0]
     if weights == 'random': return PromptEncoder(WordHash(cfg), cfg)
     where = str(weights) if weights is not None and Path(weights).is_dir() else HUB[model]
-    try: tokenizer = import_transformers().AutoTokenizer.from_pretrained(where, cache_dir=cache_dir, local_files_only=bool(offline))
+    try: tokenizer = import_transformers('janus').AutoTokenizer.from_pretrained(where, cache_dir=cache_dir, local_files_only=bool(offline))
     except (OSError, ValueError) as e: raise FileNotFoundError(f"no tokenizer of {model} in {where} [{str(e).splitlines()[0]}]. Pass the model's folder with tokenizer.json and tokenizer_config.json as weights") from e
     found = special_ids(tokenizer)
     wrong = [f'{k} {getattr(found, k)} instead of {v}' for k, v in vars(cfg.ids).items() if k != 'pad' and getattr(found, k) != v]

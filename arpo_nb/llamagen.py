@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .protocols import Streams, map_cond
+from .protocols import Streams
 from .sampling import guide, sample_token
 
 # %% ../nbs/31_llamagen.ipynb #90cc7051

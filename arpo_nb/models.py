@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'BUILDERS', 'TOY_BRIGHTNESS', 'check_model', 'load_system', 'model_files', 'ClassScore', 'load_reward',
-           'toy_images', 'toy_reference', 'imagenet_classes', 'load_data', 'load_metric_net']
+           'toy_images', 'toy_reference', 'imagenet_classes', 'load_data', 'prompt_encoder', 'load_metric_net']
 
 # %% ../nbs/37_models.ipynb #de9ccbda
 import difflib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from .moments import Reference
 from .protocols import MetricNet, System
 from .reward_factory import CLIP_OF, make_rewards
 from .rewards import WeightedSum
-from .text_data import DiskFeatures, PromptData, T5Features, TextData
+from .text_data import DiskFeatures, NamedClasses, PromptData, T5Features, TextData
 from .tokenizers import VQModel
 from .toy import ASSETS, CLASSES, NET_A, NET_B, ToyNet, to_pixels, toy_gpt_config, toy_vq_config
 from .var import VARS, build_var
@@ -131,15 +130,23 @@ def load_data(cfg:Config, # its model, method, data, seed and class_split
     if model.startswith('toy'): return toy_images()
     raise ValueError(f"data='default': {model} comes without images; pass the folder of your training set, for example ImageNet's train folder")
 
+def prompt_encoder(system:System,
+                   text_features:str='google/flan-t5-xl', # T5 encoder of a text-conditional LlamaGen: hub name or folder
+                  ): # list of N prompts to conditions of N images
+    "What turns prompts into a system's conditions: its own encoder, the names of its classes, or T5"
+    if system.encode_prompts is not None: return system.encode_prompts
+    if not system.num_classes: return T5Features(text_features, device='cuda' if torch.cuda.is_available() else 'cpu')
+    if not system.class_names: raise ValueError(f"model={system.name!r}: its {system.num_classes} classes have no names that prompts could mention; set system.class_names")
+    return NamedClasses(system.class_names)
+
 def _text_data(cfg, system):
     "Captioned pictures, or prompts alone"
     if cfg.data == 'default': raise ValueError(f"data='default': {cfg.model} comes without prompts; pass " + ("a text file with one prompt on each line" if cfg.method == 'grpo' else
                                                "captioned pictures: a folder, a .tar, a .parquet, or a pattern like 'shards/*.tar'"))
     if not Path(cfg.data).expanduser().exists() and not any(c in cfg.data for c in '*?['): raise FileNotFoundError(f"data={cfg.data!r}: no such file or folder")
-    kind, encode = cfg.text_features, system.encode_prompts
-    if encode is None and kind != 'stored':
-        path = Path(kind).expanduser()
-        encode = DiskFeatures(path) if path.suffix == '.npz' or any(path.glob('*.npy')) else T5Features(kind, device='cuda' if torch.cuda.is_available() else 'cpu')
+    kind, path = cfg.text_features, Path(cfg.text_features).expanduser()
+    on_disk = system.encode_prompts is None and (path.suffix == '.npz' or any(path.glob('*.npy')))
+    encode = DiskFeatures(path) if on_disk else None if kind == 'stored' and system.encode_prompts is None else prompt_encoder(system, kind)
     if cfg.method != 'grpo': return TextData(cfg.data, system.tokenizer.image_size, encode)
     if encode is None or isinstance(encode, DiskFeatures): raise ValueError(f"text_features={kind!r}: prompts alone come without features; name a T5 encoder such as 'google/flan-t5-xl'")
     return PromptData(cfg.data, encode)

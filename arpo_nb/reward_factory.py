@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .clip import AestheticReward, CLIPReward, CLIPScorer, aesthetic_reward, build_clip, clip_preprocess, hps_preprocess
+from .clip import CLIPReward, CLIPScorer, aesthetic_reward, build_clip, clip_preprocess, hps_preprocess
 from .config import parse_rewards
 from .maniqa import maniqa_reward
 from .moments import Reference, as_reference

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'CAPTIONS', 'clean_prompt', 'left_pad', 'stack_features', 'T5Features', 'DiskFeatures', 'TextImages',
-           'text_batches', 'TextData', 'PromptData']
+           'text_batches', 'TextData', 'PromptData', 'NamedClasses']
 
 # %% ../nbs/09_text_data.ipynb #25a6cf48
 import html, io, json, re, tarfile, warnings, zlib
@@ -326,7 +326,9 @@ class TextData:
 class PromptData:
     "Prompts without pictures, from a text file with one on each line"
     def __init__(self, path, features): # features: prompts to conditions
-        lines = [l.strip() for l in Path(path).expanduser().read_text().splitlines()]
+        path = Path(path).expanduser()
+        if not path.is_file(): raise FileNotFoundError(f"data={str(path)!r}: expected a text file with one prompt on each line, got {'a folder' if path.is_dir() else 'nothing'}")
+        lines = [l.strip() for l in path.read_text().splitlines()]
         self.prompts, self.features = [l for l in lines if l], features
         if not self.prompts: raise ValueError(f"data={str(path)!r}: no prompt in {len(lines)} lines; write one prompt on each line")
         if blank := len(lines) - len(self.prompts): warnings.warn(f"data={str(path)!r}: {blank} blank lines left out, {len(self.prompts)} prompts remain")
@@ -337,3 +339,17 @@ class PromptData:
         "None, conditions and prompts of some rows"
         texts = [self.prompts[i] for i in rows]
         return None, self.features(texts), texts
+
+class NamedClasses:
+    "Prompts to class ids, for a class-conditional model: the class whose name stands in the prompt"
+    def __init__(self, names): # class names in the order of their ids
+        self.ids = {n.lower(): i for i, n in enumerate(names)}
+
+    def __call__(self, prompts:list) -> Tensor: # [N] class ids
+        return torch.tensor([self.id(p) for p in prompts])
+
+    def id(self, prompt):
+        "The longest name wins: ankle boot, not boot"
+        found = [n for n in self.ids if re.search(rf'(?<!\w){re.escape(n)}(?!\w)', prompt.lower())]
+        if not found: raise ValueError(f"prompt {prompt!r} names no class of this model; its classes are {', '.join(list(self.ids)[:12])}{', …' if len(self.ids) > 12 else ''}")
+        return self.ids[max(found, key=len)]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALLOWED', 'TOKENIZERS', 'MODELS', 'VQGANConfig', 'Middle', 'Level', 'Encoder', 'Decoder', 'Codebook', 'remap',
            'unmap', 'VQGAN', 'truncate_uint8', 'CINConfig', 'Attention', 'Block', 'Head', 'CINTransformer',
-           'taming_filters', 'generate', 'Inert', 'read_lightning', 'split_state', 'describe', 'load_strict',
-           'find_n_head', 'build_vqgan_tokenizer', 'build_vqgan']
+           'taming_filters', 'generate', 'Inert', 'read_lightning', 'split_state', 'describe', 'find_n_head',
+           'build_vqgan_tokenizer', 'build_vqgan']
 
 # %% ../nbs/34_vqgan.ipynb #0d115455
 import pickle
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoints import read_state_dict
+from .checkpoints import load_strict, read_state_dict
 from .llamagen import packed_weights
 from .protocols import Streams
 from .sampling import sample_token
@@ -379,22 +379,6 @@ def describe(state:dict # name → tensor
         return f"a VQGAN tokenizer that shrinks {2**(levels-1)}-fold, {k} codes of {c}"
     return f"an unknown model with {len(shape)} tensors, first {', '.join(list(shape)[:3])}"
 
-def load_strict(module:nn.Module, # filled in place
-                state:dict, # name → tensor
-                path, # where it came from, for the message
-                describe=describe, # puts a state dict into words
-                assign:bool=False, # take the tensors as they are, for a module without memory
-               ) -> nn.Module: # the same module
-    "Load a state dict whose names and shapes must all agree"
-    want = module.state_dict()
-    wrong = dict(missing=sorted(want.keys() - state.keys()), surplus=sorted(state.keys() - want.keys()),
-                 misshapen=[f'{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}' for k, v in want.items() if k in state and state[k].shape != v.shape])
-    if any(wrong.values()):
-        some = lambda names: ', '.join(names[:4]) + (f' and {len(names)-4} more' if len(names) > 4 else '')
-        raise ValueError(f"{path} does not fit: it holds {describe(state)}, but the model is {describe(want)}. " + '; '.join(f'{len(v)} {k}: {some(v)}' for k, v in wrong.items() if v))
-    module.load_state_dict(state, assign=assign)
-    return module
-
 # %% ../nbs/34_vqgan.ipynb #bf6b9474
 TOKENIZERS = dict(vqgan_f16_16384=VQGANConfig(), vqgan_f16_1024=VQGANConfig(codebook_size=1024))
 MODELS = dict(vqgan_cin=(CINConfig(), 'vqgan_f16_16384'))
@@ -414,7 +398,7 @@ def build_vqgan_tokenizer(name:str='vqgan_f16_16384', # key of TOKENIZERS
     if name not in TOKENIZERS: raise ValueError(f"name={name!r}: choose one of {', '.join(TOKENIZERS)}")
     if weights == 'random': return VQGAN(TOKENIZERS[name]).eval()
     path = locate(name, weights, cache_dir, offline)
-    return load_strict(VQGAN(TOKENIZERS[name]), split_state(read_lightning(path))[1], path).eval()
+    return load_strict(VQGAN(TOKENIZERS[name]), split_state(read_lightning(path))[1], path, describe).eval()
 
 def build_vqgan(model:str='vqgan_cin', # key of MODELS
                 weights=None, # None for the published file, a local one, a transformer alone, or 'random'
@@ -434,5 +418,5 @@ def build_vqgan(model:str='vqgan_cin', # key of MODELS
     if n_head is None:
         if found := find_n_head(path): cfg = replace(cfg, n_head=found)
         else: warnings.warn(f"n_head: no settings file beside {path} names it and shapes do not show it; assuming {cfg.n_head}. Pass n_head, or keep the folder's configs/ next to checkpoints/")
-    policy = load_strict(CINTransformer(cfg), ours, path)
-    return policy.eval(), build_vqgan_tokenizer(name, tokenizer_weights, cache_dir, offline) if tokenizer_weights else load_strict(VQGAN(TOKENIZERS[name]), tok, path).eval()
+    policy = load_strict(CINTransformer(cfg), ours, path, describe)
+    return policy.eval(), build_vqgan_tokenizer(name, tokenizer_weights, cache_dir, offline) if tokenizer_weights else load_strict(VQGAN(TOKENIZERS[name]), tok, path, describe).eval()

@@ -93,8 +93,17 @@ def test_run_eval(tmp_path):
     other = papermill('run_eval', tmp_path/'g.ipynb', **{**small, 'top_k': 5})
     assert other.returncode != 0 and 'another run' in other.stderr
 
+def test_run_eval_on_prompts(tmp_path):
+    (tmp_path/'p.jsonl').write_text('\n'.join(json.dumps(dict(tag='single_object', include=[{'class': c, 'count': 1}], prompt=f'a photo of a {c}')) for c in ('bag', 'ankle boot')))
+    done = papermill('run_eval', tmp_path/'e.ipynb', n=20, prompts=tmp_path/'p.jsonl', detector='classifier', out_dir=tmp_path/'out')
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = json.loads((tmp_path/'out'/'eval.json').read_text())['metrics']['base']
+    assert kept['detector'] == 'classifier of toy' and kept['geneval'] == kept['geneval_tasks']['single_object'] > .5
+    assert len(list((tmp_path/'out'/'base_geneval'/'00001'/'samples').glob('*.png'))) == 10
+
 @pytest.mark.parametrize('params, message', [(dict(model='toyy'), "did you mean 'toy'"), (dict(checkpoint='gone.pt'), 'no such file'), (dict(part='head'), 'choose policy or tokenizer'), (dict(labels='sorted'), 'choose balanced or random'),
-    (dict(model='llamagen_b', inception='random', reference='gone.npz'), 'no such file')], ids=lambda x: str(next(iter(x.values()))) if isinstance(x, dict) else '')
+    (dict(model='llamagen_b', base='random', inception='random', reference='gone.npz'), 'no such file'),
+    (dict(detector='classifier'), "GenEval's format"), (dict(scores='clipp'), 'no such CLIP')], ids=lambda x: str(next(iter(x.values()))) if isinstance(x, dict) else '')
 def test_bad_requests_fail_at_once(tmp_path, params, message):
     done = papermill('run_eval', tmp_path/'x.ipynb', **{'n': 10, 'out_dir': tmp_path/'out', **params})
     assert done.returncode != 0 and message in done.stderr, done.stderr[-1500:]
