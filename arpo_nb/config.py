@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SAMPLING', 'FREE', 'VARIANTS', 'RECIPES', 'BASELINES', 'LOOFID_ABLATIONS', 'VAR_EXPERIMENTS',
-           'TOY_VAR_ARMS', 'TOY_ARMS', 'Config', 'check_types', 'check_config', 'contexts', 'parse_rewards',
-           'clip_is_inert', 'in_vain', 'override', 'to_json', 'from_json', 'vapi_llamagen', 'vapi_janus', 'vapi_toy',
-           'loofid', 'ar_grpo', 'var_grpo', 'loofid_toy', 'var_toy', 'preset', 'choose_baselines', 'choose_arms']
+           'TOY_VAR_ARMS', 'TOY_ARMS', 'Config', 'check_types', 'check_config', 'contexts', 'uses_perceptual',
+           'parse_rewards', 'clip_is_inert', 'in_vain', 'override', 'to_json', 'from_json', 'vapi_llamagen',
+           'vapi_janus', 'vapi_toy', 'loofid', 'ar_grpo', 'var_grpo', 'loofid_toy', 'var_toy', 'preset',
+           'choose_baselines', 'choose_arms']
 
 # %% ../nbs/02_config.ipynb #8d732f08
 import json
@@ -160,6 +161,10 @@ def check_config(cfg:Config):
 def contexts(cfg:Config) -> int:
     "Contexts in a rollout, over all processes: what mini_batch_size counts"
     return cfg.batch_size*(cfg.num_generations if cfg.method == 'grpo' else 1)
+
+def uses_perceptual(cfg:Config) -> bool:
+    "Whether pictures are compared by the perceptual network"
+    return cfg.method not in ('grpo', 'mle') and cfg.perceptual_coef > 0
 
 def parse_rewards(text:str, # 'clip+hps+0.5*loo_fid'; spaces don't matter
                  ) -> dict: # name: weight

@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from .config import RECIPES, VARIANTS, Config, from_json, override, preset
+from .config import RECIPES, VARIANTS, Config, from_json, override, preset, uses_perceptual
 from .models import MODELS, load_data, load_reward, load_system
 from .plan import check_memory, describe, make_plan
 from .trainer import claim_folder, train
@@ -25,7 +25,7 @@ def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> l
     "Load the system and its data and train, in this process; returns the metrics"
     claim_folder(out_dir, cfg, resume) # refuse before loading gigabytes
     check_memory(make_plan(cfg), cfg)
-    system = load_system(cfg.model, cfg.weights, seed=cfg.seed)
+    system = load_system(cfg.model, cfg.weights, cfg.seed, uses_perceptual(cfg))
     return train(system, load_data(cfg, system), cfg, out_dir, reward=load_reward(cfg, system), resume=resume, progress=progress)
 
 def launch(cfg:Config, # what to run

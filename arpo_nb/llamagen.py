@@ -133,8 +133,9 @@ def _what(x):
     return f'{str(x.dtype)[6:]} {list(x.shape)}' if torch.is_tensor(x) else f"({', '.join(map(_what, x))})" if isinstance(x, (tuple, list)) else type(x).__name__
 
 def _check_ids(name, ids, n, meaning):
-    "Ids must lie in 0 ... n-1"
+    "Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and says less"
     if ids.is_meta or not ids.numel() or torch.compiler.is_compiling(): return
+    if ids.is_cuda: return torch._assert_async((ids.min() >= 0) & (ids.max() < n), f"{name}: ids outside 0 ... {n-1} ({meaning})")
     low, high = ids.min().item(), ids.max().item()
     if low < 0 or high >= n: raise ValueError(f"{name}: ids from {low} to {high}, expected 0 ... {n-1} ({meaning})")
 

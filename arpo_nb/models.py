@@ -45,6 +45,7 @@ def check_model(name:str):
 def load_system(model:str, # name in MODELS
                 weights:str='default', # 'default', 'random', or a file or folder
                 seed:int=0, # of random weights
+                perceptual:bool=True, # with the network that compares pictures, which only some methods need; the toy always has it
                ) -> System: # in eval mode
     "Build a system and load its weights"
     check_model(model)
@@ -52,7 +53,8 @@ def load_system(model:str, # name in MODELS
     toy, given = model in ('toy', 'toy_var'), None if weights == 'default' else weights
     build = _toy_parts if model == 'toy' else (lambda _, w: build_toy_var(w)) if toy else next(f for names, f in BUILDERS if model in names)
     policy, tokenizer = build(model, given)
-    system = System(model, policy, tokenizer, load_weights(ToyNet(NET_A), ASSETS/'net_a.safetensors') if toy else LPIPSFeatures(random=weights == 'random'),
+    look = load_weights(ToyNet(NET_A), ASSETS/'net_a.safetensors') if toy else LPIPSFeatures(random=weights == 'random') if perceptual else None
+    system = System(model, policy, tokenizer, look,
                     num_classes=getattr(policy.cfg, 'num_classes', 0) if getattr(policy.cfg, 'cond', 'class') == 'class' else 0, class_names=CLASSES if toy else None)
     if model in JANUS: system.encode_prompts = load_prompt_encoder(model, given)
     for m in system.modules(): m.eval()
@@ -60,13 +62,13 @@ def load_system(model:str, # name in MODELS
 
 BUILDERS = (LLAMAGEN, build_llamagen), (VARS, build_var), (VQGANS, build_vqgan), (JANUS, build_janus)
 
-def model_files(model:str, weights:str='default') -> list: # pairs of a name in `weights.FILES` and a local path or None
+def model_files(model:str, weights:str='default', perceptual:bool=True) -> list: # pairs of a name in `weights.FILES` and a local path or None
     "The files that a system is made of"
     if model.startswith('toy') or weights == 'random': return []
     given = None if weights == 'default' else weights
     if model in LLAMAGEN: policy, *rest = llamagen_files(model)
     else: policy, rest = model, ['var_vae'] if model in VARS else []
-    return [(policy, given), *((name, None) for name in (*rest, 'vgg16', 'lpips_vgg'))]
+    return [(policy, given), *((name, None) for name in (*rest, *(('vgg16', 'lpips_vgg') if perceptual else ())))]
 
 def _toy_parts(model, weights):
     policy, vq = GPT(toy_gpt_config()), load_weights(VQModel(toy_vq_config()), ASSETS/'vq.safetensors')

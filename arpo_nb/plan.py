@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import FREE, SAMPLING, Config, contexts
+from .config import FREE, SAMPLING, Config, contexts, uses_perceptual
 from .models import load_system, model_files
 from .protocols import map_cond
 from .weights import plan_file
@@ -93,10 +93,10 @@ def make_plan(cfg:Config,
               cache_dir=None, offline=None, # see `plan_file`
              ) -> Plan:
     "All that can be known before a run starts; raises what `plan_file` raises for a file that can't be had"
-    files = [plan_file(name, path, cache_dir, offline) for name, path in model_files(cfg.model, cfg.weights)]
+    files = [plan_file(name, path, cache_dir, offline) for name, path in model_files(cfg.model, cfg.weights, uses_perceptual(cfg))]
     with warnings.catch_warnings(), torch.device('meta'):
         warnings.simplefilter('ignore') # that weights read into shapes are lost
-        system = load_system(cfg.model, 'random').to('meta')
+        system = load_system(cfg.model, 'random', perceptual=uses_perceptual(cfg)).to('meta')
     per = cfg.mini_batch_size or contexts(cfg)
     batch = {'per rollout': f"{cfg.batch_size} {'prompts' if cfg.method == 'grpo' else 'images'} × {cfg.num_generations} samples", 'steps': cfg.steps,
              'contexts per optimiser step': f'{per} on {cfg.num_processes} process{"es"*(cfg.num_processes > 1)}, {min(cfg.micro_batch_size or per, per//cfg.num_processes)} per pass',

@@ -15,14 +15,14 @@ from PIL import Image
 from numpy.lib import format as npy_format
 
 from .image_io import resize_pixels, to_uint8
-from .protocols import Streams, map_cond
+from .protocols import LABEL, Streams, map_cond
 
 # %% ../nbs/51_sample_writer.ipynb #3020c42e
 def random_labels(num_classes:int=1000, # classes 0 ... num_classes-1
                   seed:int=0,
                  ): # function of an array of image indices, returns class ids
     "Classes drawn uniformly, one per image"
-    def labels(index): return torch.tensor([int(np.random.Generator(np.random.Philox(key=seed, counter=[0, 99, 0, int(i)])).integers(num_classes)) for i in index])
+    def labels(index): return (Streams(seed, np.stack([index, np.zeros_like(index)], 1)).uniform(purpose=LABEL)*num_classes).long()
     return labels
 
 def balanced_labels(num_classes:int=1000): # function of an array of image indices, returns class ids

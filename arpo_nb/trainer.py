@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import FREE, SAMPLING, Config, contexts, from_json, in_vain, to_json
+from .config import FREE, SAMPLING, Config, contexts, from_json, in_vain, to_json, uses_perceptual
 from .data import batches
 from .entropy import entropy_coef, entropy_schedule, normalized_entropy
 from .grpo import group_advantages, grpo_loss
@@ -133,6 +133,7 @@ class RollOut:
                 ):
         self.system, self.cfg, self.ref_policy, self.autocast, self.gather, self.rank, self.clock = system, cfg, ref_policy, autocast, gather, rank, clock or Clock()
         self.reward, self.free_reward = (reward, None) if cfg.method not in FREE else (None, reward)
+        if uses_perceptual(cfg) and system.perceptual is None and (reward is None or cfg.method != 'vapi'): raise ValueError(f"perceptual_coef={cfg.perceptual_coef}: the system has no perceptual network; load it with one, or set perceptual_coef=0")
         if cfg.method in FREE and reward is None: raise ValueError(f"reward=None: method {cfg.method!r} needs the rewards of free-running samples; see `models.load_reward`")
         if cfg.method in FREE and cfg.rollout_cfg_scale != 1 and hasattr(system.policy, 'example_cond'): system.policy.null_cond(system.policy.example_cond(1)) # raises without a null class
         if cfg.method in ('vapi', 'mixed') and self.reward is None: self.reward = make_reward(system, cfg)

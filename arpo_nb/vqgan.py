@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import load_strict, read_state_dict
-from .llamagen import packed_weights
+from .llamagen import _check_ids, _what, packed_weights
 from .protocols import Streams
 from .sampling import sample_token
 from .tokenizers import AttnBlock, Downsample, ResBlock, Upsample
@@ -248,12 +248,8 @@ class CINTransformer(nn.Module):
     def check(self, cond):
         "Refuse what is not a batch of class ids"
         if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
-            raise ValueError(f"cond: expected class ids, a [N] tensor of integers, got {str(cond.dtype)[6:] + ' ' + str(list(cond.shape)) if torch.is_tensor(cond) else type(cond).__name__}")
-        self._check_ids('cond', cond, self.cfg.num_classes, 'num_classes; there is no null class')
-
-    def _check_ids(self, name, ids, n, meaning):
-        if ids.numel() and not ids.is_meta and not 0 <= ids.min() <= ids.max() < n:
-            raise ValueError(f"{name}: ids from {ids.min().item()} to {ids.max().item()}, expected 0 ... {n-1} ({meaning})")
+            raise ValueError(f"cond: expected class ids, a [N] tensor of integers, got {_what(cond)}")
+        _check_ids('cond', cond, self.cfg.num_classes, 'num_classes; there is no null class')
 
     def trunk(self, ids:Tensor, cache=None, pos:int=0) -> Tensor:
         "States [N, L, D] of ids [N, L], the label or tokens, at positions from `pos`"
@@ -267,7 +263,7 @@ class CINTransformer(nn.Module):
         "[N, T] context tokens to [N, T, D]; state t has seen the label and tokens before t"
         if context.shape[1] > self.num_tokens: raise ValueError(f"context: {context.shape[1]} tokens, expected at most {self.num_tokens} (block_size); was it made by a tokenizer at another resolution?")
         self.check(cond)
-        self._check_ids('context', context, self.vocab_size, 'vocab_size')
+        _check_ids('context', context, self.vocab_size, 'vocab_size')
         return self.trunk(torch.cat([cond[:, None], context[:, :-1]], 1))
 
     def forward(self, context:Tensor, cond) -> Tensor:

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT
 from PIL import Image
 
@@ -56,7 +57,9 @@ def small(monkeypatch, lpips):
     monkeypatch.setattr('arpo_nb.models.T5Features', TinyT5)
     monkeypatch.setattr('arpo_nb.models.model_files', lambda *args: [])
     monkeypatch.setattr('arpo_nb.plan.model_files', lambda *args: [])
+    AcceleratorState._reset_state(True) # other tests of this process had another precision
     with patch.dict('arpo_nb.janus.CONFIGS', janus_pro_1b=(JANUS, None)): yield
+    AcceleratorState._reset_state(True)
 
 
 def run_cells(name, **params):
