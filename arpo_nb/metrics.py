@@ -282,14 +282,26 @@ LOO-FID 4, llamagen_l, LOO-FID (CLIPScore + HPSv2), yes, 3.83 215.90 .79 .63
 LOO-FID 4, llamagen_l, AR-GRPO (+ MANIQA), yes, 9.34 147.30 .70 .59
 LOO-FID 4, llamagen_l, LOO-FID (+ MANIQA), yes, 6.43 175.34 .74 .64
 LOO-FID 5, llamagen_xl, + VA-π, no, 7.65 102.96 .69 .66, yes, 6.62 212.60 .80 .58
-LOO-FID 6, vqgan, VQGAN, no, 21.90 49.81 .57 .67
-LOO-FID 6, vqgan, + LOO-FID, no, 15.47 66.21 .59 .66
-LOO-FID 6, vqgan, VQGAN (top-k 100), no, 16.42 78.32 .62 .57
-LOO-FID 6, vqgan, + LOO-FID (top-k 100), no, 13.04 97.23 .69 .58'''
+LOO-FID 6, vqgan_cin, VQGAN, no, 21.90 49.81 .57 .67
+LOO-FID 6, vqgan_cin, + LOO-FID, no, 15.47 66.21 .59 .66
+LOO-FID 6, vqgan_cin, VQGAN (top-k 100), no, 16.42 78.32 .62 .57
+LOO-FID 6, vqgan_cin, + LOO-FID (top-k 100), no, 13.04 97.23 .69 .58'''
+
+_GENEVAL = '''VA-π 3, llamagen_t2i_xl, LlamaGen-XL, .042 .550 .032 .197 .750 .263 .306
+VA-π 3, llamagen_t2i_xl, + AR-GRPO, .040 .593 .030 .228 .791 .263 .324
+VA-π 3, llamagen_t2i_xl, + VA-π, .050 .606 .040 .238 .769 .328 .339
+VA-π 3, janus_pro_1b, Janus-Pro 1B, .605 .902 .540 .531 .972 .801 .725
+VA-π 3, janus_pro_1b, + VA-π, .600 .912 .585 .540 .988 .835 .744
+VA-π 5, llamagen_t2i_xl, ξ = 0, .048 .566 .023 .159 .688 .326 .302
+VA-π 5, llamagen_t2i_xl, ξ = 0.25, .043 .598 .025 .215 .700 .306 .315
+VA-π 5, llamagen_t2i_xl, ξ = 0.5, .050 .606 .040 .238 .769 .328 .339
+VA-π 5, llamagen_t2i_xl, ξ = 0.75, .075 .641 .028 .163 .750 .333 .332
+VA-π 5, llamagen_t2i_xl, ξ = 0.95, .043 .652 .040 .181 .728 .328 .329'''
+_TASKS = 'position', 'colors', 'color_attr', 'counting', 'single_object', 'two_object', 'geneval' # the last is their mean
 
 def paper_rows(model:str|None=None, # as in `models`, for example 'llamagen_xl'; None for all
                guided:bool|None=None, # with guidance, without, or both
-              ) -> list: # of dicts: paper, table, model, row, guided, fid, inception_score, precision, recall
+              ) -> list: # of dicts: paper, table, model, row, guided, and fid, inception_score, precision, recall, or GenEval's tasks and their mean
     "What the papers report"
     found = []
     for line in _ROWS.splitlines():
@@ -298,4 +310,8 @@ def paper_rows(model:str|None=None, # as in `models`, for example 'llamagen_xl';
         for g, numbers in zip(cells[::2], cells[1::2]):
             metrics = dict(zip(('fid', 'inception_score', 'precision', 'recall'), map(float, numbers.split())))
             found.append(dict(paper=paper, table=int(table), model=name, row=row, guided=g == 'yes', **metrics))
+    for line in _GENEVAL.splitlines():
+        source, name, row, numbers = line.split(', ')
+        paper, table = source.rsplit(' ', 1)
+        found.append(dict(paper=paper, table=int(table), model=name, row=row, guided=True, **dict(zip(_TASKS, map(float, numbers.split())))))
     return [r for r in found if model in (None, r['model']) and guided in (None, r['guided'])]

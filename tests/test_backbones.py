@@ -4,7 +4,7 @@ import json
 import os
 from unittest.mock import patch
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -50,7 +50,7 @@ def lpips(): return LPIPSFeatures(random=True)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, lpips):
-    matplotlib.use('agg')
+    plt.switch_backend('agg')
     build = lambda model, weights: tuple(m.eval() for m in SMALL[model]())
     monkeypatch.setattr('arpo_nb.models.BUILDERS', ((list(SMALL), build),))
     monkeypatch.setattr('arpo_nb.models.LPIPSFeatures', lambda random: copy.deepcopy(lpips)) # of full size, so made once
@@ -71,6 +71,7 @@ def run_cells(name, **params):
         if 'parameters' in cell['metadata'].get('tags', ()):
             assert params.keys() <= space.keys(), params.keys() - space.keys()
             space |= params
+    plt.close('all')
     return space
 
 

@@ -98,7 +98,7 @@ def test_run_eval_on_prompts(tmp_path):
     done = papermill('run_eval', tmp_path/'e.ipynb', n=20, prompts=tmp_path/'p.jsonl', detector='classifier', out_dir=tmp_path/'out')
     assert done.returncode == 0, done.stderr[-3000:]
     kept = json.loads((tmp_path/'out'/'eval.json').read_text())['metrics']['base']
-    assert kept['detector'] == 'classifier of toy' and kept['geneval'] == kept['geneval_tasks']['single_object'] > .5
+    assert kept['detector'] == 'classifier of toy' and kept['geneval'] == kept['single_object'] > .5
     assert len(list((tmp_path/'out'/'base_geneval'/'00001'/'samples').glob('*.png'))) == 10
 
 @pytest.mark.parametrize('params, message', [(dict(model='toyy'), "did you mean 'toy'"), (dict(checkpoint='gone.pt'), 'no such file'), (dict(part='head'), 'choose policy or tokenizer'), (dict(labels='sorted'), 'choose balanced or random'),
