@@ -27,7 +27,7 @@ test: .venv/dev ## everything that proves it
 	for f in arpo_nb/*.py; do cmp $$f build/drift/$$f || exit 1; done; test "$$(ls arpo_nb/*.py | wc -l)" = "$$(ls build/drift/arpo_nb/*.py | wc -l)"
 	rm -rf build/drift
 	OMP_NUM_THREADS=1 .venv/bin/nbdev_test --skip_file_re '^(\.|_|run_)' --n_workers 2 --timing
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
 
 docs: .venv/dev ## the site, needs quarto
 	.venv/bin/nbdev_docs

@@ -12,6 +12,7 @@ __all__ = ['OBJECTIVES', 'Objective', 'PolicyGradient', 'scored_policy', 'Maximu
 import copy
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -334,7 +335,10 @@ def train(system:System, # what to train
           progress:bool=True, # one bar, on the main process
          ) -> list: # metrics, one dict per step
     "Post-train a system; returns the metrics of all steps, resumed ones included"
-    acc = Accelerator(mixed_precision=cfg.mixed_precision)
+    several = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=several and not torch.cuda.is_available()) # without a GPU accelerate must be told to look for the others
+    if acc.num_processes != cfg.num_processes:
+        raise ValueError(f"num_processes={cfg.num_processes}: {acc.num_processes} processes were started; start as many as the configuration says, or set num_processes={acc.num_processes}")
     if acc.is_main_process:
         claim_folder(out_dir, cfg, resume)
         for vain in in_vain(cfg): warnings.warn(vain)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from arpo_nb.config import preset, to_json
-from arpo_nb.launch import launch
+from arpo_nb.launch import launch, run
 from arpo_nb.llamagen import GPT
 from arpo_nb.toy import toy_gpt_config
 
@@ -31,24 +31,35 @@ def papermill(notebook, out, **params):
 def weights(folder): return load_file(folder/'checkpoint'/'model.safetensors')
 
 
+def numbers(rows): return [{k: v for k, v in r.items() if not k.startswith('time/')} for r in rows]
+
+
+def assert_same_training(one, two, base, rel):
+    "Weights moved alike: sums in another order differ by rounding, which Adam enlarges where a gradient is next to nothing, so each tensor is compared with how far it moved"
+    for k, w in weights(one).items():
+        moved = (w - base[k.removeprefix('model.')]).norm()
+        assert moved > 0 and (w - weights(two)[k]).norm() < rel*moved, k
+
+
 def test_two_processes_give_the_result_of_one(tmp_path):
     cfg = replace(TINY, noise_rate=.3, micro_batch_size=3, mini_batch_size=4, num_iterations=2)
     one = launch(cfg, tmp_path/'one', progress=False)
     two = launch(replace(cfg, num_processes=2), tmp_path/'two', progress=False)
-    for a, b in zip(one, two, strict=True):
-        for k in a:
-            if not k.startswith('time/'): assert a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-5), k
-    w1, w2 = weights(tmp_path/'one'), weights(tmp_path/'two')
-    base = load_file(ROOT/'arpo_nb/assets/policy.safetensors')
-    assert any(not torch.equal(w1[f'model.{k}'], base[k]) for k in base)
-    for k in w1: torch.testing.assert_close(w1[k], w2[k], rtol=1e-4, atol=2e-6)
+    for a, b in zip(numbers(one), numbers(two), strict=True):
+        assert a == {k: pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in b.items()}
+    assert_same_training(tmp_path/'one', tmp_path/'two', load_file(ROOT/'arpo_nb/assets/policy.safetensors'), 1e-3)
+
+
+def test_as_many_processes_as_the_configuration_says(tmp_path):
+    with pytest.raises(ValueError, match='num_processes=2: 1 processes were started'): run(replace(TINY, num_processes=2), tmp_path)
 
 
 def command(folder): return [sys.executable, '-m', 'arpo_nb.launch', str(folder/'job.json'), '--out_dir', str(folder/'run')]
 
 
-@pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGKILL])
-def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig): killed_and_resumed(replace(TINY, steps=40, save_steps=3, update_dropout=True), tmp_path, sig)
+@pytest.mark.parametrize('sig, processes', [(signal.SIGTERM, 1), (signal.SIGKILL, 1), (signal.SIGTERM, 2)])
+def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig, processes):
+    killed_and_resumed(replace(TINY, steps=40, save_steps=3, update_dropout=True, num_processes=processes), tmp_path, sig)
 
 
 def killed_and_resumed(cfg, tmp_path, sig):
@@ -66,8 +77,8 @@ def killed_and_resumed(cfg, tmp_path, sig):
     subprocess.run(command(tmp_path/'killed'), check=True, env=ENV, capture_output=True)
     a, b = (weights(tmp_path/n/'run') for n in ('whole', 'killed'))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    strip = lambda folder: [{k: v for k, v in json.loads(line).items() if not k.startswith('time/')} for line in (folder/'run'/'metrics.jsonl').read_text().splitlines()]
-    assert strip(tmp_path/'whole') == strip(tmp_path/'killed')
+    logged = lambda folder: numbers(json.loads(line) for line in (folder/'run'/'metrics.jsonl').read_text().splitlines())
+    assert logged(tmp_path/'whole') == logged(tmp_path/'killed')
 
 
 def test_run_vapi_end_to_end(tmp_path):
