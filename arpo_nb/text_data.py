@@ -241,6 +241,7 @@ class TextImages:
                 ):
         self.sources, self.size, self.rank, self.world_size, self.start, self.shuffle = _sources(path), size, rank, world_size, start, shuffle
         self.epoch, self.endless, self.truncated, self.skipped = start >> 40, endless, 0, Counter() # features cut, and broken records by reason
+        self.before = None # records of all earlier epochs
 
     def _decode(self, record):
         "A raw record to tensors"
@@ -262,20 +263,34 @@ class TextImages:
 
     def _one_epoch(self):
         sources, epoch, seen = list(self.sources), self.epoch, 0
+        if self.before is None: self.before = epoch*self._count() if epoch and self.world_size > 1 else 0
         if self.shuffle is not None: np.random.default_rng([self.shuffle, epoch]).shuffle(sources)
         self.epoch += 1
         def number(): # of the next record, None if it is not ours
             nonlocal seen
             seen += 1
             index = (epoch << 40) + seen-1
-            return index if (seen-1) % self.world_size == self.rank and index >= self.start else None
+            return index if (self.before + seen-1) % self.world_size == self.rank and index >= self.start else None
+        for record in self._records(sources, number, self.skipped):
+            try: decoded = self._decode(record)
+            except Exception as e: self.skipped[str(e) if str(e).startswith('no ') else type(e).__name__] += 1
+            else: yield decoded
+        self.before += seen
+
+    def _records(self, sources, number, skipped):
+        "Raw records of some sources; what is left of a broken shard is skipped"
         for read, path in sources:
-            try:
-                for record in read(path, number):
-                    try: decoded = self._decode(record)
-                    except Exception as e: self.skipped[str(e) if str(e).startswith('no ') else type(e).__name__] += 1
-                    else: yield decoded
-            except (tarfile.TarError, EOFError, zlib.error) as e: self.skipped[f'rest of a shard ({type(e).__name__})'] += 1
+            try: yield from read(path, number)
+            except (tarfile.TarError, EOFError, zlib.error) as e: skipped[f'rest of a shard ({type(e).__name__})'] += 1
+
+    def _count(self):
+        "Records of an epoch, none of them read"
+        seen = 0
+        def number():
+            nonlocal seen
+            seen += 1
+        for _ in self._records(self.sources, number, Counter()): pass
+        return seen
 
 # %% ../nbs/09_text_data.ipynb #1f5aff0d
 def text_batches(data:TextImages, # the stream
