@@ -294,7 +294,7 @@ def find_checkpoint(out:str|Path) -> Path|None:
 def load_checkpoint(acc:Accelerator, folder:Path, ref_policy=None) -> dict: # what `save_checkpoint` got as `run`
     "Continue from a checkpoint"
     acc.load_state(str(folder))
-    run = torch.load(folder/'run.pt', map_location=acc.device, weights_only=True)
+    run = torch.load(folder/'run.pt', map_location='cpu' if acc.device.type == 'cpu' else acc.device, weights_only=True) # several processes call it cpu:0, which torch can't load to
     if ref_policy is not None: ref_policy.load_state_dict(load_file(folder/'reference.safetensors'))
     positions = run['position']
     run['position'] = positions[acc.process_index] if len(positions) == acc.num_processes else min(positions)

@@ -18,8 +18,9 @@ BUSY = dict(beta=.2, ref_policy='ema', ref_decay=.5, entropy_coef=1e-3, entropy_
             scale_rewards='batch', top_entropy_quantile=.5) # everything that has a state or looks across processes
 
 
-@pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGKILL])
-def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig): killed_and_resumed(replace(TINY, **BUSY, steps=30, save_steps=3), tmp_path, sig)
+@pytest.mark.parametrize('sig, processes', [(signal.SIGTERM, 2), (signal.SIGKILL, 1)])
+def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig, processes):
+    killed_and_resumed(replace(TINY, **BUSY, steps=30, save_steps=3, num_processes=processes), tmp_path, sig)
 
 
 def test_two_processes_give_the_result_of_one(tmp_path):
