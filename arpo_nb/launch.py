@@ -17,6 +17,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from .config import RECIPES, VARIANTS, Config, from_json, override, preset, uses_perceptual
 from .models import MODELS, load_data, load_reward, load_system
 from .plan import check_memory, describe, make_plan
@@ -48,7 +50,9 @@ def launch(cfg:Config, # what to run
             lines = [*lines[-200:], line]
             if progress: print(line, end='')
     finally: # interrupted here: the processes save what they have
-        if child.poll() is None: child.terminate()
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
     if child.wait(): raise RuntimeError(f"{' '.join(cmd)} failed with code {child.returncode}:\n{''.join(lines)}")
     job.unlink()
     return [json.loads(line) for line in (out/'metrics.jsonl').read_text().splitlines()]
@@ -61,7 +65,6 @@ def free_port() -> int:
 
 def launch_command(cfg:Config) -> list:
     "The command line that starts `cfg.num_processes` processes, without the job file"
-    import torch
     gpus = ['accelerate.commands.launch', '--multi_gpu', f'--num_processes={cfg.num_processes}', '--num_machines=1', f'--main_process_port={free_port()}',
             f'--mixed_precision={cfg.mixed_precision}', '--dynamo_backend=no']
     cpus = ['torch.distributed.run', '--standalone', f'--nproc_per_node={cfg.num_processes}'] # accelerate would start one process, whatever the number
@@ -71,7 +74,6 @@ def launch_command(cfg:Config) -> list:
 def provenance() -> dict:
     "Versions, commit and hardware, to store with every number"
     import accelerate
-    import torch
     import arpo_nb
     git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=Path(arpo_nb.__file__).parent, capture_output=True, text=True)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -97,7 +99,8 @@ def main(argv=None):
     cfg = override(from_json(json.dumps(job.get('config', job))) if args.file else preset(args.model, args.method, args.variant), args.set)
     if args.dry_run:
         print(describe(plan := make_plan(cfg), cfg))
-        return check_memory(plan, cfg)
+        if torch.cuda.is_available(): check_memory(plan, cfg) # elsewhere the run is for another machine
+        return
     out = args.out_dir or job.get('out_dir') or (args.file.parent if args.file else None)
     if out is None: p.error('--model needs --out_dir')
     start = run
