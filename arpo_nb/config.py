@@ -301,12 +301,13 @@ def preset(model:str, # name of the system
     if variant not in VARIANTS: raise ValueError(f"variant={variant!r}: choose one of {', '.join(VARIANTS)}")
     if method not in RECIPES: raise ValueError(f"method={method!r}: choose one of {', '.join(RECIPES)}")
     toy, free = 'toy' in model, dict(model=model, method='grpo')
+    unguided = dict(rollout_cfg_scale=1.) if 'vqgan' in model else {} # it has no null class (Table 6)
     if method == 'grpo': method = 'var_grpo' if 'var' in model else 'loofid'
-    if method == 'loofid': return loofid_toy(**free) if toy else loofid(**free, **(dict(rollout_cfg_scale=1.) if 'vqgan' in model else {})) # VQGAN has no null class (Table 6)
-    if method == 'ar_grpo': return loofid_toy(**free, rewards='class_score') if toy else ar_grpo('t2i' in model or 'janus' in model, variant, **free)
+    if method == 'loofid': return loofid_toy(**free) if toy else loofid(**free, **unguided)
+    if method == 'ar_grpo': return loofid_toy(**free, rewards='class_score') if toy else ar_grpo('t2i' in model or 'janus' in model, variant, **free, **unguided)
     if method == 'var_grpo': return var_toy(**free) if toy else var_grpo(**free)
     if method in ('mixed', 'vapi_loofid'):
-        one = (loofid_toy if toy else loofid)(**free)
+        one = loofid_toy(**free) if toy else loofid(**free, **unguided)
         numbers = dict(batch_size=12, free_generations=12, learning_rate=1e-4) if toy else {}
         return replace(preset(model, 'vapi', variant), method='mixed', **numbers, **{k: getattr(one, k) for k in ('rewards', 'normalize_rewards', 'ema_weight', 'covariance', 'rollout_cfg_scale')})
     changes = dict(model=model, method=method)

@@ -97,6 +97,7 @@ def make_plan(cfg:Config,
     with warnings.catch_warnings(), torch.device('meta'):
         warnings.simplefilter('ignore') # that weights read into shapes are lost
         system = load_system(cfg.model, 'random', perceptual=uses_perceptual(cfg)).to('meta')
+    if cfg.method in FREE and cfg.rollout_cfg_scale != 1: system.policy.null_cond(_example(system)) # raises without a null class
     per = cfg.mini_batch_size or contexts(cfg)
     batch = {'per rollout': f"{cfg.batch_size} {'prompts' if cfg.method == 'grpo' else 'images'} × {cfg.num_generations} samples", 'steps': cfg.steps,
              'contexts per optimiser step': f'{per} on {cfg.num_processes} process{"es"*(cfg.num_processes > 1)}, {min(cfg.micro_batch_size or per, per//cfg.num_processes)} per pass',

@@ -175,6 +175,7 @@ class System:
     num_classes: int = 0 # conditions are class ids below this; 0 for text
     class_names: list|None = None # what text rewards call the classes
     encode_prompts: Any = None # list of prompts to conditions, where the model brings its own text encoder
+    answers: Any = None # policy to log-probabilities of fixed answers, where the model also speaks and must not forget how
 
     def modules(self) -> list:
         "The networks that are there"

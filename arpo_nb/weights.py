@@ -77,6 +77,7 @@ FILES = {
     'vqgan_f16_16384': Published('vqgan_imagenet_f16_16384.ckpt', 0, 'VQGAN tokenizer, 16,384 codes', _CODE, url='https://heibox.uni-heidelberg.de/f/867b05fc8c4841768640/?dl=1'),
     'vqgan_cin': Published('cin_transformer.ckpt', 0, 'VQGAN class-conditional ImageNet transformer with its tokenizer, 6 GB or more', _CODE,
         url='https://app.koofr.net/content/links/90cbd5aa-ef70-4f5e-99bc-f12e5a89380e/files/get/last.ckpt?path=%2F2021-04-03T19-39-50_cin_transformer%2Fcheckpoints%2Flast.ckpt'),
+    **{f'janus_pro_{s}_text': Published('tokenizer.json', 0, f'text tokenizer of Janus-Pro-{s.upper()}, about 5 MB', 'MIT code, DeepSeek model licence', repo=f'deepseek-ai/Janus-Pro-{s.upper()}') for s in ('1b', '7b')},
     'janus_pro_1b': Published('pytorch_model.bin', 2*2_089_232_011, 'Janus-Pro-1B', 'MIT code, DeepSeek model licence', repo='deepseek-ai/Janus-Pro-1B'),
     'janus_pro_7b': Published('pytorch_model.bin.index.json', 2*7_420_368_523, 'Janus-Pro-7B, two parts and their index', 'MIT code, DeepSeek model licence', repo='deepseek-ai/Janus-Pro-7B', parts=_JANUS_7B),
 }

@@ -20,7 +20,7 @@ LAYERS = ['protocols config weights',
           'contract pretrain models sample_writer',
           'rollout',
           'trainer evaluate plan',
-          'launch bench metrics geneval']
+          'launch bench metrics geneval matrix']
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 POLICIES = ('tokenizers', 'llamagen', 'multiscale_vq', 'var', 'toy', 'enumerable', 'checkpoints', 'vqgan', 'janus')
 ABOUT_TRAINING = {'rewards', 'moments', 'entropy', 'grpo', 'ste', 'noisy_context', 'rollout', 'trainer', 'launch', 'evaluate', 'config'}
