@@ -7,7 +7,7 @@ __all__ = ['WRAPPERS', 'WHOLE', 'MODELS', 'Refused', 'read_state_dict', 'looks_l
            'llamagen_files', 'build_llamagen']
 
 # %% ../nbs/38_checkpoints.ipynb #6e8b2261
-import argparse, json, pickle, re
+import argparse, json, pickle, re, warnings
 from pathlib import Path
 
 import torch
@@ -146,7 +146,7 @@ def load_weights(module:nn.Module, # filled in place
     return load_strict(module, state, path)
 
 # %% ../nbs/38_checkpoints.ipynb #e58a4f6b
-MODELS = dict(llamagen_b=('B', 256, False), llamagen_l=('L', 256, False), llamagen_xl=('XL', 384, False), llamagen_xxl=('XXL', 384, False),
+MODELS = dict(llamagen_b=('B', 256, False), llamagen_l=('L', 256, False), llamagen_b_384=('B', 384, False), llamagen_l_384=('L', 384, False), llamagen_xl=('XL', 384, False), llamagen_xxl=('XXL', 384, False),
               llamagen_3b=('3B', 384, False), llamagen_t2i_xl=('XL', 256, True), llamagen_t2i_xl_512=('XL', 512, True))
 
 def llamagen_files(model:str, # key of `MODELS`
@@ -175,7 +175,22 @@ def build_llamagen(model:str, # key of `MODELS`
     side, random = image_size or usual, weights == 'random'
     names = ('', f"vq_ds16_{'t2i' if text else 'c2i'}") if weights is not None else llamagen_files(model, image_size)
     wanted = [(names[0], weights), (names[1], 'random' if random and tokenizer_weights is None else tokenizer_weights)]
+    _check_published_name(weights, model, side, text)
     paths = [None if w == 'random' else locate(n, w, cache_dir, offline) for n, w in wanted] # both, before building anything
-    parts = GPT(gpt_config(size, side, text=text)), VQModel(VQConfig(image_size=side))
+    makes = (lambda: GPT(gpt_config(size, side, text=text))), (lambda: VQModel(VQConfig(image_size=side)))
+    for make, path in zip(makes, paths):
+        if path is not None:
+            with torch.device('meta'), warnings.catch_warnings():
+                warnings.simplefilter('ignore') # weights read into shapes are lost
+                load_weights(make(), path) # a wrong file is known before memory is filled
+    parts = [make() for make in makes]
     if random: nn.init.normal_(parts[0].output.weight, std=.02)
     return tuple(m.eval() if path is None else load_weights(m, path).eval() for m, path in zip(parts, paths))
+
+def _check_published_name(weights, model, side, text):
+    "Files of two resolutions have the same tensors; only their names tell them apart"
+    name = Path(str(weights)).stem
+    found = int(name.rpartition('_')[2]) if name in FILES and re.fullmatch(r'(c2i|t2i)_.*_\d+', name) else side
+    if found != side:
+        other = next(m for m, (s, usual, t) in MODELS.items() if t == text and usual == found and f'_{s}_' in f'{name}_')
+        raise ValueError(f"weights={str(weights)!r}: by its name this file was trained at {found} pixels, but model={model!r} is for {side}; use model={other!r}")

@@ -30,6 +30,7 @@ class Config:
     model: str = 'toy' # name in `models.MODELS`
     method: str = 'vapi' # name in METHODS
     weights: str = 'default' # 'default' (shipped or published), 'random', or a file
+    tokenizer_weights: str = 'default' # the same for the tokenizer; 'default' is the one that belongs to `weights`
     data: str = 'default' # 'default' (shipped with the model) or a folder
     seed: int = 0
     num_processes: int = 1
@@ -321,8 +322,9 @@ BASELINES = dict(mle=dict(method='mle'), # continued maximum likelihood at equal
                  ste=dict(method='ste'), # App. C.1
                  ste_gumbel=dict(method='ste', ste_mode='gumbel'), # the released code's reading of it
                  tokenizer=dict(method='tokenizer', num_generations=1), # App. C.2
-                 no_prior=dict(prior_coef=0.), # Table 4, rows without L_prior; Fig. 4, β = 0
-                 noise=dict(noise_rate=.5), # Table 5, ξ = 0.5
+                 no_prior=dict(prior_coef=0.), perceptual_only=dict(prior_coef=0., mse_coef=0.), # Table 4, rows without L_prior; Fig. 4, β = 0
+                 kl=dict(prior_coef=0., beta=.1), # Fig. 4: KL in the place of the cross-entropy, at the best β of that
+                 noise_0=dict(noise_rate=0.), noise_25=dict(noise_rate=.25), noise=dict(noise_rate=.5), noise_75=dict(noise_rate=.75), noise_95=dict(noise_rate=.95), # Table 5
                  token_credit=dict(credit='token')) # ours
 
 def choose_baselines(names:str # 'all', 'none', or names joined by commas

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .protocols import Streams, map_cond
+from .protocols import Streams, map_cond, repeat_cond
+from .sampling import filter_logits
 
 # %% ../nbs/60_your_own_model.ipynb #ad2d08ea
 def _must(ok, why):
@@ -19,7 +20,8 @@ def _must(ok, why):
 @torch.no_grad()
 def check_policy(policy, # `Policy`, in eval mode
                  cond, # two or more conditions
-                 seed:int=0):
+                 seed:int=0,
+                 samples:int=256): # sequences drawn for each setting of `generate`
     "Raise if a policy breaks a rule of the protocol"
     n, t, v = len(cond[0] if isinstance(cond, (tuple, list)) else cond), policy.num_tokens, policy.vocab_size
     context = torch.randint(v, (n, t), generator=torch.Generator().manual_seed(seed))
@@ -41,6 +43,20 @@ def check_policy(policy, # `Policy`, in eval mode
     best = policy.generate(cond, streams, top_k=1)
     gap = (scores(best).amax(-1) - scores(best).gather(-1, best[..., None])[..., 0]).max().item()
     _must(gap < 1e-3, f"generate(top_k=1): a token lies {gap:.3g} below the best teacher-forced score; generate and hidden describe different distributions")
+    for kw in {}, dict(temperature=.5), dict(top_k=max(2, v//4)), dict(top_p=.7): _check_distribution(policy, repeat_cond(cond, -(-samples//n)), seed, kw)
+
+def _check_distribution(policy, cond, seed, kw):
+    "Drawn tokens must have the log-probability that their distribution gives them on average"
+    streams = Streams.range(seed, 1000, len(cond[0] if isinstance(cond, (tuple, list)) else cond))
+    drawn = policy.generate(cond, streams, **kw)
+    logps = filter_logits(policy.head(policy.hidden(drawn, cond)), **kw).log_softmax(-1)
+    got, entropy = logps.gather(-1, drawn[..., None])[..., 0], -(logps.exp()*logps.clamp(min=-1e4)).sum(-1)
+    name, outside = f"generate({', '.join(f'{k}={x}' for k, x in kw.items())})", got.isinf()
+    _must(outside.float().mean() < .01, f"{name}: {outside.float().mean():.0%} of the tokens are ruled out by hidden's scores under this setting; is the setting ignored?")
+    gap = torch.where(outside, 0., got + entropy).sum(1)
+    error = gap.std()/len(gap)**.5 + 1e-3
+    _must(gap.mean().abs() < 6*error, f"{name}: sequences have {gap.mean():+.2f} nats more than hidden's distribution gives them on average, {gap.mean().abs()/error:.0f} standard errors; "
+          "generate and hidden describe different distributions, or a setting is ignored")
 
 def check_tokenizer(tokenizer, # `Tokenizer`, in eval mode
                     images:Tensor): # [N, 3, H, W] in [0, 1]

@@ -29,7 +29,7 @@ def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> l
     "Load the system and its data and train, in this process; returns the metrics"
     claim_folder(out_dir, cfg, resume) # refuse before loading gigabytes
     check_memory(make_plan(cfg), cfg)
-    system = load_system(cfg.model, cfg.weights, cfg.seed, uses_perceptual(cfg))
+    system = load_system(cfg.model, cfg.weights, cfg.seed, uses_perceptual(cfg), cfg.tokenizer_weights)
     return train(system, load_data(cfg, system), cfg, out_dir, reward=load_reward(cfg, system), resume=resume, progress=progress)
 
 def launch(cfg:Config, # what to run
@@ -98,7 +98,7 @@ def main(argv=None):
     job = json.loads(args.file.read_text()) if args.file else {}
     cfg = override(from_json(json.dumps(job.get('config', job))) if args.file else preset(args.model, args.method, args.variant), args.set)
     if args.dry_run:
-        print(describe(plan := make_plan(cfg), cfg))
+        print(describe(plan := make_plan(cfg, missing_ok=True), cfg))
         if torch.cuda.is_available(): check_memory(plan, cfg) # elsewhere the run is for another machine
         return
     out = args.out_dir or job.get('out_dir') or (args.file.parent if args.file else None)
