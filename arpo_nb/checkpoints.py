@@ -85,12 +85,14 @@ def read_state_dict(path, # file, index of shards, or folder
     "Open a checkpoint, whatever its wrapping"
     path = Path(path)
     if path.is_dir():
-        whole = [path/n for n in WHOLE if (path/n).exists()] or sorted(path.glob('*.index.json'))
-        if not whole: raise FileNotFoundError(f"{path}: a folder without a checkpoint; expected {', '.join(WHOLE)} or *.index.json with its shards")
+        only = [p for p in sorted(path.iterdir()) if p.suffix in ('.pt', '.pth', '.ckpt', '.bin', '.safetensors')]
+        whole = [path/n for n in WHOLE if (path/n).exists()] or sorted(path.glob('*.index.json')) or only*(len(only) == 1)
+        if not whole: raise FileNotFoundError(f"{path}: a folder without a checkpoint; expected {', '.join(WHOLE)}, *.index.json with its shards, or a single file of weights")
         path = whole[0]
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
     if path.name.endswith('.index.json'):
-        shards = sorted(set(json.loads(path.read_text())['weight_map'].values()))
+        try: shards = sorted(set(json.loads(path.read_text())['weight_map'].values()))
+        except (ValueError, KeyError, AttributeError) as e: raise _damaged(path, 'not an index of shards, or cut off') from e
         lost = [s for s in shards if not (path.parent/s).exists()]
         if lost: raise FileNotFoundError(f"{path}: {len(lost)} of {len(shards)} shards are missing ({', '.join(lost[:4])}); copy them into {path.parent}")
         state = {k: v for s in shards for k, v in _unwrap(_read_file(path.parent/s), path.parent/s, ema, key).items()}
@@ -175,7 +177,7 @@ def build_llamagen(model:str, # key of `MODELS`
     side, random = image_size or usual, weights == 'random'
     names = ('', f"vq_ds16_{'t2i' if text else 'c2i'}") if weights is not None else llamagen_files(model, image_size)
     wanted = [(names[0], weights), (names[1], 'random' if random and tokenizer_weights is None else tokenizer_weights)]
-    _check_published_name(weights, model, side, text)
+    _check_published_name(weights, model, side)
     paths = [None if w == 'random' else locate(n, w, cache_dir, offline) for n, w in wanted] # both, before building anything
     makes = (lambda: GPT(gpt_config(size, side, text=text))), (lambda: VQModel(VQConfig(image_size=side)))
     for make, path in zip(makes, paths):
@@ -187,10 +189,10 @@ def build_llamagen(model:str, # key of `MODELS`
     if random: nn.init.normal_(parts[0].output.weight, std=.02)
     return tuple(m.eval() if path is None else load_weights(m, path).eval() for m, path in zip(parts, paths))
 
-def _check_published_name(weights, model, side, text):
+def _check_published_name(weights, model, side):
     "Files of two resolutions have the same tensors; only their names tell them apart"
     name = Path(str(weights)).stem
     found = int(name.rpartition('_')[2]) if name in FILES and re.fullmatch(r'(c2i|t2i)_.*_\d+', name) else side
     if found != side:
-        other = next(m for m, (s, usual, t) in MODELS.items() if t == text and usual == found and f'_{s}_' in f'{name}_')
+        other = next(m for m, (s, usual, t) in MODELS.items() if t == name.startswith('t2i') and usual == found and f'_{s}_' in f'{name}_')
         raise ValueError(f"weights={str(weights)!r}: by its name this file was trained at {found} pixels, but model={model!r} is for {side}; use model={other!r}")
