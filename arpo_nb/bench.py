@@ -127,13 +127,13 @@ class RandomPictures:
         return torch.rand(len(rows), 3, side, side), torch.as_tensor(rows) % c if c else self.system.policy.example_cond(len(rows))
 
 def step_cost(cfg:Config, machine:tuple, # of `limits`
-              steps:int=3) -> dict: # seconds, limit_s, share, peak_gb, estimate_gb
+              steps:int=3) -> dict: # seconds, limit_s, share, estimate_gb, and on a GPU peak_gb
     "Median seconds of a training step on random weights and pictures after the first one, and its memory against the plan's"
     cfg = override(cfg, '', steps=steps, weights='random', save_steps=steps)
     plan, system = make_plan(cfg, missing_ok=True), load_system(cfg.model, 'random', cfg.seed, uses_perceptual(cfg))
-    gpu, before = torch.cuda.is_available(), peak_mb()
+    gpu = torch.cuda.is_available()
     if gpu: torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as out: rows = train(system, RandomPictures(system, cfg.batch_size), cfg, out, reward=load_reward(cfg, system), progress=False)
     seconds = sorted(r['time/rollout'] + r['time/update'] for r in rows[1:])[(steps - 1)//2]
     limit = sum(plan.flops.values())/cfg.num_processes/machine[0]
-    return dict(seconds=seconds, limit_s=limit, share=limit/seconds, peak_gb=torch.cuda.max_memory_allocated()/1e9 if gpu else (peak_mb() - before)/1e3, estimate_gb=plan.peak/1e9)
+    return dict(seconds=seconds, limit_s=limit, share=limit/seconds, estimate_gb=plan.peak/1e9) | (dict(peak_gb=torch.cuda.max_memory_allocated()/1e9) if gpu else {})
