@@ -7,9 +7,10 @@ __all__ = ['MEAN', 'STD', 'resnet_input', 'top_k_accuracy', 'load_resnet50', 'cl
 
 # %% ../nbs/54_classifier.ipynb #38e49494
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .checkpoints import load_strict, read_state_dict
+from .clip import centre_crop, shortest_side, standardise
 from .features import import_torchvision
 from .inception import to_255
 from .weights import locate
@@ -21,12 +22,7 @@ def resnet_input(images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
                  resize:int=232, crop:int=224,
                 ) -> Tensor: # [N, 3, crop, crop]
     "Preprocessing of ResNet-50 V2, batched and on the images' device"
-    x, short = to_255(images), min(images.shape[-2:])
-    size = [int(resize*s/short) for s in x.shape[-2:]]
-    x = F.interpolate(x, size, mode='bilinear', antialias=True).round().clamp(0, 255)/255
-    top, left = (int(round((s - crop)/2)) for s in size)
-    x = x[..., top:top+crop, left:left+crop]
-    return (x - x.new_tensor(MEAN)[:, None, None])/x.new_tensor(STD)[:, None, None]
+    return standardise(centre_crop(shortest_side(to_255(images)/255, resize, 'bilinear'), crop), MEAN, STD)
 
 # %% ../nbs/54_classifier.ipynb #12cd5a17
 def top_k_accuracy(logits:Tensor, # [N, classes]
@@ -45,8 +41,8 @@ def load_resnet50(weights:str|None=None, # None for the published file as `weigh
     "ResNet-50 with its V2 weights"
     net = import_torchvision().models.resnet50(weights=None).eval().requires_grad_(False)
     if weights == 'random': return net
-    net.load_state_dict(torch.load(locate('resnet50_v2', weights), map_location='cpu', weights_only=True))
-    return net
+    path = locate('resnet50_v2', weights)
+    return load_strict(net, read_state_dict(path), path, describe=lambda s: 'ResNet-50' if s.keys() == net.state_dict().keys() else f'a network of {len(s)} tensors')
 
 @torch.no_grad()
 def classify(batches, # iterable of (images [n, 3, H, W], labels [n])

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FILTERS', 'CLIP_MEAN', 'CLIP_STD', 'CLIPS', 'SCALES', 'import_open_clip', 'cubic', 'triangle', 'resize_matrix',
            'resize_8bit', 'standardise', 'shortest_side', 'centre_crop', 'clip_preprocess', 'hps_preprocess',
-           'tokenize', 'load_clip', 'build_clip', 'CLIPScorer', 'cosine_scores', 'AestheticHead', 'affine_score',
-           'CLIPReward', 'AestheticReward', 'clip_reward', 'aesthetic_reward']
+           'tokenize', 'load_clip', 'check_arch', 'build_clip', 'check_precision', 'CLIPScorer', 'cosine_scores',
+           'AestheticHead', 'affine_score', 'CLIPReward', 'AestheticReward', 'clip_reward', 'aesthetic_reward']
 
 # %% ../nbs/23_clip.ipynb #b7440bb2
-import warnings, zipfile
+import difflib, warnings, zipfile
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .checkpoints import load_strict, read_state_dict
 from .features import import_torchvision
 from .protocols import Batch
-from .rewards import check_images
+from .rewards import check_chunk_size, check_images
 from .weights import locate
 
 # %% ../nbs/23_clip.ipynb #a0faa0e4
@@ -96,13 +96,13 @@ def clip_preprocess(images:Tensor, # [N, 3, H, W] in [0, 1]
 def hps_preprocess(images:Tensor, # [N, 3, H, W] in [0, 1]
                    size:int=224, antialias:bool=True) -> Tensor: # [N, 3, size, size]
     "HPSv2's preprocessing: longest side, black bars, standardise"
-    h, w = images.shape[-2:]
-    h, w = round(h*size/max(h, w)), round(w*size/max(h, w))
+    scale = size/max(images.shape[-2:]) # first: rounded once more, it decides sides of half a pixel
+    h, w = (round(s*scale) for s in images.shape[-2:])
     x = F.interpolate(images.float(), (h, w), mode='bicubic', antialias=antialias, align_corners=False)
     left, top = (size - w)//2, (size - h)//2
     return standardise(F.pad(x, (left, size - w - left, top, size - h - top)))
 
-# %% ../nbs/23_clip.ipynb #e5423107
+# %% ../nbs/23_clip.ipynb #e48df7a7
 @lru_cache(1)
 def _tokenizer():
     return import_open_clip().SimpleTokenizer()
@@ -115,7 +115,7 @@ def tokenize(prompts:list, # N strings
     if full: warnings.warn(f"{len(full)} of {len(prompts)} prompts are longer than {length - 2} tokens and are cut, the first is {prompts[full[0]][:60]!r}…; what was cut is not scored")
     return tokens
 
-# %% ../nbs/23_clip.ipynb #4e0f5cc4
+# %% ../nbs/23_clip.ipynb #f38649d0
 CLIPS = dict(clip_l14=('ViT-L-14', True), clip_b32=('ViT-B-32', True), clip_l14_openai=('ViT-L-14', True), clip_b32_openai=('ViT-B-32', True))
 CLIPS |= {f'hps_v{v}': ('ViT-H-14', False) for v in ('2.1', '2.0')} # architecture, quick-GELU
 
@@ -136,6 +136,14 @@ def load_clip(model:nn.Module, # filled in place
     state = {k: v for k, v in state.items() if k not in ('input_resolution', 'context_length', 'vocab_size')}
     return load_strict(model, state, path, describe=lambda s: f'a CLIP of {len(s)} tensors')
 
+def check_arch(arch) -> dict|None: # the config, None for None
+    "The open_clip config that a name stands for, or a config itself"
+    if arch is None or isinstance(arch, dict): return arch
+    open_clip = import_open_clip()
+    if arch in (known := open_clip.list_models()): return open_clip.get_model_config(arch)
+    near = difflib.get_close_matches(str(arch), known, 1)
+    raise ValueError(f"arch={arch!r}: open_clip has no model of that name{f', did you mean {near[0]!r}?' if near else ''}; open_clip.list_models() lists them, or pass a config as a dict")
+
 def build_clip(name:str='clip_l14', # key of `CLIPS`
                weights=None, # None for the published file, 'random', or a local file
                arch=None, # an open_clip name or config instead of the usual one
@@ -144,26 +152,32 @@ def build_clip(name:str='clip_l14', # key of `CLIPS`
               ) -> nn.Module: # float32, in eval mode, frozen
     "A CLIP with its weights"
     if name not in CLIPS: raise ValueError(f"name={name!r}: no such CLIP; known: {', '.join(CLIPS)}")
+    check_arch(arch)
     path = None if weights == 'random' else locate(name, weights, cache_dir, offline) # before building anything
     open_clip, (usual, quick) = import_open_clip(), CLIPS[name]
-    cfg = arch if isinstance(arch, dict) else open_clip.get_model_config(arch or usual)
+    cfg = check_arch(arch) or open_clip.get_model_config(usual)
     model = open_clip.CLIP(**{**cfg, 'quick_gelu': quick if quick_gelu is None else quick_gelu})
     if path is not None: load_clip(model, path)
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/23_clip.ipynb #c972b433
+# %% ../nbs/23_clip.ipynb #ca26838d
+def check_precision(precision:str) -> str: # the same
+    "Raise for a precision `CLIPScorer` doesn't know"
+    if precision not in ('auto', 'float16', 'bfloat16', 'float32'): raise ValueError(f"precision={precision!r}: choose auto, float16, bfloat16 or float32")
+    return precision
+
 class CLIPScorer(nn.Module):
     "Unit embeddings of images and prompts, and their cosine"
     def __init__(self,
                  model:nn.Module, # from `build_clip`
                  preprocess=clip_preprocess, # [N, 3, H, W] in [0, 1] to network input
-                 chunk_size:int=64, # images per forward
+                 chunk_size:int=64, # images per forward, 0 for all
                  precision:str='auto', # 'auto': float16 autocast on a GPU, float32 elsewhere; or 'float16', 'bfloat16', 'float32'
                  max_cached:int=20_000, # prompts remembered
                 ):
         super().__init__()
-        if precision not in ('auto', 'float16', 'bfloat16', 'float32'): raise ValueError(f"precision={precision!r}: choose auto, float16, bfloat16 or float32")
-        self.model, self.preprocess, self.chunk_size, self.precision, self.max_cached, self.cache = model, preprocess, chunk_size, precision, max_cached, {}
+        check_precision(precision)
+        self.model, self.preprocess, self.chunk_size, self.precision, self.max_cached, self.cache = model, preprocess, check_chunk_size(chunk_size), precision, max_cached, {}
 
     def _follow(self, device):
         "Move to a device, and forget embeddings that lie on another"
@@ -179,7 +193,7 @@ class CLIPScorer(nn.Module):
         "Embed images, `chunk_size` at a time"
         check_images(images)
         self._follow(images.device)
-        with self._autocast(images.device): out = [self.model.encode_image(self.preprocess(c)) for c in images.split(self.chunk_size)]
+        with self._autocast(images.device): out = [self.model.encode_image(self.preprocess(c)) for c in images.split(self.chunk_size or len(images))]
         return F.normalize(torch.cat(out).float(), dim=-1)
 
     @torch.no_grad()
@@ -204,7 +218,7 @@ class CLIPScorer(nn.Module):
         if len(images) != len(prompts): raise ValueError(f"prompts: expected one per image, got {len(prompts)} for {len(images)} images")
         return (self.embed_images(images)*self.embed_texts(prompts, images.device)).sum(-1)
 
-# %% ../nbs/23_clip.ipynb #b4dd4612
+# %% ../nbs/23_clip.ipynb #6c4a128a
 SCALES = dict(cosine=lambda c: c, percent=lambda c: 100*c, torchmetrics=lambda c: (100*c).clamp(min=0), clipscore=lambda c: 2.5*c.clamp(min=0))
 
 def cosine_scores(image_features:Tensor, text_features:Tensor, # [..., D], any length
@@ -214,7 +228,7 @@ def cosine_scores(image_features:Tensor, text_features:Tensor, # [..., D], any l
     if scale not in SCALES: raise ValueError(f"scale={scale!r}: choose one of {', '.join(SCALES)}")
     return SCALES[scale]((F.normalize(image_features, dim=-1)*F.normalize(text_features, dim=-1)).sum(-1))
 
-# %% ../nbs/23_clip.ipynb #7babbf25
+# %% ../nbs/23_clip.ipynb #eea42356
 class AestheticHead(nn.Module):
     "LAION's aesthetic predictor V2: five linear layers on a unit embedding"
     def __init__(self, dim:int=768):
@@ -238,7 +252,7 @@ def affine_score(embeddings:Tensor, # [N, D], any length
     "The aesthetic score from the collapsed head; a zero embedding scores b"
     return F.normalize(embeddings.to(w), dim=-1) @ w + b
 
-# %% ../nbs/23_clip.ipynb #b19c278d
+# %% ../nbs/23_clip.ipynb #1b01ef67
 class CLIPReward:
     "Cosine of image and prompt: CLIPScore, or HPSv2 with its weights and preprocessing"
     def __init__(self, scorer:CLIPScorer): self.scorer = scorer
@@ -261,7 +275,7 @@ class AestheticReward:
     def __call__(self, images:Tensor, batch=None, state=None) -> tuple: # rewards [B, G], state untouched
         return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
 
-# %% ../nbs/23_clip.ipynb #d71b6af7
+# %% ../nbs/23_clip.ipynb #1cec03c0
 def clip_reward(name:str='clip_l14', # key of `CLIPS`; 'hps_v2.1' and 'hps_v2.0' use HPSv2's preprocessing
                 weights=None, # None for the published file, 'random', or a local file
                 arch=None, quick_gelu:bool|None=None, # see `build_clip`
@@ -280,5 +294,5 @@ def aesthetic_reward(weights=None, # of the head: None for the published file, '
     path = None if weights == 'random' else locate('aesthetic_v2', weights, cache_dir, offline)
     scorer = scorer or CLIPScorer(build_clip('clip_l14', clip_weights, cache_dir=cache_dir, offline=offline))
     head = AestheticHead(scorer.model.text_projection.shape[1])
-    if path is not None: head.load_state_dict(read_state_dict(path))
+    if path is not None: load_strict(head, read_state_dict(path), path, describe=lambda s: f'an aesthetic head of {len(s)} tensors' if 'layers.0.weight' in s else f'a network of {len(s)} tensors')
     return AestheticReward(scorer, head)

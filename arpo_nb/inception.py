@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoints import load_strict, read_state_dict
 from .rewards import check_images
-from .weights import locate
+from .weights import FILES, locate, noted_sha256
 
 # %% ../nbs/26_inception.ipynb #80822482
 def to_255(images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
@@ -153,9 +154,7 @@ def load_inception(weights:str|None=None, # None for the published file as `weig
         net.name = f'random Inception {seed}'
         return net
     path = locate('inception', weights)
-    state, want = torch.load(path, map_location='cpu', weights_only=True), net.state_dict()
-    wrong = sorted(want.keys() ^ state.keys()) or [k for k in want if want[k].shape != state[k].shape]
-    if wrong: raise ValueError(f"{path} is not the FID Inception: {len(wrong)} names or shapes differ, the first is {wrong[0]}; the file is pt_inception-2015-12-05-6726825d.pth")
-    net.load_state_dict(state)
-    net.name = 'Inception 2015-12-05'
+    load_strict(net, read_state_dict(path), path, describe=lambda s: f'the FID Inception ({FILES["inception"].file})' if s.keys() == net.state_dict().keys() else f'a network of {len(s)} tensors')
+    digest = noted_sha256(path)
+    net.name = 'Inception 2015-12-05' if digest == FILES['inception'].sha256 else f'Inception from {path.name} (sha {digest[:8]})'
     return net

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoints import load_weights
 from .features import import_torchvision
-from .rewards import check_images
+from .rewards import check_chunk_size, check_images
 from .weights import locate
 
 # %% ../nbs/24_maniqa.ipynb #3a65d127
@@ -161,8 +161,8 @@ class MANIQAReward:
     def __init__(self, net:MANIQA,
                  num_crops:int=0, # random crops (20 in the original); 0 for the fixed grid
                  seed:int=0, # of random crops
-                 chunk_size:int=16): # crops per forward
-        self.net, self.num_crops, self.seed, self.chunk_size = net.eval().requires_grad_(False), num_crops, seed, chunk_size
+                 chunk_size:int=16): # crops per forward, 0 for all
+        self.net, self.num_crops, self.seed, self.chunk_size = net.eval().requires_grad_(False), num_crops, seed, check_chunk_size(chunk_size)
 
     @torch.no_grad()
     def score(self, images:Tensor, # [N, 3, H, W] in [0, 1], sides at least the crop's
@@ -174,7 +174,7 @@ class MANIQAReward:
         self.net.to(images.device)
         corners = random_corners(h, w, self.num_crops, self.seed, size) if self.num_crops else grid_corners(h, w, size)
         crops = torch.stack([images[..., t:t + size, l:l + size] for t, l in corners], 1)
-        return torch.cat([self.net(c) for c in crops.flatten(0, 1).float().split(self.chunk_size)]).unflatten(0, (len(images), -1)).mean(1)
+        return torch.cat([self.net(c) for c in crops.flatten(0, 1).float().split(self.chunk_size or crops.shape[:2].numel())]).unflatten(0, (len(images), -1)).mean(1)
 
     def __call__(self, images:Tensor, batch=None, state=None) -> tuple: # rewards [B, G], state untouched
         "[B, G, 3, H, W] images; prompts are not needed"

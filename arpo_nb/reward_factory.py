@@ -6,21 +6,22 @@
 __all__ = ['CLIP_OF', 'REWARDS', 'read_rewards', 'PCA', 'load_reference', 'make_loo_fid', 'needed_files', 'make_rewards']
 
 # %% ../nbs/25_reward_factory.ipynb #023c5d09
-import difflib, re
+import difflib, re, zlib
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .clip import CLIPReward, CLIPScorer, aesthetic_reward, build_clip, clip_preprocess, hps_preprocess
+from .clip import CLIPReward, CLIPScorer, aesthetic_reward, build_clip, check_arch, check_precision, clip_preprocess, hps_preprocess
 from .config import parse_rewards
 from .maniqa import maniqa_reward
 from .moments import Reference, as_reference
-from .rewards import BrightnessReward, LOOFIDReward, WeightedSum
-from .weights import require
+from .rewards import BrightnessReward, LOOFIDReward, WeightedSum, check_chunk_size
+from .weights import FILES, require
 
 # %% ../nbs/25_reward_factory.ipynb #99ca069c
 CLIP_OF = dict(clip='clip_l14', clip_b32='clip_b32', hps='hps_v2.1', aesthetic='clip_l14') | {f'hps_v2.{i}': f'hps_v2.{i}' for i in (0, 1)}
@@ -78,21 +79,31 @@ class PCA:
         return cls(**load_file(path))
 
 # %% ../nbs/25_reward_factory.ipynb #b50d080d
-def load_reference(reference) -> Reference:
+def load_reference(reference, # `Reference`, pair, or npz file
+                   network:str|None=None, # name of the extractor; a file that says it was made with another is refused
+                  ) -> Reference:
     "A `Reference` from itself, a pair, or an npz file with mu and sigma"
     if not isinstance(reference, (str, Path)): return as_reference(reference)
-    if not Path(reference).exists(): raise FileNotFoundError(f"reference={str(reference)!r}: no such file; give an npz with mu and sigma, or leave it out for the published ImageNet one")
-    with np.load(reference) as z:
-        if lost := {'mu', 'sigma'} - set(z.files): raise ValueError(f"reference={str(reference)!r}: holds {', '.join(z.files)}, but no {' and no '.join(sorted(lost))}")
-        return as_reference((torch.from_numpy(z['mu']), torch.from_numpy(z['sigma'])))
+    path, given = Path(reference), f"reference={str(reference)!r}"
+    if not path.exists(): raise FileNotFoundError(f"{given}: no such file; give an npz with mu and sigma, or leave it out for the published ImageNet one")
+    if path.is_dir(): raise ValueError(f"{given}: a folder; expected an npz with mu and sigma, which arpo_nb.metrics.make_reference(folder, file, net) makes of pictures")
+    damaged = f"{given}: not an npz file, or a damaged one ({path.stat().st_size:,} bytes); make or download it again"
+    if not is_zipfile(path): raise ValueError(damaged)
+    try:
+        with np.load(path) as z: got = {k: z[k] for k in ('mu', 'sigma', 'network') if k in z.files}
+    except (ValueError, EOFError, OSError, BadZipFile, zlib.error) as e: raise ValueError(f"{damaged} [{e}]") from e
+    if lost := {'mu', 'sigma'} - set(got): raise ValueError(f"{given}: holds {', '.join(z.files)}, but no {' and no '.join(sorted(lost))}")
+    made = str(got.get('network', ''))
+    if network and made and made != network: raise ValueError(f"{given}: made with the network {made!r}, but the features here come from {network!r}; make the reference again with that one")
+    return as_reference((torch.from_numpy(got['mu']), torch.from_numpy(got['sigma'])))
 
-def make_loo_fid(extractor, # images [N, 3, H, W] in [0, 1] to features [N, D]
+def make_loo_fid(extractor, # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`, if it has one, must be that of the reference's network
                  reference=None, # `Reference`, pair, or npz file; not needed with a stored `pca`
                  pca=0, # number of directions, a stored basis (file or `PCA`), or 0 for the features themselves
                  **options, # of `LOOFIDReward` and `loo_fid_reward`
                 ) -> LOOFIDReward:
     "The leave-one-out reward, on principal directions if asked for"
-    ref = None if reference is None else load_reference(reference)
+    ref = None if reference is None else load_reference(reference, getattr(extractor, 'name', None))
     if isinstance(pca, (str, Path)): pca = PCA.load(pca)
     if isinstance(pca, int) and pca: pca = PCA.fit(ref, pca) if ref else None
     if pca is None or (not pca and ref is None): raise ValueError("reference: expected moments of real features, got None; only a stored pca can do without")
@@ -105,7 +116,9 @@ def _extractor(weights):
     "Pool features of the FID Inception, which follows its images to their device"
     from arpo_nb.inception import load_inception
     net = load_inception(weights)
-    return lambda images: net.to(images.device).features(images).pool
+    def extract(images): return net.to(images.device).features(images).pool
+    extract.name = net.name
+    return extract
 
 def needed_files(rewards:dict, # name → weight
                  reference=None, pca=0, extractor=None) -> list: # keys of `weights.FILES`
@@ -125,7 +138,7 @@ def make_rewards(spec, # 'clip+hps+0.5*loo_fid', 'clip:1,hps:1,loo_fid:0.5', or 
                  loo_fid:dict|None=None, # its further options: ema_weight, covariance, first_step, …
                  gather=None, # callable, [n, ...] of this process to [N, ...] of all
                  allow_constant=(), # further rewards that may be the same for a whole step
-                 chunk_size:int=64, # images at a time
+                 chunk_size:int=64, # images at a time, 0 for all
                  precision:str='auto', # of the CLIPs, see `CLIPScorer`
                  arch=None, # another open_clip shape for all CLIPs
                  cache_dir=None, offline:bool|None=None, # see `weights.locate`
@@ -133,6 +146,10 @@ def make_rewards(spec, # 'clip+hps+0.5*loo_fid', 'clip:1,hps:1,loo_fid:0.5', or 
     "A composite reward from its description"
     names = read_rewards(spec)
     files = needed_files(names, reference, pca, extractor)
+    if isinstance(weights, str) and weights != 'random': raise ValueError(f"weights={weights!r}: expected 'random', or a dict from names of files to local files")
+    if isinstance(weights, dict) and (alias := {n: CLIP_OF[n] for n in weights if n not in FILES and n in CLIP_OF}): raise ValueError(f"weights: {', '.join(alias)} is a reward; name the file it reads, {', '.join(alias.values())}")
+    check_arch(arch), check_precision(precision), check_chunk_size(chunk_size)
+    LOOFIDReward(None, (torch.zeros(2), torch.eye(2)), **(loo_fid or {})) # raises for options and values it does not know
     if weights == 'random' and 'imagenet256_reference' in files: raise ValueError("reference: random networks have no published reference; give moments of their own features")
     paths = dict.fromkeys(files, 'random') if weights == 'random' else require(files, weights, cache_dir, offline)
     scorers, parts = {}, {}
@@ -147,7 +164,7 @@ def make_rewards(spec, # 'clip+hps+0.5*loo_fid', 'clip:1,hps:1,loo_fid:0.5', or 
         elif n == 'maniqa': parts[n] = maniqa_reward(paths[n])
         elif n == 'loo_fid':
             moments = reference if reference is not None else paths.get('imagenet256_reference')
-            parts[n] = make_loo_fid(extractor or _extractor(paths['inception']), moments, pca, chunk_size=chunk_size, gather=gather, **(loo_fid or {}))
+            parts[n] = make_loo_fid(extractor or _extractor(paths['inception']), moments, pca, **dict(chunk_size=chunk_size, gather=gather) | (loo_fid or {}))
         else: parts[n] = BrightnessReward() if n == 'brightness' else BrightnessReward(.2, bright=False)
     constant = allow_constant if allow_constant is True else {*allow_constant, *({'brightness', 'darkness'} & set(names))}
     return WeightedSum({n: (parts[n], w) for n, w in names.items()}, normalise, gather, constant, chunk_size)

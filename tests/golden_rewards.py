@@ -15,16 +15,14 @@ def image_of(case):
 
 def number(got, want, tol, name): assert abs(got - want) <= tol, f'{name}: {got}, expected {want}, tolerance {tol:g}'
 
-IMAGENET = (.485, .456, .406), (.229, .224, .225)
-
 @checks('preprocess')
 def preprocess(case):
-    from arpo_nb.clip import CLIP_MEAN, CLIP_STD, centre_crop, clip_preprocess, hps_preprocess, shortest_side, standardise
+    from arpo_nb.classifier import resnet_input
+    from arpo_nb.clip import CLIP_MEAN, CLIP_STD, centre_crop, clip_preprocess, hps_preprocess, shortest_side
     x, d = image_of(case), case.data
     stats = (case.context or {}).get('conventions', {})
     if stats: assert tuple(stats['clip_mean']) == CLIP_MEAN and tuple(stats['clip_std']) == CLIP_STD
-    got = dict(hps=hps_preprocess(x)[0], open_clip=clip_preprocess(x)[0],
-               resnet50_v2=standardise(centre_crop(shortest_side(x, 232, 'bilinear'), 224), *IMAGENET)[0])
+    got = dict(hps=hps_preprocess(x)[0], open_clip=clip_preprocess(x)[0], resnet50_v2=resnet_input(x)[0])
     for name, y in got.items():
         if name not in d: continue
         assert y.shape == (3, 224, 224)
