@@ -9,6 +9,7 @@ __all__ = ['SIZES', 'GPTConfig', 'rope_table', 'rotate', 'RMSNorm', 'Attention',
 # %% ../nbs/31_llamagen.ipynb #db9153b7
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -306,11 +307,14 @@ def generate(policy:GPT, # in eval mode
              cfg_scale:float=1., # guidance; 1 or less runs the conditional model alone
              cfg_interval:int=-1, # guide image tokens 0 ... cfg_interval+1 only (LlamaGen's counting); -1 guides all
              greedy:bool=False, # most probable tokens, no randomness
-             compile=None, # wraps the fixed-shape `step`, such as `torch.compile`; None lets shapes grow
+             compile=False, # True compiles a `step` of fixed shapes, on a GPU; a function, such as `torch.compile`, is used for it on any device
              progress=None, # called after every token, for a bar
             ) -> Tensor: # [N, T] int64
     "Draw token sequences free-running through a key/value cache"
     n, steps, guided = len(streams), policy.num_tokens, cfg_scale > 1
+    if compile is True:
+        if policy.rope.device.type != 'cuda': raise ValueError(f"compile=True: expected a model on a CUDA device, this one is on {policy.rope.device}; leave it off, or pass a function such as torch.compile")
+        compile = partial(torch.compile, mode='reduce-overhead', dynamic=False)
     policy.cls_embedding.check(cond)
     if policy.cfg.cond == 'class': _check_ids('cond', cond, policy.cfg.num_classes, "num_classes; the null class is for guidance alone")
     if len(cond[0] if isinstance(cond, tuple) else cond) != n: raise ValueError(f"streams: {n} random streams for {_what(cond)}, expected one per condition")

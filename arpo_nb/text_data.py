@@ -7,9 +7,10 @@ __all__ = ['PICTURES', 'CAPTIONS', 'clean_prompt', 'left_pad', 'stack_features',
            'text_batches', 'TextData', 'PromptData', 'NamedClasses']
 
 # %% ../nbs/09_text_data.ipynb #25a6cf48
-import html, io, json, re, tarfile, warnings, zlib
+import glob, html, io, json, re, tarfile, warnings, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from html.entities import html5
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote_plus
@@ -26,9 +27,8 @@ from .protocols import Batch, Streams
 
 # %% ../nbs/09_text_data.ipynb #ec0f9dd5
 _FILES = '(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)'
-_BEFORE = [ # pattern, replacement: on the text as typed, in lower case
-    ('<person>', 'person'),
-    (r'\bhttps?:(?:/{1,3}|[a-z0-9%])', ''), (r'\b[a-z0-9.-]+\.(?:com?|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)', '')] # addresses, up to a query
+_ADDRESS = r'\b(?:%s:(?:/{1,3}|[a-zA-Z0-9%%])|[a-zA-Z0-9.-]+\.(?:com?|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))' # up to a query
+_BEFORE = [('<person>', 'person'), (_ADDRESS % 'https?', ''), (_ADDRESS % 'www', ''), (r'&(?=[a-z]\Z)', '')] # pattern, replacement: on the text as typed, in lower case
 _MIDDLE = [ # on the text without tags
     (r'@\w+\b', ''), # handles
     ('[\u31c0-\u4dff\u4e00-\u9fff]+', ''), # Chinese, Japanese and Korean signs
@@ -54,10 +54,12 @@ def _apply(rules, text):
     return text
 
 class _Text(HTMLParser):
-    "Collects the text between tags"
-    def __init__(self): super().__init__(); self.parts, self.inside = [], 0
+    "Collects the text between tags; an unknown &name; loses its semicolon, a known one may lack it"
+    def __init__(self): super().__init__(convert_charrefs=False); self.parts, self.inside = [], 0
     def handle_starttag(self, tag, attrs): self.inside += tag in ('script', 'style')
     def handle_endtag(self, tag): self.inside -= tag in ('script', 'style') and self.inside > 0
+    def handle_entityref(self, name): self.handle_data(html5.get(f'{name};', f'&{name}'))
+    def handle_charref(self, name): self.handle_data(html.unescape(f'&#{name};'))
     def handle_data(self, data):
         if not self.inside: self.parts.append(data)
 
@@ -73,7 +75,7 @@ def _clean_once(text):
     text = _apply(_MIDDLE, text)
     if len(re.findall('[-_]', text)) > 3: text = re.sub('[-_]', ' ', text) # many of them: a file name, not a text
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return _apply(_ENDS, _apply(_AFTER, text).strip()).strip()
+    return _apply(_ENDS, _apply(_AFTER, text)).strip()
 
 def clean_prompt(text:str, # as typed
                 ) -> str: # as handed to the text encoder
@@ -101,6 +103,17 @@ def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each capti
     return feats, mask, sum(len(r) > length for r in rows)
 
 # %% ../nbs/09_text_data.ipynb #50cbd42e
+def _cut(counter, what, tokens, length):
+    "Count a caption that is cut, and warn of the first"
+    if not counter.truncated: warnings.warn(f"{what}: {tokens} tokens, cut to {length}; further ones are only counted, in data/truncated")
+    counter.truncated += 1
+
+def _stack(counter, keys, rows, length):
+    "Features and mask of some captions; those that are cut are counted"
+    for k, r in zip(keys, rows):
+        if len(r) > length: _cut(counter, f"features of key={k!r}", len(r), length)
+    return stack_features(rows, length)[:2]
+
 class T5Features:
     "Prompts to left-padded features, by a T5 encoder"
     def __init__(self,
@@ -121,7 +134,8 @@ class T5Features:
     def __call__(self, prompts:list) -> tuple:
         "Features [B, length, D] in float32 and mask [B, length], left-padded"
         texts = [clean_prompt(p) for p in prompts] if self.clean else list(prompts)
-        self.truncated += sum(len(ids) > self.length for ids in self.tokenizer(texts)['input_ids'])
+        for p, ids in zip(prompts, self.tokenizer(texts)['input_ids']):
+            if len(ids) > self.length: _cut(self, f"prompt {p[:60]!r}{'…' if len(p) > 60 else ''}", len(ids), self.length)
         enc = self.tokenizer(texts, max_length=self.length, padding='max_length', truncation=True, return_attention_mask=True, return_tensors='pt')
         ids, mask = enc['input_ids'].to(self.device), enc['attention_mask'].to(self.device)
         return left_pad(self.model(input_ids=ids, attention_mask=mask)['last_hidden_state'].float(), mask)
@@ -144,9 +158,7 @@ class DiskFeatures:
 
     def __call__(self, keys:list) -> tuple:
         "Features [B, length, D] and mask [B, length]"
-        feats, mask, long = stack_features([self.rows(k) for k in keys], self.length)
-        self.truncated += long
-        return feats, mask
+        return _stack(self, keys, [self.rows(k) for k in keys], self.length)
 
 # %% ../nbs/09_text_data.ipynb #197de257
 PICTURES = '.jpg', '.jpeg', '.png', '.webp'
@@ -174,7 +186,7 @@ def _from_tar(path, number):
     "Records of a tar shard"
     for i, key, f in _tar_members(path, number):
         image = next((f[e[1:]] for e in PICTURES if e[1:] in f), None)
-        def text(f=f): return f['txt'].decode() if 'txt' in f else _caption(json.loads(f['json'])) if 'json' in f else None
+        def text(f=f): return f.get('txt', b'').decode().strip() or (_caption(json.loads(f['json'])) if 'json' in f else None)
         yield dict(index=i, key=key, image=image, text=text, feats=f.get('npy'))
 
 def _tables(path):
@@ -206,25 +218,33 @@ def _from_folder(path, number):
                                                        text=lambda line=line: _caption(json.loads(line)), feats=None)
     else:
         for p in sorted(p for p in path.rglob('*') if p.suffix.lower() in PICTURES):
-            if (i := number()) is not None: yield dict(index=i, key=p.stem, image=p.read_bytes, text=lambda p=p: _read_text(p.with_suffix('.txt')), feats=None)
+            if (i := number()) is not None: yield dict(index=i, key=p.stem, image=p.read_bytes, text=lambda p=p: _beside(p), feats=None)
 
-def _read_text(path): return path.read_text() if path.exists() else None
+def _beside(picture):
+    "The caption in NAME.txt, else in NAME.json"
+    text, fields = (picture.with_suffix(s) for s in ('.txt', '.json'))
+    return text.exists() and text.read_text().strip() or (_caption(json.loads(fields.read_text())) if fields.exists() else None)
 
 def _files(path):
     "Files at a path or pattern; of a folder of Hugging Face `datasets`, those of its training split"
     if path.is_file(): return [path]
-    if not path.is_dir(): return sorted(path.parent.glob(path.name))
+    if not path.is_dir(): return sorted(map(Path, glob.glob(str(path), recursive=True)))
     home = next((path/d for d in ('train', 'data') if is_hub_folder(path) and (path/d).is_dir()), path)
     files = sorted(home.glob('*'))
     return [f for f in files if f.name.startswith('train') and f.suffix == '.parquet'] or files
+
+def _shards(files):
+    "Pairs of a reader and its shard; tables beside tars, or beside a folder of the same name, only describe those"
+    tars = [(_from_tar, p) for p in files if '.tar' in p.suffixes]
+    return tars or [(_from_table, p) for p in files if p.suffix in ('.parquet', '.arrow') and (len(files) == 1 or not p.with_suffix('').is_dir())]
 
 def _sources(path):
     "Pairs of a reader and what it reads"
     path = Path(path).expanduser()
     files = _files(path)
     if not files: raise FileNotFoundError(f"data={str(path)!r}: nothing there; give a folder, a .tar, a .parquet, or a pattern like 'shards/*.tar'")
-    readers = {p: _from_tar if '.tar' in p.suffixes else _from_table if p.suffix in ('.parquet', '.arrow') else None for p in files}
-    shards = [(read, p) for p, read in readers.items() if read]
+    inside = [f for f in files if f.is_dir()]
+    shards = _shards(files) or _shards(sorted(p for f in [f for f in inside if f.name == 'train'] or inside for p in f.rglob('*')))
     if not shards and not path.is_dir(): raise ValueError(f"data={str(path)!r}: neither a folder nor .tar, .parquet or .arrow files")
     return shards or [(_from_folder, path)]
 
@@ -242,6 +262,11 @@ class TextImages:
         self.sources, self.size, self.rank, self.world_size, self.start, self.shuffle = _sources(path), size, rank, world_size, start, shuffle
         self.epoch, self.endless, self.truncated, self.skipped = start >> 40, endless, 0, Counter() # features cut, and broken records by reason
         self.before = None # records of all earlier epochs
+
+    def skip(self, reason:str, what):
+        "Count a record or shard that cannot be used, and warn of the first"
+        if not self.skipped: warnings.warn(f"data: skipped {what}: {reason}; further ones are only counted, in data/skipped")
+        self.skipped[reason] += 1
 
     def _decode(self, record):
         "A raw record to tensors"
@@ -271,17 +296,19 @@ class TextImages:
             seen += 1
             index = (epoch << 40) + seen-1
             return index if (self.before + seen-1) % self.world_size == self.rank and index >= self.start else None
-        for record in self._records(sources, number, self.skipped):
+        for record in self._records(sources, number, self.skip):
             try: decoded = self._decode(record)
-            except Exception as e: self.skipped[str(e) if str(e).startswith('no ') else type(e).__name__] += 1
+            except Exception as e: self.skip(str(e) if str(e).startswith('no ') else type(e).__name__, f"record {record['key']!r}" if isinstance(record['key'], str) else f"record number {record['index'] & (1 << 40)-1}")
             else: yield decoded
         self.before += seen
 
-    def _records(self, sources, number, skipped):
+    def _records(self, sources, number, skip):
         "Raw records of some sources; what is left of a broken shard is skipped"
         for read, path in sources:
             try: yield from read(path, number)
-            except (tarfile.TarError, EOFError, zlib.error) as e: skipped[f'rest of a shard ({type(e).__name__})'] += 1
+            except Exception as e:
+                if not isinstance(e, (tarfile.TarError, EOFError, zlib.error, OSError)) and not type(e).__module__.startswith('pyarrow'): raise
+                skip(f'rest of a shard ({type(e).__name__})', path)
 
     def _count(self):
         "Records of an epoch, none of them read"
@@ -289,7 +316,7 @@ class TextImages:
         def number():
             nonlocal seen
             seen += 1
-        for _ in self._records(self.sources, number, Counter()): pass
+        for _ in self._records(self.sources, number, lambda *_: None): pass
         return seen
 
 # %% ../nbs/09_text_data.ipynb #1f5aff0d
@@ -303,14 +330,11 @@ def text_batches(data:TextImages, # the stream
     stored, held = features is None or isinstance(features, DiskFeatures), []
     for r in data:
         try: r['rows'] = None if not stored else r['feats'] if features is None else features.rows(r['key'])
-        except (KeyError, ValueError): data.skipped['no features'] += 1; continue
+        except (KeyError, ValueError): data.skip('no features', f"record {r['key']!r}"); continue
         held.append(r)
         if len(held) == batch_size:
             texts = [r['text'] for r in held]
-            if stored:
-                *cond, long = stack_features([r['rows'] for r in held], length)
-                data.truncated += long
-            else: cond = features(texts)
+            cond = _stack(data, [r['key'] for r in held], [r['rows'] for r in held], length) if stored else features(texts)
             streams = Streams(seed, np.array([[r['index'], 0] for r in held]))
             yield Batch(tuple(cond), streams, torch.stack([r['image'] for r in held]), texts)
             held = []
@@ -322,7 +346,7 @@ class TextData:
                  size:int, # side in pixels
                  features=None, # see `text_batches`
                  length:int=120): # rows of stored features
-        self.path, self.size, self.features, self.length = path, size, features, length
+        self.path, self.size, self.features, self.length, self.seen = path, size, features, length, dict(skipped=0, truncated=0)
         probe = TextImages(path, size)
         if next(text_batches(probe, 1, features, length=length), None) is None:
             raise ValueError(f"data={str(path)!r}: no usable record; skipped {dict(probe.skipped) or 'none'}. A record needs a picture, a caption, and "
@@ -331,12 +355,17 @@ class TextData:
     def batches(self, batch_size:int, seed:int, start:int, stop:int, rank:int=0, world_size:int=1, position:int=0):
         "`Batch`es of this process, from record `position` on"
         self.stream = TextImages(self.path, self.size, rank, world_size, position, endless=True, shuffle=seed)
-        steps = text_batches(self.stream, batch_size//world_size, self.features, seed, self.length)
+        steps, before = text_batches(self.stream, batch_size//world_size, self.features, seed, self.length), getattr(self.features, 'truncated', 0)
+        def load(): return next(steps), dict(skipped=sum(self.stream.skipped.values()), truncated=self.stream.truncated + getattr(self.features, 'truncated', 0) - before)
         with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(next, steps) if start < stop else None
+            ahead = reader.submit(load) if start < stop else None
             for step in range(start, stop):
-                batch, ahead = ahead.result(), reader.submit(next, steps) if step+1 < stop else None
+                (batch, self.seen), ahead = ahead.result(), reader.submit(load) if step+1 < stop else None
                 yield batch
+
+    def counts(self) -> dict:
+        "Records skipped and captions cut up to the last batch, since the start"
+        return self.seen
 
 class PromptData:
     "Prompts without pictures, from a text file with one on each line"
@@ -354,6 +383,10 @@ class PromptData:
         "None, conditions and prompts of some rows"
         texts = [self.prompts[i] for i in rows]
         return None, self.features(texts), texts
+
+    def counts(self) -> dict:
+        "Prompts cut so far, if the features count them"
+        return dict(truncated=self.features.truncated) if hasattr(self.features, 'truncated') else {}
 
 class NamedClasses:
     "Prompts to class ids, for a class-conditional model: the class whose name stands in the prompt"

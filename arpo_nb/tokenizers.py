@@ -26,6 +26,7 @@ class VQConfig:
     num_groups: int = 32 # of the group norms
     image_size: int = 256 # side in pixels
     usage_window: int = 65536 # ids remembered by the usage counter (a buffer of the official files)
+    codebook_l2_norm: bool = True # compare latents and codes on the unit sphere, as all published models do; False takes both as they are
 
     @property
     def downsample(self): return 2**(len(self.encoder_ch_mult)-1)
@@ -129,22 +130,26 @@ class Quantizer(nn.Module):
     "Nearest-code lookup on the unit sphere, with LlamaGen's training losses"
     def __init__(self, cfg:VQConfig):
         super().__init__()
-        self.embedding = nn.Embedding(cfg.codebook_size, cfg.codebook_embed_dim)
+        self.l2_norm, self.embedding = cfg.codebook_l2_norm, nn.Embedding(cfg.codebook_size, cfg.codebook_embed_dim)
         nn.init.uniform_(self.embedding.weight, -1/cfg.codebook_size, 1/cfg.codebook_size)
         self.register_buffer('codebook_used', torch.zeros(cfg.usage_window))
 
     @property
     def codes(self):
-        "[K, C] unit-norm code vectors"
-        return F.normalize(self.embedding.weight, dim=-1)
+        "[K, C] code vectors, of norm 1 on the sphere"
+        return self.normalize(self.embedding.weight)
+
+    def normalize(self, x:Tensor, dim:int=-1) -> Tensor:
+        "Vectors on the unit sphere, or as they are without `codebook_l2_norm`"
+        return F.normalize(x, dim=dim) if self.l2_norm else x
 
     def distances(self, z:Tensor) -> Tensor:
-        "Squared distance of unit-norm latents [N, C] to every code, [N, K]"
+        "Squared distance of normalised latents [N, C] to every code, [N, K]"
         codes = self.codes
         return z.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1) - 2*z @ codes.T
 
     def losses(self,
-               z:Tensor, # [N, C] unit-norm latents
+               z:Tensor, # [N, C] normalised latents
                ids:Tensor, # [N] nearest codes
                beta:float=0.25, # weight of the commitment term
                entropy_ratio:float=0., # weight of the entropy term, 0 in the published models
@@ -173,31 +178,32 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.codebook_embed_dim, cfg.z_channels, 1)
 
     def latents(self, images:Tensor) -> Tensor:
-        "[B, 3, H, W] in [0, 1] to unit-norm latents [B, C, h, w]"
+        "[B, 3, H, W] in [0, 1] to normalised latents [B, C, h, w]"
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % self.cfg.downsample or images.shape[3] % self.cfg.downsample or not images.is_floating_point():
             raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, expected floats in [0, 1] of shape [B, 3, H, W] with sides divisible by {self.cfg.downsample}; image_io.to_tensor(image_io.center_crop(picture, {self.image_size})) gives one")
-        return F.normalize(self.quant_conv(self.encoder(2*images - 1)), dim=1)
+        return self.quantize.normalize(self.quant_conv(self.encoder(2*images - 1)), dim=1)
 
     def encode(self, images:Tensor) -> Tensor:
         "[B, 3, H, W] in [0, 1] to ids [B, h*w], row by row"
         z = self.latents(images)
         return self.quantize.distances(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])).argmin(1).view(len(images), -1)
 
-    def decode_latents(self, z:Tensor, clamp:bool=True) -> Tensor:
-        "Code vectors [B, T, C] to pixels [B, 3, H, W]"
-        side = int(z.shape[1]**.5)
-        pixels = (self.decoder(self.post_quant_conv(z.transpose(1, 2).unflatten(2, (side, -1)))) + 1)/2
+    def decode_latents(self, z:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
+        "Code vectors [B, T, C] to pixels [B, 3, H, W]; `grid` (h, w) where it is not square"
+        h, w = grid or [int(z.shape[1]**.5)]*2
+        if h*w != z.shape[1]: raise ValueError(f"tokens: {z.shape[1]} per image, expected {f'{h}*{w}' if grid else 'a square number'}; pass the token map's grid=(h, w)")
+        pixels = (self.decoder(self.post_quant_conv(z.transpose(1, 2).unflatten(2, (h, w)))) + 1)/2
         return pixels.clamp(0, 1) if clamp else pixels
 
-    def decode(self, tokens:Tensor, clamp:bool=True) -> Tensor:
+    def decode(self, tokens:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
         "Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped"
         if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
             raise ValueError(f"tokens: ids from {tokens.min().item()} to {tokens.max().item()}, expected 0 ... {self.codebook_size-1} (codebook_size)")
-        return self.decode_latents(self.quantize.codes[tokens], clamp)
+        return self.decode_latents(self.quantize.codes[tokens], clamp, grid)
 
-    def decode_probs(self, probs:Tensor, clamp:bool=True) -> Tensor:
+    def decode_probs(self, probs:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
         "(Relaxed) one-hot rows [B, T, K] to pixels, differentiable in `probs`"
-        return self.decode_latents(probs @ self.quantize.codes, clamp)
+        return self.decode_latents(probs @ self.quantize.codes, clamp, grid)
 
     def decoder_parameters(self):
         "What tokenizer post-training moves: everything after the codebook (VA-π App. C.2)"
@@ -208,5 +214,5 @@ class VQModel(nn.Module):
         z = self.latents(images).permute(0, 2, 3, 1)
         ids = self.quantize.distances(z.reshape(-1, z.shape[-1])).argmin(1)
         codes = self.quantize.codes[ids].view_as(z)
-        recon = self.decode_latents((z + (codes - z).detach()).flatten(1, 2), clamp=False)
+        recon = self.decode_latents((z + (codes - z).detach()).flatten(1, 2), clamp=False, grid=z.shape[1:3])
         return recon, self.quantize.losses(z.reshape(-1, z.shape[-1]), ids, beta, entropy_ratio)

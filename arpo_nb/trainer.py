@@ -327,7 +327,7 @@ def bonus_weight(cfg:Config, step:int,
 
 # %% ../nbs/41_trainer.ipynb #e23a5c6d
 def train(system:System, # what to train
-          data, # has a length and `load(rows)`, see the `data` module
+          data, # has a length and `load(rows)`, see the `data` module; or `batches`, see `text_data`
           cfg:Config,
           out_dir:str|Path, # gets config.json, metrics.jsonl and checkpoint/
           *, reward=None, # `Reward` of free-running samples, or in place of VA-π's reconstruction reward
@@ -372,7 +372,8 @@ def train(system:System, # what to train
             raw.model.eval()
             try:
                 rollouts, reward_state, stats = roll_out(batch, run['reward_state'])
-                stats = _reduce(acc, {**stats, 'stop': float(stop.received)}) # all processes must agree to stop
+                counts = {f'data/{k}': v*acc.num_processes for k, v in getattr(data, 'counts', dict)().items()} # of which the mean is the sum
+                stats = _reduce(acc, {**stats, **counts, 'stop': float(stop.received)}) # all processes must agree to stop
                 stopping, t1 = stats.pop('stop') > 0, time.perf_counter()
                 if bad := [k for k in stats if k.endswith('reward/mean') and not math.isfinite(stats[k])]: raise FloatingPointError(f"mean reward is {stats[bad[0]]}")
                 if stats.get('reward/tied_groups') == 1.: warnings.warn(f"step {step}: all rewards are equal within every group, so this step teaches nothing; check the reward")

@@ -2,8 +2,8 @@
 
 A case is one of
 - `NAME.case.json` with a `kind`, its tensors in the safetensors file that `file` names, or else in `NAME.safetensors`;
-- `cases.json`, either with a `kind` of its own or with a list `cases` whose entries have one;
-- any other `*.json` with a `kind`;
+- `cases.json`, either with a `kind` of its own or with a list of cases that have one: the file itself, or its `cases`;
+- any other `*.json` with a `kind`, or such a list;
 - `manifests/NAME.json` with a `state_dict`: kind `manifest-` and the leading letters of NAME, in lower case.
 Other files belong to these. Every kind needs a checker: write it in `golden_FAMILY.py` next to this file."""
 import importlib, json, re
@@ -71,12 +71,14 @@ class Case:
 def _read(root, path):
     "The cases of one json file"
     data, name = json.loads(path.read_text()), str(path.relative_to(root).with_suffix('')).removesuffix('.case')
-    if not isinstance(data, dict): return []
+    if isinstance(data, list): data = dict(cases=data)
+    if not isinstance(data, dict): data = {}
     if path.parent.name == 'manifests' and 'state_dict' in data:
         return [Case(name, 'manifest-' + re.match('[A-Za-z]*', path.stem)[0].lower(), data, path)]
-    if path.name == 'cases.json' and 'kind' not in data:
-        cases = data.get('cases') or [{}] # a file without cases is a case without a kind, and fails
-        return [Case(f'{name}-{i}-{c.get("name") or c.get("kind")}', c.get('kind'), c, path, data) for i, c in enumerate(cases)]
+    cases = data.get('cases') if isinstance(data.get('cases'), list) else []
+    cases = [c if isinstance(c, dict) else {} for c in cases] # what has no kind fails
+    if 'kind' not in data and (path.name == 'cases.json' or any('kind' in c for c in cases)):
+        return [Case(f'{name}-{i}-{c.get("name") or c.get("kind")}', c.get('kind'), c, path, data) for i, c in enumerate(cases or [{}])]
     if 'kind' in data or path.name.endswith('.case.json'): return [Case(name, data.get('kind'), data, path)]
     return []
 

@@ -46,16 +46,17 @@ def cached(policy, cond, idx, scale=1.):
     return torch.stack(raw, 1), torch.stack(final, 1)
 
 def check_common(case, policy, cond, logits, null_logits, tol):
-    "What class- and text-conditional cases share: logits, guidance, cache, greedy tokens"
+    "What class- and text-conditional cases share: logits, guidance, cache, greedy tokens; no `null_logits` without a null class"
     idx, n = case['in.idx'], len(case['in.idx'])
     case.close(logits, 'out.train_logits', tol)
     case.close(logp(logits, idx), 'out.token_logp', tol)
     case.close(cached(policy, cond, idx)[0], 'out.decode_logits', tol)
-    case.close(cached(policy, cond, idx, 2.)[0], 'out.decode_logits_pair', tol)
-    for s, _ in case.matching('out.cfg_logits_s'):
-        for got in (guide(logits, null_logits, float(s)), cached(policy, cond, idx, float(s))[1]):
-            case.close(got, f'out.cfg_logits_s{s}', tol*float(s))
-            case.close(logp(got, idx), f'out.token_logp_cfg_s{s}', tol*float(s))
+    if null_logits is not None: case.close(cached(policy, cond, idx, 2.)[0], 'out.decode_logits_pair', tol)
+    for name, _ in case.matching('out.cfg_logits_s'):
+        s = float(name)
+        for got in (guide(logits, null_logits, s), *([cached(policy, cond, idx, s)[1]] if s > 1 else [])): # at 1 or less the sampler does not guide
+            case.close(got, f'out.cfg_logits_s{name}', tol*max(s, 1))
+            case.close(logp(got, idx), f'out.token_logp_cfg_s{name}', tol*max(s, 1))
     for name, _ in case.matching('out.greedy.cfg'):
         if name.endswith('no_mask'): continue
         scale, _, interval = name.partition('.interval')
@@ -73,8 +74,8 @@ def loss_of(logits, idx): return F.cross_entropy(logits.flatten(0, 1), idx.flatt
 def gpt_c2i(case):
     policy, tol = build_gpt(case), case.data['tolerance']
     cond, idx, drop = case['in.cond_ids'], case['in.idx'], case['in.force_drop_ids'].bool()
-    null, acts = policy.null_cond(cond), []
-    assert (null == case.data['derived']['null_class_id']).all()
+    null, acts = policy.null_cond(cond) if policy.cfg.cond_dropout else None, []
+    assert null is None or (null == case.data['derived']['null_class_id']).all()
     hooks = [m.register_forward_hook(lambda m, i, o: acts.append(o)) for m in (policy.drop, *policy.layers, policy.norm)]
     logits = policy(idx, cond)
     for h in hooks: h.remove()
@@ -85,10 +86,11 @@ def gpt_c2i(case):
     loss.backward()
     check_grads(case, policy, tol['grad_abs'])
     with torch.no_grad():
-        unguided = policy(idx, null)
-        case.close(unguided, 'out.uncond_logits', tol['logits_abs'])
-        case.close(logp(unguided, idx), 'out.token_logp_uncond', tol['logits_abs'])
-        case.close(policy.prefix(torch.where(drop, null, cond)), 'out.embed.labels_forced_drop', tol['logits_abs'])
+        unguided = None if null is None else policy(idx, null)
+        if null is not None:
+            case.close(unguided, 'out.uncond_logits', tol['logits_abs'])
+            case.close(logp(unguided, idx), 'out.token_logp_uncond', tol['logits_abs'])
+            case.close(policy.prefix(torch.where(drop, null, cond)), 'out.embed.labels_forced_drop', tol['logits_abs'])
         check_common(case, policy, cond, logits.detach(), unguided, tol['logits_abs'])
 
 @checks('llamagen-gpt-t2i')
@@ -127,29 +129,28 @@ def gpt_t2i(case):
 @checks('llamagen-vq')
 def vq(case):
     cfg, tol = dict(case.data['config']), case.data['tolerance']['abs']
-    assert cfg.pop('codebook_l2_norm'), 'LlamaGen tokenizers compare codes on the unit sphere'
     beta, ratio = cfg.pop('commit_loss_beta'), cfg.pop('entropy_loss_ratio')
     image = (case['in.image'] + 1)/2
     model = VQModel(VQConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}, image_size=image.shape[-1]))
     model.load_state_dict(case.weights())
     assert model.cfg.downsample == case.data['derived']['downsample']
-    side, to_official = model.token_grid[0], lambda pixels: 2*pixels - 1
+    shape, to_official = [n//model.cfg.downsample for n in image.shape[2:]], lambda pixels: 2*pixels - 1
     with torch.no_grad():
         h = model.encoder(case['in.image'])
         case.close(h, 'out.encoder_out', tol)
         case.close(model.quant_conv(h), 'out.prequant', tol)
         ids = model.encode(image)
         case.equal(ids.flatten(), 'out.indices')
-        grid = lambda v: v.transpose(1, 2).unflatten(2, (side, side))
+        grid = lambda v: v.transpose(1, 2).unflatten(2, shape)
         codes = model.quantize.codes
         case.close(grid(codes[ids]), 'out.quantized', tol)
-        case.close(to_official(model.decode(ids, clamp=False)), 'out.recon_from_indices', tol)
+        case.close(to_official(model.decode(ids, clamp=False, grid=shape)), 'out.recon_from_indices', tol)
         embed = codes[case['in.code']]
         case.close(grid(embed), 'out.code_embed', tol)
         case.close(grid(embed).permute(0, 2, 3, 1), 'out.code_embed_channel_last', tol)
         case.close(embed.flatten(0, 1), 'out.code_embed_flat', tol)
         case.close(model.post_quant_conv(grid(embed)), 'out.decoder_in', tol)
-        case.close(to_official(model.decode(case['in.code'], clamp=False)), 'out.code_pixels', tol)
+        case.close(to_official(model.decode(case['in.code'], clamp=False, grid=shape)), 'out.code_pixels', tol)
     recon, losses = model.train()(image, beta=beta, entropy_ratio=ratio)
     case.close(to_official(recon), 'out.recon', tol)
     rec = F.mse_loss(to_official(recon), case['in.image'])

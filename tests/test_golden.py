@@ -15,6 +15,15 @@ def test_unknown_kind_fails(tmp_path):
     for case in discover(tmp_path):
         with pytest.raises(LookupError, match='unknown kind'): check(case)
 
+@pytest.mark.parametrize('name', ['cases.json', 'others.json'])
+def test_cases_in_a_bare_list_run(tmp_path, name):
+    (tmp_path/name).write_text(json.dumps([dict(kind='nobody-knows'), dict(kind='llamagen-caption-cleaning', cases=[dict(text=' A cat', cleaned='a dog')])]))
+    unknown, known = discover(tmp_path)
+    with pytest.raises(LookupError, match='unknown kind'): check(unknown)
+    with pytest.raises(AssertionError, match='a dog'): check(known)
+    (tmp_path/'cases.json').write_text('[1]')
+    with pytest.raises(LookupError, match='unknown kind None'): check(discover(tmp_path)[0])
+
 def test_folder_without_cases_fails(tmp_path):
     with pytest.raises(ValueError, match='no golden cases'): discover(tmp_path)
     with pytest.raises(FileNotFoundError): discover(tmp_path/'missing')

@@ -32,7 +32,7 @@ def folder(tmp_path):
     for i in range(10):
         Image.fromarray(rng.integers(256, size=(9, 11, 3), dtype=np.uint8)).save(d/f'{i}.png')
         (d/f'{i}.txt').write_text(f'picture {i}')
-        np.save(d/f'{i}.npy', rng.normal(size=(3 + i, 8)).astype(np.float32))
+        np.save(d/f'{i}.npy', rng.normal(size=(3 + i if i < 9 else 130, 8)).astype(np.float32)) # the last is longer than 120 rows
     (d/'4.png').write_bytes(b'not a picture')
     return d
 
@@ -54,6 +54,15 @@ def test_resumed_on_captions_is_the_same(folder, tmp_path):
     rows2 = train(again, load_data(cfg, again), cfg, tmp_path/'parts', progress=False)
     assert all(torch.equal(a, b) for a, b in zip(whole.policy.parameters(), again.policy.parameters()))
     assert [r['policy/prior_ce'] for r in rows] == [r['policy/prior_ce'] for r in rows2]
+    assert [r['data/skipped'] for r in rows] == [0, 1, 1, 2, 2, 3] and [r['data/truncated'] for r in rows] == [0, 0, 1, 1, 2, 2] # nine good records an epoch
+
+
+def test_the_first_loss_is_named(folder, tmp_path):
+    cfg = Config(model='llamagen_t2i_tiny', data=str(folder), text_features=str(folder), steps=3, batch_size=4, num_generations=2, perceptual_coef=0.)
+    with pytest.warns(UserWarning) as found: train(tiny(), load_data(cfg, tiny()), cfg, tmp_path/'out', progress=False)
+    said = [str(w.message) for w in found]
+    assert sum("skipped record '4': UnidentifiedImageError" in s for s in said) == 1
+    assert sum("features of key='9': 130 tokens, cut to 120" in s for s in said) == 1
 
 
 def test_data_errors_come_first(folder, tmp_path):
@@ -77,6 +86,16 @@ def test_two_processes_see_the_captions_of_one(folder, tmp_path):
     two = [json.loads(line) for line in (tmp_path/'two'/'metrics.jsonl').read_text().splitlines()]
     for a, b in zip(one, two, strict=True):
         for k in ('reward/mean', 'policy/prior_ce', 'policy/entropy', 'optim/grad_norm'): assert a[k] == pytest.approx(b[k], rel=1e-3), k
+        assert (a['data/skipped'], a['data/truncated']) == (b['data/skipped'], b['data/truncated'])
+    assert two[-1]['data/truncated'] == 1
+
+
+def test_skips_of_all_processes_are_summed(folder, tmp_path):
+    for i in (0, 1): (folder/f'{i}.png').write_bytes(b'not a picture') # one for each process
+    cfg = Config(model='llamagen_t2i_tiny', data=str(folder), text_features=str(folder), steps=1, batch_size=4, num_generations=2, num_processes=2, perceptual_coef=0.)
+    torch.multiprocessing.spawn(_worker, (cfg, tmp_path/'two', free_port()), nprocs=2)
+    row, = map(json.loads, (tmp_path/'two'/'metrics.jsonl').read_text().splitlines())
+    assert row['data/skipped'] == 3 and row['data/truncated'] == 0 # the first of each, and the broken 4.png of the fixture
 
 
 @pytest.mark.parametrize('rank', [0, 1])
