@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'COLORS', 'TASKS', 'RELATIONS', 'check_prompt', 'read_prompts', 'sample_file', 'write_geneval',
            'arrange_geneval', 'Found', 'iou', 'keep_found', 'relations', 'judge', 'summarize', 'color_crop',
            'ColorClassifier', 'instances', 'StandInDetector', 'read_folder', 'evaluate_folder', 'ClassifierDetector',
-           'official_command', 'official_evaluation']
+           'official_command', 'check_official', 'official_evaluation']
 
 # %% ../nbs/55_geneval.ipynb #db394ccf
 import json
@@ -41,21 +41,27 @@ RELATIONS = ['left of', 'right of', 'above', 'below']
 
 def check_prompt(p:dict, where:str, classes=CLASSES):
     "Raise unless a prompt's metadata can be judged"
-    if not p.get('prompt') or not p.get('include'): raise ValueError(f"{where}: expected keys prompt and include, got {sorted(p)}")
+    if not isinstance(p, dict) or not p.get('prompt') or not p.get('include'): raise ValueError(f"{where}: expected keys prompt and include, got {sorted(p) if isinstance(p, dict) else p!r}")
     if p.get('tag') not in TASKS: raise ValueError(f"{where}: tag {p.get('tag')!r}, expected one of {', '.join(TASKS)}")
     for i, r in enumerate([*p['include'], *p.get('exclude', [])]):
         if r.get('class') not in classes: raise ValueError(f"{where}: class {r.get('class')!r} is not one of the {len(classes)} that the detector knows: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
+        if not isinstance(r.get('count'), int) or r['count'] < 1: raise ValueError(f"{where}: count {r.get('count')!r} of {r['class']}, expected a whole number from 1")
         if r.get('color', 'red') not in COLORS: raise ValueError(f"{where}: color {r['color']!r}, expected one of {', '.join(COLORS)}")
-        relation, target = r.get('position', ('above', -1))
-        if relation not in RELATIONS or target >= i: raise ValueError(f"{where}: position {r['position']}, expected one of {', '.join(RELATIONS)} and the number of an earlier entry")
+        place = r.get('position', [])
+        if 'position' in r and not (isinstance(place, list) and len(place) == 2 and place[0] in RELATIONS and isinstance(place[1], int) and 0 <= place[1] < i): raise ValueError(f"{where}: position {place}, expected one of {', '.join(RELATIONS)} and the number of an earlier entry, from 0")
 
 def read_prompts(path=None, # .jsonl; None for the published 553 as `weights` finds them
                  classes=CLASSES, # what the detector knows
                 ) -> list: # of dicts
     "Prompts with what must be seen"
     path = path or locate('geneval_prompts')
-    prompts = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-    for i, p in enumerate(prompts): check_prompt(p, f'{path}, line {i+1}', classes)
+    prompts = []
+    for i, line in enumerate(Path(path).read_text().splitlines()):
+        if not line.strip(): continue
+        try: prompts.append(json.loads(line))
+        except json.JSONDecodeError as e: raise ValueError(f"{path}, line {i+1}: not JSON ({e}); expected one object on each line") from e
+        check_prompt(prompts[-1], f'{path}, line {i+1}', classes)
+    if not prompts: raise ValueError(f"{path}: no prompts in this file; expected one JSON object on each line")
     return prompts
 
 # %% ../nbs/55_geneval.ipynb #70b75eab
@@ -143,11 +149,12 @@ def relations(a, b, # boxes x1, y1, x2, y2
 def judge(prompt:dict, # metadata, see `read_prompts`
           detections:dict, # class to list of `Found`
           color_of=None, # (`Found`, class) to one of COLORS
-          *, threshold:float=.3, counting_threshold:float=.9, max_overlap:float=1.,
+          *, threshold:float=.3, counting_threshold:float=.9, max_overlap:float=1., max_objects:int=16, # see `keep_found`
+         position_threshold:float=.1, # see `relations`
          ) -> tuple: # right or wrong, and why
     "GenEval's verdict on one picture"
     least = counting_threshold if prompt['tag'] == 'counting' else threshold
-    kept = {c: keep_found(f, least, max_overlap) for c, f in detections.items()}
+    kept = {c: keep_found(f, least, max_overlap, max_objects) for c, f in detections.items()}
     groups, faults = [], []
     for r in prompt['include']:
         found, fault = kept.get(r['class'], [])[:r['count']], None
@@ -156,7 +163,7 @@ def judge(prompt:dict, # metadata, see `read_prompts`
         elif 'position' in r:
             relation, target = r['position']
             if groups[target] is None: fault = f"nothing for {r['class']} to be {relation}"
-            elif not all(relation in relations(f.box, g.box) for f in found for g in groups[target]): fault = f"{r['class']} not {relation} {prompt['include'][target]['class']}"
+            elif not all(relation in relations(f.box, g.box, position_threshold) for f in found for g in groups[target]): fault = f"{r['class']} not {relation} {prompt['include'][target]['class']}"
         groups.append(None if fault else found)
         if fault: faults.append(fault)
     for r in prompt.get('exclude', []):
@@ -221,8 +228,9 @@ def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
 
 class StandInDetector:
     "Mask2Former of transformers: NOT the detector of the published numbers"
+    hub = 'facebook/mask2former-swin-small-coco-instance'
     def __init__(self,
-                 model='facebook/mask2former-swin-small-coco-instance', # name on the hub, folder, or a model
+                 model=hub, # name on the hub, folder, or a model
                  size:int=800, # side the pictures are resized to
                  device='cpu'):
         self.name, self.size, self.device = f'stand-in: {model}' if isinstance(model, (str, Path)) else 'stand-in: a model passed in', size, device
@@ -230,7 +238,8 @@ class StandInDetector:
             import_torchvision()
             try: from transformers import Mask2FormerForUniversalSegmentation
             except ImportError as e: raise ImportError("the stand-in detector needs transformers: pip install 'arpo_nb[t2i]'") from e
-            model = Mask2FormerForUniversalSegmentation.from_pretrained(model)
+            try: model = Mask2FormerForUniversalSegmentation.from_pretrained(model)
+            except OSError as e: raise FileNotFoundError(f"model={str(model)!r}: config.json and model.safetensors of the stand-in detector are neither in such a folder nor in the cache of the hub, and could not be had from there. Where there is a network: hf download {self.hub} --local-dir FOLDER; then pass the folder") from e
         if model.config.num_labels != 80: raise ValueError(f"the detector has {model.config.num_labels} classes, expected COCO's 80 of instance segmentation")
         self.model = model.eval().to(device)
 
@@ -257,14 +266,15 @@ def evaluate_folder(folder, # see `write_geneval`
                     detect, # image [3, H, W] to class: list of `Found`, with a `name`
                     color=None, # a `ColorClassifier`; None leaves prompts with colours out
                     out=None, # .jsonl of verdicts to write
-                    progress:bool=True) -> dict: # `summarize`, with the detector's name
+                    progress:bool=True,
+                    **rules) -> dict: # thresholds of `judge`; `summarize`, with the detector's name
     "Judge every picture of a folder"
     rows = []
     for p, samples in tqdm(list(read_folder(folder)), desc='prompts', disable=not progress):
         if color is None and any('color' in r for r in p['include']): continue
         for s in samples:
             image = to_tensor(Image.open(s))
-            right, why = judge(p, detect(image), lambda f, c: color(image, f, c))
+            right, why = judge(p, detect(image), lambda f, c: color(image, f, c), **rules)
             rows.append(dict(filename=str(s), tag=p['tag'], prompt=p['prompt'], correct=right, reason=why, metadata=json.dumps(p)))
     if out: _atomically(Path(out), lambda f: f.write('\n'.join(map(json.dumps, rows)).encode()))
     return dict(**summarize(rows), detector=getattr(detect, 'name', 'unnamed'), official=False)
@@ -288,6 +298,15 @@ def official_command(folder, results, repo, python, detector) -> list:
     "The command that runs GenEval's own evaluator"
     return [str(x) for x in (python, Path(repo)/'evaluation'/'evaluate_images.py', Path(folder).resolve(), '--outfile', Path(results).resolve(), '--model-path', detector)]
 
+def check_official(repo, python, detector):
+    "Raise, before pictures are drawn, unless clone, Python and detector are there"
+    script = Path(repo)/'evaluation'/'evaluate_images.py'
+    if not script.exists(): raise FileNotFoundError(f"repo {repo}: no {script.relative_to(repo)} there; clone https://github.com/djghosh13/geneval and pass its folder")
+    if not Path(detector).is_dir(): raise FileNotFoundError(f"detector {detector}: no such folder; put the detector there with the clone's download_models.sh")
+    try: done = subprocess.run([str(python), '-c', ''], capture_output=True, text=True)
+    except OSError as e: raise FileNotFoundError(f"python {python}: cannot be run ({e}); pass the Python of GenEval's environment") from e
+    if done.returncode: raise RuntimeError(f"python {python}: fails with {done.stderr[-500:]}; pass the Python of GenEval's environment")
+
 def official_evaluation(folder, # see `write_geneval`
                         results, # .jsonl that the evaluator writes
                         repo='geneval', # clone of the evaluator's repository
@@ -301,7 +320,7 @@ def official_evaluation(folder, # see `write_geneval`
         print(shlex.join(command).replace(f'{Path.cwd()}/', ''))
         return None
     list(read_folder(folder))
-    if not Path(command[1]).exists(): raise FileNotFoundError(f"repo {repo}: no {Path(command[1]).name} there; clone https://github.com/djghosh13/geneval and pass its folder")
+    check_official(repo, python, detector)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f"GenEval's evaluator failed:\n{done.stderr[-2000:]}")
     rows = [json.loads(line) for line in Path(results).read_text().splitlines() if line.strip()]

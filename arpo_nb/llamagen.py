@@ -325,7 +325,7 @@ def generate(policy:GPT, # in eval mode
     mask, cache = policy.mask(cond, length), policy.new_cache(len(x), length)
     if compile and mask is None: mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=x.device).tril()
     step = compile(policy.step) if compile else policy.step
-    with packed_weights(policy, len(x)):
+    with packed_weights(policy, 0 if compile else len(x)): # a compiler brings its own
         for t in range(steps):
             pos = start + t - 1
             if guided and 0 <= cfg_interval < t-1: # the unconditional half is not needed any more

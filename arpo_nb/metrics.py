@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'MOMENTS', 'image_files', 'read_picture', 'folder_chunks', 'npz_chunks', 'image_chunks', 'image_count',
-           'Statistics', 'image_statistics', 'make_reference', 'load_reference', 'looks_sorted', 'compare', 'advice',
-           'score_images', 'MetricReader', 'from_metric_net', 'paper_rows']
+           'Statistics', 'image_statistics', 'make_reference', 'folder_reference', 'load_reference', 'looks_sorted',
+           'check_reference', 'compare', 'advice', 'score_images', 'MetricReader', 'from_metric_net', 'paper_rows']
 
 # %% ../nbs/53_metrics.ipynb #1e9f9c75
 import hashlib
+import json
 import math
 import os
 import warnings
@@ -41,10 +42,13 @@ def image_files(folder) -> list:
 
 def read_picture(path, size=None) -> np.ndarray: # [H, W, 3] uint8
     "One picture, which must be RGB, or is made so along with the crop to `size`"
-    with Image.open(path) as image:
-        if size: return np.array(center_crop(image, size))
-        if image.mode != 'RGB': raise ValueError(f"{path}: the picture's mode is {image.mode}, expected RGB; save generated images as RGB, or pass size= to convert and crop photographs")
-        return np.array(image)
+    try:
+        with Image.open(path) as image:
+            if size: return np.array(center_crop(image, size))
+            mode, pixels = image.mode, np.array(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise OSError(f"{path}: no picture can be read from it ({e}); copy it again, or delete it and draw it again") from e
+    if mode != 'RGB': raise ValueError(f"{path}: the picture's mode is {mode}, expected RGB; save generated images as RGB, or pass size= to convert and crop photographs")
+    return pixels
 
 def folder_chunks(folder, chunk, size=None): # yields [n, H, W, 3] uint8
     "The pictures of a folder, `chunk` at a time"
@@ -77,10 +81,14 @@ def npz_chunks(path, chunk): # yields [n, H, W, 3] uint8
             yield np.frombuffer(raw, np.uint8).reshape(want)
 
 # %% ../nbs/53_metrics.ipynb #b551b8fc
+def _at_most(limit):
+    if limit is not None and limit < 1: raise ValueError(f"limit={limit}: expected at least 1 image, or None for all")
+    return math.inf if limit is None else limit
+
 def image_chunks(source, # folder, .npz, tensor [N, 3, H, W], or an iterable of tensors or of (images, labels)
                  chunk:int=512, # images at a time
                  size:int|None=None, # crop a folder's pictures to this side
-                 limit:int|None=None, # images in all
+                 limit:int|None=None, # images in all, from the first; None for all
                 ): # yields [n, 3, H, W] uint8
     "Images from anywhere, in 8 bits"
     def raw():
@@ -89,7 +97,7 @@ def image_chunks(source, # folder, .npz, tensor [N, 3, H, W], or an iterable of 
         elif Path(source).is_dir(): yield from folder_chunks(source, chunk, size)
         elif Path(source).suffix == '.npz' and Path(source).exists(): yield from npz_chunks(source, chunk)
         else: raise FileNotFoundError(f"{source}: no such folder or .npz file of images")
-    left, shape = limit or math.inf, None
+    left, shape = _at_most(limit), None
     for x in raw():
         x = torch.from_numpy(x.copy()).permute(0, 3, 1, 2) if isinstance(x, np.ndarray) else to_255(x).to(torch.uint8)
         x, shape = x[:int(min(left, len(x)))], shape or x.shape[1:]
@@ -101,6 +109,7 @@ def image_chunks(source, # folder, .npz, tensor [N, 3, H, W], or an iterable of 
 def image_count(source) -> int:
     "How many images a folder, archive or tensor holds, without reading them"
     if isinstance(source, Tensor): return len(source)
+    if not isinstance(source, (str, os.PathLike)): raise ValueError(f"source: a {type(source).__name__} does not say how many images it holds; pass a folder, an .npz or a tensor")
     if Path(source).is_dir(): return len(image_files(source))
     with zipfile.ZipFile(source) as archive: return _open_array(archive, source)[1][0]
 
@@ -125,7 +134,7 @@ def image_statistics(source, # see `image_chunks`
                      batch_size:int=64, chunk:int=512, size:int|None=None, limit:int|None=None, progress:bool=False) -> Statistics:
     "Pass images through a network once"
     pool, spatial, rows, logits = RunningMoments(), RunningMoments(), [], []
-    n = min(image_count(source), limit or math.inf) if keep else 0
+    n = min(image_count(source), _at_most(limit)) if keep else 0
     kept = torch.zeros(n, dtype=torch.bool)
     if keep: kept[torch.linspace(0, n - 1, min(keep, n)).round().long()] = True
     for images in tqdm(image_chunks(source, chunk, size, limit), desc='images', unit_scale=chunk, disable=not progress, leave=False):
@@ -149,28 +158,48 @@ def _stored_moments(path) -> dict: # of those names in MOMENTS that the file hol
         if m in got and not (got[m].isfinite().all() and got[s].isfinite().all()): raise ValueError(f"{path}: {m} or {s} holds values that are not finite")
     return got
 
-def make_reference(source, # folder of real pictures, or an .npz of images
-                   path, # of the file to write, .npz
+def _made_of(source, net, keep, size=None, limit=None, **_) -> dict:
+    "What decides a reference's content; nothing for sources other than folders"
+    if isinstance(source, Tensor) or not Path(source).is_dir(): return {}
+    listing = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in image_files(source)]
+    return dict(folder=str(Path(source).resolve()), pictures=len(listing), listing=hashlib.sha256(repr(listing).encode()).hexdigest(), size=size, limit=limit, keep=keep, network=net.name)
+
+def make_reference(source, # folder of real pictures, an .npz of images, or a tensor
+                   path, # of the file to write, .npz; its folder is made if missing
                    net, # see `image_statistics`
                    *, keep:int=10_000, # features for precision and recall, evenly spread over the set
                    **kwargs, # size (crops photographs), batch_size, limit, progress
                   ) -> Path:
     "Write a reference file"
-    s, path = image_statistics(source, net, keep=keep, **kwargs), Path(path)
-    arrays = {k: getattr(s, k).numpy() for k in MOMENTS if getattr(s, k) is not None}
-    n = s.n
-    if str(source).endswith('.npz') and 'mu' in (stored := _stored_moments(source)): # the published moments are of more than these images
-        arrays, n = {k: v.numpy() for k, v in stored.items()}, 0
+    path, tensor = Path(path), isinstance(source, Tensor)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_count(source)
+    stored = _stored_moments(source) if not tensor and Path(source).suffix == '.npz' else {}
+    made_of = json.dumps(_made_of(source, net, keep, **kwargs))
+    s = image_statistics(source, net, keep=keep, **kwargs)
+    arrays, n = {k: getattr(s, k).numpy() for k in MOMENTS if getattr(s, k) is not None}, s.n
+    if 'mu' in stored: arrays, n = {k: v.numpy() for k, v in stored.items()}, 0 # the published moments are of more than these images
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    with tmp.open('wb') as f: np.savez(f, **arrays, features=s.features.numpy(), network=net.name, source=str(Path(source).name), n=n)
+    with tmp.open('wb') as f: np.savez(f, **arrays, features=s.features.numpy(), network=net.name, source=Path(s.source).name, n=n, made_of=made_of)
     os.replace(tmp, path)
     return path
+
+def folder_reference(folder, # of real pictures
+                     path, # .npz, written if it is not there or was made of something else
+                     net, # see `image_statistics`
+                     *, keep:int=10_000, **kwargs) -> Path: # see `make_reference`
+    "A folder's reference file, made once"
+    if Path(path).exists():
+        with np.load(path) as z: made_of = json.loads(z['made_of'].item()) if 'made_of' in z.files else None
+        if made_of == _made_of(folder, net, keep, **kwargs): return Path(path)
+    return make_reference(folder, path, net, keep=keep, **kwargs)
 
 def load_reference(path, # .npz, see the table above
                    net=None, # to read features off `arr_0` where the file has none
                    **kwargs, # batch_size, progress
                   ) -> Statistics:
     "Read a reference file"
+    if Path(path).is_dir(): raise ValueError(f"reference {path}: a folder, expected a file; write one from it with make_reference, or folder_reference")
     if not Path(path).exists(): raise FileNotFoundError(f"reference {path}: no such file; pass VIRTUAL_imagenet256_labeled.npz, an .npz with mu and sigma, or make one with make_reference")
     got = _stored_moments(path)
     with np.load(path) as z:
@@ -184,7 +213,7 @@ def load_reference(path, # .npz, see the table above
         got = got or {k: getattr(s, k) for k in MOMENTS if getattr(s, k) is not None}
     return Statistics(note.get('network', ''), note.get('source') or Path(path).name, int(note.get('n', 0)), **got, features=features, sha256=file_sha256(path))
 
-# %% ../nbs/53_metrics.ipynb #503e29a6
+# %% ../nbs/53_metrics.ipynb #4c66523d
 def looks_sorted(classes:Tensor, # [N] labels, or predicted classes, in the order of the files
                 ) -> bool:
     "Whether neighbours share their class far more often than they would in random order"
@@ -192,7 +221,25 @@ def looks_sorted(classes:Tensor, # [N] labels, or predicted classes, in the orde
     chance, agree = share.square().sum(), (classes[1:] == classes[:-1]).double().mean()
     return len(classes) > 20 and bool(agree - chance > .25*(1 - chance))
 
-# %% ../nbs/53_metrics.ipynb #32d7437e
+# %% ../nbs/53_metrics.ipynb #8e520625
+def _same_network(real, name):
+    if real.network and real.network != name: raise ValueError(f"the reference {real.source} was made with {real.network!r}, the images are seen by {name!r}; use one network for both")
+
+def check_reference(real:Statistics, # reference
+                    net, # see `image_statistics`
+                    image:Tensor|None=None, # [1, 3, H, W], to see how many features the network gives
+                    n:int|None=None, # images there will be
+                    k:int=3):
+    "Raise, before any work, unless `n` images seen by a network can be compared with a reference"
+    _same_network(real, net.name)
+    if n is not None and n < 2: raise ValueError(f"{n} images; a covariance needs at least 2")
+    for what, m in ((f'the reference {real.source} has features of', real.features if real.features is None else len(real.features)), ('there are', n)):
+        if real.features is not None and m is not None and m <= k: raise ValueError(f"precision and recall need more than k={k} images on both sides, {what} {m}")
+    if image is None: return
+    seen = net.features(image, 1)
+    for name, mine, theirs in (('mu', real.mu, seen.pool), ('mu_s', real.mu_s, seen.spatial), ('features', None if real.features is None else real.features[0], seen.pool)):
+        if mine is not None and theirs is not None and len(mine) != theirs.shape[1]: raise ValueError(f"the reference {real.source}: {name} of {len(mine)} dimensions, but {net.name} gives {theirs.shape[1]}; it belongs to another network, make one with make_reference")
+
 def compare(fake:Statistics, # generated images, with all features
             real:Statistics, # reference
             *, k:int=3, # neighbours of precision and recall
@@ -201,7 +248,7 @@ def compare(fake:Statistics, # generated images, with all features
             device='cpu', # where distances between features are computed
            ) -> dict:
     "All metrics that two sets of statistics allow"
-    if real.network and real.network != fake.network: raise ValueError(f"the reference {real.source} was made with {real.network!r}, the images were seen by {fake.network!r}; use one network for both")
+    _same_network(real, fake.network)
     official = fake.network == 'Inception 2015-12-05'
     out = {'fid' if official else 'frechet': frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)}
     if real.mu_s is not None and fake.mu_s is not None: out['sfid' if official else 'spatial_frechet'] = frechet_distance(real.mu_s, real.sigma_s, fake.mu_s, fake.sigma_s)
@@ -228,13 +275,15 @@ def score_images(source, # generated images, see `image_chunks`
                 ) -> dict: # metrics, `n`, `warnings` and `protocol`
     "Every metric of a set of images, with the protocol that makes it comparable"
     real = reference if isinstance(reference, Statistics) else load_reference(reference, net, **{k: v for k, v in kwargs.items() if k != 'limit'})
+    again = isinstance(source, (Tensor, str, os.PathLike)) # can be looked at more than once
+    check_reference(real, net, next(image_chunks(source, 1, kwargs.get('size')), None) if again else None, min(image_count(source), _at_most(kwargs.get('limit'))) if again else None, k)
     fake = image_statistics(source, net, **kwargs)
     for text in (notes := advice(fake, labels)): warnings.warn(text)
     protocol = dict(network=net.name, source=fake.source, reference=real.source, reference_sha256=real.sha256, reference_n=real.n,
                     reference_features=0 if real.features is None else len(real.features), k=k, precision_recall='half' if half else 'float32', split_size=split_size, torch=torch.__version__)
     return dict(**compare(fake, real, k=k, half=half, split_size=split_size, device=device), n=fake.n, warnings=notes, protocol=protocol)
 
-# %% ../nbs/53_metrics.ipynb #54bbfa0a
+# %% ../nbs/53_metrics.ipynb #0b81314c
 class MetricReader:
     "The network of a `MetricNet`, as one of this module"
     def __init__(self, metric_net:MetricNet): self.net, self.name = metric_net.net, metric_net.name
@@ -252,7 +301,7 @@ def from_metric_net(metric_net:MetricNet): # reference `Statistics`, and a netwo
     sha256 = hashlib.sha256(b''.join(t.contiguous().numpy().tobytes() for t in (mu, sigma, features))).hexdigest() # of the tensors
     return Statistics(metric_net.name, 'of the metric network', 0, mu, sigma, features=features, sha256=sha256), MetricReader(metric_net)
 
-# %% ../nbs/53_metrics.ipynb #005d247b
+# %% ../nbs/53_metrics.ipynb #179a990f
 _ROWS = '''VA-π 2, llamagen_xl, LlamaGen-XL, no, 15.55 79.16 .62 .69, yes, 2.79 286.88 .84 .54
 VA-π 2, llamagen_xl, + AR-GRPO, yes, 3.63 293.07 .86 .48
 VA-π 2, llamagen_xl, + VA-π, no, 9.23 111.59 .71 .59, yes, 2.94 299.63 .84 .53
@@ -265,18 +314,18 @@ VA-π 4, llamagen_xxl, perceptual reward only, no, 38.76 49.78 .48 .46
 VA-π 4, llamagen_xxl, reward without prior, no, 38.63 48.14 .49 .46
 VA-π 4, llamagen_xxl, prior only (cross-entropy), no, 14.17 88.78 .63 .69
 VA-π 4, llamagen_xxl, reward and prior, no, 7.65 116.70 .68 .64
-LOO-FID 1, llamagen_b, LlamaGen-B, yes, 7.06 119.52 .74 .61
-LOO-FID 1, llamagen_b, + LOO-FID, yes, 6.31 163.37 .82 .54
-LOO-FID 1, llamagen_l, LlamaGen-L, yes, 4.64 196.78 .78 .63
-LOO-FID 1, llamagen_l, + LOO-FID, yes, 3.83 215.90 .79 .63
-LOO-FID 1, llamagen_xl, LlamaGen-XL, yes, 3.96 187.75 .74 .67
-LOO-FID 1, llamagen_xl, + LOO-FID, yes, 3.82 195.58 .77 .67
-LOO-FID 2, llamagen_b, LlamaGen-B, no, 20.89 47.96 .47 .46
-LOO-FID 2, llamagen_b, + LOO-FID, no, 8.91 112.83 .78 .54
-LOO-FID 2, llamagen_l, LlamaGen-L, no, 10.24 82.38 .53 .48
-LOO-FID 2, llamagen_l, + LOO-FID, no, 5.12 143.32 .77 .63
-LOO-FID 2, llamagen_xl, LlamaGen-XL, no, 12.66 78.02 .60 .74
-LOO-FID 2, llamagen_xl, + LOO-FID, no, 4.55 148.16 .74 .68
+LOO-FID 1, llamagen_b, LlamaGen-B, yes, 7.06 119.52 .74 .61 .2262
+LOO-FID 1, llamagen_b, + LOO-FID, yes, 6.31 163.37 .82 .54 .2347
+LOO-FID 1, llamagen_l, LlamaGen-L, yes, 4.64 196.78 .78 .63 .2350
+LOO-FID 1, llamagen_l, + LOO-FID, yes, 3.83 215.90 .79 .63 .2360
+LOO-FID 1, llamagen_xl, LlamaGen-XL, yes, 3.96 187.75 .74 .67 .2346
+LOO-FID 1, llamagen_xl, + LOO-FID, yes, 3.82 195.58 .77 .67 .2370
+LOO-FID 2, llamagen_b, LlamaGen-B, no, 20.89 47.96 .47 .46 .2082
+LOO-FID 2, llamagen_b, + LOO-FID, no, 8.91 112.83 .78 .54 .2304
+LOO-FID 2, llamagen_l, LlamaGen-L, no, 10.24 82.38 .53 .48 .2200
+LOO-FID 2, llamagen_l, + LOO-FID, no, 5.12 143.32 .77 .63 .2325
+LOO-FID 2, llamagen_xl, LlamaGen-XL, no, 12.66 78.02 .60 .74 .2192
+LOO-FID 2, llamagen_xl, + LOO-FID, no, 4.55 148.16 .74 .68 .2305
 LOO-FID 4, llamagen_l, AR-GRPO (CLIPScore + HPSv2), yes, 6.37 223.95 .82 .56
 LOO-FID 4, llamagen_l, LOO-FID (CLIPScore + HPSv2), yes, 3.83 215.90 .79 .63
 LOO-FID 4, llamagen_l, AR-GRPO (+ MANIQA), yes, 9.34 147.30 .70 .59
@@ -285,7 +334,32 @@ LOO-FID 5, llamagen_xl, + VA-π, no, 7.65 102.96 .69 .66, yes, 6.62 212.60 .80 .
 LOO-FID 6, vqgan_cin, VQGAN, no, 21.90 49.81 .57 .67
 LOO-FID 6, vqgan_cin, + LOO-FID, no, 15.47 66.21 .59 .66
 LOO-FID 6, vqgan_cin, VQGAN (top-k 100), no, 16.42 78.32 .62 .57
-LOO-FID 6, vqgan_cin, + LOO-FID (top-k 100), no, 13.04 97.23 .69 .58'''
+LOO-FID 6, vqgan_cin, + LOO-FID (top-k 100), no, 13.04 97.23 .69 .58
+LOO-FID 7, llamagen_l, CLIPScore only, yes, 6.00 217.54
+LOO-FID 7, llamagen_l, HPSv2 only, yes, 7.30 176.73
+LOO-FID 7, llamagen_l, CLIPScore + HPSv2, yes, 6.21 220.28
+LOO-FID 8, llamagen_l, FID only (β = 3), yes, 4.07 183.91
+LOO-FID 8, llamagen_l, FID only (β = 0), yes, 3.97 188.08
+LOO-FID 9, llamagen_l, diagonal (PCA 128), yes, 4.30 224.16
+LOO-FID 9, llamagen_l, full covariance (PCA 128), yes, 4.13 209.45
+LOO-FID 10, llamagen_l, β = 2, yes, 4.86 237.52
+LOO-FID 10, llamagen_l, β = 1, yes, 5.83 273.69
+LOO-FID 10, llamagen_l, no KL, yes, 10.14 342.91
+LOO-FID 11, llamagen_l, entropy coefficient 0.0004, yes, 4.89 224.24
+LOO-FID 11, llamagen_l, entropy coefficient 0, yes, 4.96 228.79
+LOO-FID 12, llamagen_l, + MLE (500 iterations), yes, 4.62 200.61
+LOO-FID 12, llamagen_l, + MLE (5000 iterations), yes, 4.54 202.43'''
+
+_SCORES = '''VA-π 1, llamagen_t2i_xl, LlamaGen-XL, clip_score .245 hps .153
+VA-π 1, llamagen_t2i_xl, + AR-GRPO, clip_score .274 hps .208
+VA-π 1, llamagen_t2i_xl, + VA-π, clip_score .291 hps .211
+VAR-GRPO 1, imagenet, validation set, aesthetic 4.91 top5 .9543
+VAR-GRPO 1, var_d16, VAR-d16, aesthetic 4.64 top5 .978
+VAR-GRPO 1, var_d16, + GRPO (half the labels: seen), aesthetic 5.10 top5 .977
+VAR-GRPO 1, var_d16, + GRPO (half the labels: unseen), aesthetic 5.09 top5 .979
+VAR-GRPO 1, var_d16, + GRPO, aesthetic 5.55 top5 .9592
+VAR-GRPO 1, var_d30, VAR-d30, aesthetic 4.80 top5 .998
+VAR-GRPO 1, var_d30, + GRPO, aesthetic 5.80 top5 .90'''
 
 _GENEVAL = '''VA-π 3, llamagen_t2i_xl, LlamaGen-XL, .042 .550 .032 .197 .750 .263 .306
 VA-π 3, llamagen_t2i_xl, + AR-GRPO, .040 .593 .030 .228 .791 .263 .324
@@ -299,19 +373,20 @@ VA-π 5, llamagen_t2i_xl, ξ = 0.75, .075 .641 .028 .163 .750 .333 .332
 VA-π 5, llamagen_t2i_xl, ξ = 0.95, .043 .652 .040 .181 .728 .328 .329'''
 _TASKS = 'position', 'colors', 'color_attr', 'counting', 'single_object', 'two_object', 'geneval' # the last is their mean
 
-def paper_rows(model:str|None=None, # as in `models`, for example 'llamagen_xl'; None for all
+def paper_rows(model:str|None=None, # as in `models`, for example 'llamagen_xl', or 'imagenet' for real pictures; None for all
                guided:bool|None=None, # with guidance, without, or both
-              ) -> list: # of dicts: paper, table, model, row, guided, and fid, inception_score, precision, recall, or GenEval's tasks and their mean
+              ) -> list: # of dicts: paper, table, model, row, guided, and what the table has of fid, inception_score, precision, recall, clip_score, hps, aesthetic, top5, GenEval's tasks and their mean
     "What the papers report"
     found = []
     for line in _ROWS.splitlines():
         source, name, row, *cells = line.split(', ')
         paper, table = source.rsplit(' ', 1)
         for g, numbers in zip(cells[::2], cells[1::2]):
-            metrics = dict(zip(('fid', 'inception_score', 'precision', 'recall'), map(float, numbers.split())))
+            metrics = dict(zip(('fid', 'inception_score', 'precision', 'recall', 'clip_score'), map(float, numbers.split())))
             found.append(dict(paper=paper, table=int(table), model=name, row=row, guided=g == 'yes', **metrics))
-    for line in _GENEVAL.splitlines():
+    for line in [*_SCORES.splitlines(), *_GENEVAL.splitlines()]: # all guided
         source, name, row, numbers = line.split(', ')
-        paper, table = source.rsplit(' ', 1)
-        found.append(dict(paper=paper, table=int(table), model=name, row=row, guided=True, **dict(zip(_TASKS, map(float, numbers.split())))))
+        paper, table, numbers = *source.rsplit(' ', 1), numbers.split()
+        keys, numbers = (numbers[::2], numbers[1::2]) if numbers[0].isidentifier() else (_TASKS, numbers)
+        found.append(dict(paper=paper, table=int(table), model=name, row=row, guided=True, **dict(zip(keys, map(float, numbers)))))
     return [r for r in found if model in (None, r['model']) and guided in (None, r['guided'])]

@@ -1,5 +1,6 @@
 "Checkers of the evaluation: Inception features, the ADM evaluator's arithmetic, resizes, quantisation, classification"
 import math
+import re
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -96,7 +97,7 @@ def score(case):
     logits = t[d['acts']].double()@t[d['W']].double()
     near(inception_score(logits, d['split_size']), d['is_f64_logsoftmax'], 1e-9, 'is_f64_logsoftmax')
     if d['is_adm_f32'] != 'nan': near(inception_score(logits, d['split_size']), d['is_adm_f32'], 2e-6*d['is_adm_f32'], 'is_adm_f32')
-    for i, want in enumerate(d['per_split_f64']): near(inception_score(logits.split(d['split_size'])[i]), want, 1e-9, f'per_split_f64 {i}')
+    for i, want in enumerate(d['per_split_f64']): near(inception_score(logits.split(d['split_size'])[i], d['split_size']), want, 1e-9, f'per_split_f64 {i}')
     near(inception_score(logits + t[d['bias']].double(), d['split_size']), d['is_if_bias_were_added_f64'], 1e-9, 'is_if_bias_were_added_f64')
 
 @checks('precision_recall')
@@ -174,9 +175,11 @@ def formula_lpips(base):
 def lpips_pair(images):
     "The two pictures of a case, in [0, 1]"
     if isinstance(images, str):
-        assert images.startswith('variant 0 at 64x64 against clip(variant 0 + (variant 3 mod 41) - 20'), images
-        a, b = formula_image(64, 64, 0).int(), formula_image(64, 64, 3).int()
-        pair = a, (a + b % 41 - 20).clamp(0, 255)
+        said = re.match(r'variant (\d+) at (\d+)x(\d+) against clip\(variant (\d+) \+ \(variant (\d+) mod (\d+)\) - (\d+)(?:, 0, 255)?\)?', images)
+        assert said, f'a pair of pictures that nobody has described: {images}'
+        first, h, w, base, noise, mod, shift = map(int, said.groups())
+        a, b, c = (formula_image(h, w, v).int() for v in (first, base, noise))
+        pair = a, (b + c % mod - shift).clamp(0, 255)
     else: pair = [formula_image(i['h'], i['w'], i['v']) for i in images]
     return [x.permute(2, 0, 1)[None].float()/255 for x in pair]
 

@@ -16,7 +16,8 @@ def verdict(c, constants, name):
     least = constants['counting_threshold' if c['metadata']['tag'] == 'counting' else 'threshold']
     kept = {cls: len(k) for cls, f in found.items() if (k := keep_found(f, least, overlap, constants['max_objects_per_class']))}
     assert kept == c['kept_per_class'], f'{name} kept_per_class {kept}'
-    right, why = judge(c['metadata'], found, lambda f, cls: color[id(f)], threshold=constants['threshold'], counting_threshold=constants['counting_threshold'], max_overlap=overlap)
+    rules = dict(threshold=constants['threshold'], counting_threshold=constants['counting_threshold'], max_overlap=overlap, max_objects=constants['max_objects_per_class'], position_threshold=constants['position_threshold'])
+    right, why = judge(c['metadata'], found, lambda f, cls: color[id(f)], **rules)
     assert right == c['correct'], f'{name} correct {right} {why}'
     assert right == (not why)
 

@@ -2,6 +2,8 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
@@ -11,11 +13,14 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 from PIL import Image
+from test_runs import ENV
 
+from arpo_nb.classifier import load_resnet50
 from arpo_nb.features import LPIPSFeatures
 from arpo_nb.janus import JanusConfig, JanusPolicy, SpecialIds
 from arpo_nb.llamagen import GPT, GPTConfig
 from arpo_nb.multiscale_vq import MultiScaleConfig, MultiScaleVQ
+from arpo_nb.protocols import Streams
 from arpo_nb.tokenizers import VQConfig, VQModel
 from arpo_nb.var import VAR, VARConfig, randomise
 from arpo_nb.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
@@ -109,18 +114,93 @@ def test_run_loofid(model, pictures):
         with pytest.raises(FileNotFoundError, match='got a folder'): run_cells('run_loofid', model=model, data=str(pictures/'data'), out_dir=str(pictures/'other'), overrides=f'{SIZES},rewards=brightness', **COMMON)
 
 
-@pytest.mark.parametrize('model', ['vqgan_cin', 'llamagen_t2i_xl', 'janus_pro_1b'])
-def test_run_eval(model, pictures):
-    sees = [{'class': 'kite', 'count': 1}]
-    (pictures/'geneval.jsonl').write_text('\n'.join(json.dumps(dict(tag='single_object', include=sees, prompt=f'a photo of {i} kites')) for i in range(3)))
-    options = dict(inception='random', labels='random', reference=str(pictures/'reference')) if model == 'vqgan_cin' else dict(prompts=str(pictures/'geneval.jsonl'), scores='clip_b32', score_weights='random')
-    if model == 'vqgan_cin':
-        (pictures/'reference').mkdir()
-        for i in range(8): Image.fromarray(np.random.default_rng(i).integers(256, size=(16, 16, 3), dtype=np.uint8)).save(pictures/'reference'/f'{i}.png')
+def kites(folder, n=3, **changes):
+    "Prompts in GenEval's format"
+    path = folder/'geneval.jsonl'
+    path.write_text('\n'.join(json.dumps(dict(tag='single_object', include=[{'class': 'kite', 'count': 1} | changes], prompt=f'a photo of {i} kites')) for i in range(n)))
+    return str(path)
+
+def random_pictures(folder, n, seed=0):
+    folder.mkdir(parents=True)
+    for i in range(n): Image.fromarray(np.random.default_rng(seed + i).integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder/f'{i}.png')
+    return str(folder)
+
+@pytest.mark.parametrize('model', ['vqgan_cin', 'llamagen_t2i_xl', 'janus_pro_1b', 'var_d16'])
+def test_run_eval(model, pictures, monkeypatch):
+    monkeypatch.setattr('arpo_nb.classifier.load_resnet50', lambda: load_resnet50('random'))
+    monkeypatch.setattr(torch, 'compile', lambda f, mode: f)
+    options = dict(vqgan_cin=dict(inception='random', labels='random', reference=random_pictures(pictures/'reference', 8)), var_d16=dict(reference='none', labels='unseen', classifier=True, guidance=2.5, dtype='bfloat16'))
+    text = dict(prompts=kites(pictures), scores='clip_b32', score_weights='random', dtype='bfloat16', compile=model.startswith('llamagen'))
     with pytest.warns(UserWarning) if model == 'vqgan_cin' else patch('os.sep', os.sep):
-        space = run_cells('run_eval', model=model, base='random', n=5, size=16, batch_size=2, out_dir=str(pictures/'eval'), **options)
+        space = run_cells('run_eval', model=model, base='random', n=5, size=16, batch_size=2, out_dir=str(pictures/'eval'), **options.get(model, text))
     kept = json.loads((pictures/'eval'/'eval.json').read_text())
-    assert kept['metrics'].keys() == {'base', 'temperature 0.85'} and all(('frechet' if model == 'vqgan_cin' else 'clip_b32') in m for m in kept['metrics'].values())
-    if model != 'vqgan_cin':
+    measured = dict(vqgan_cin='frechet', var_d16='top5').get(model, 'clip_b32')
+    assert kept['metrics'].keys() == {'base', 'temperature 0.85'} and all(measured in m for m in kept['metrics'].values())
+    settings = json.loads((pictures/'eval'/'base'/'samples.json').read_text())
+    assert settings['dtype'] == ('float32' if model == 'vqgan_cin' else 'bfloat16') and isinstance(settings.get('compile', ''), str) and ('compile' in settings) == model.startswith('llamagen')
+    if 'frechet' not in kept['metrics']['base']: assert space['net'] is None
+    if model == 'var_d16': assert space['beside'] == space['rows'] and [r['row'] for r in space['rows']][0] == 'VAR-d16' and len(space['rows']) == 4 and len(space['classes'].unique()) == 5
+    if 'clip_b32' == measured:
         folder = pictures/'eval'/'base_geneval'
         assert [len(list((folder/f'{i:05d}'/'samples').glob('*.png'))) for i in range(3)] == [2, 2, 1] and json.loads((folder/'00001'/'metadata.jsonl').read_text())['prompt'] == 'a photo of 1 kites'
+
+
+def test_compiled_steps_have_plain_weights():
+    "Inductor cannot lower MKL's packed products"
+    policy, seen = SMALL['llamagen_t2i_xl']()[0].eval(), []
+    def wrap(step):
+        def wrapped(*args):
+            seen.append(any('forward' in m.__dict__ for m in policy.modules()))
+            return step(*args)
+        return wrapped
+    cond, streams = TinyT5()(['a', 'b b']), Streams.range(0, 0, 2)
+    assert torch.equal(policy.generate(cond, streams, compile=wrap), policy.generate(cond, streams)) and len(seen) == policy.num_tokens - 1 and not any(seen)
+
+
+def test_run_eval_makes_another_folders_reference(tmp_path):
+    options = dict(model='vqgan_cin', base='random', n=5, size=16, batch_size=5, inception='random', out_dir=str(tmp_path/'eval'))
+    first, other, again = (run_cells('run_eval', reference=r, **options)['real'] for r in (random_pictures(tmp_path/'a', 8), random_pictures(tmp_path/'b', 6, 9), str(tmp_path/'b')))
+    assert (first.source, first.n, other.source, other.n) == ('a', 8, 'b', 6) and not torch.equal(first.mu, other.mu) and again.sha256 == other.sha256
+
+
+def test_run_eval_on_real_pictures(tmp_path):
+    for i in range(10): random_pictures(tmp_path/'real'/f'class_{i}', 2, i)
+    space = run_cells('run_eval', model='toy', n=12, batch_size=6, pictures=str(tmp_path/'real'), out_dir=str(tmp_path/'eval'))
+    assert space['results']['pictures']['n'] == 20 and space['results']['pictures'].keys() == space['results']['base'].keys() and space['shown'].tolist() == [i//2 for i in range(20)]
+    for name in 'ab': random_pictures(tmp_path/'few'/name, 1)
+    with pytest.raises(ValueError, match='2 sub-folders'): run_cells('run_eval', model='toy', n=12, pictures=str(tmp_path/'few'), out_dir=str(tmp_path/'x'))
+
+
+REFUSED = [(dict(n=3), 'more than k=3'), (dict(n=0), 'n=0'), (dict(labels='sorted'), 'balanced, random, seen or unseen'), (dict(labels='unseen', class_split=1.), 'leaves none'), (dict(dtype='float16'), 'float32 or bfloat16'),
+           (dict(model='toy_var', compile=True), 'does not take compile'), (dict(prompts='', detector='.'), "GenEval's format"), (dict(model='vqgan_cin', base='random', inception='random', reference='wrong.npz'), 'mu of 9 dimensions'),
+           (dict(model='llamagen_t2i_xl', base='random', prompts={}, detector='.'), 'evaluate_images.py'), (dict(model='llamagen_t2i_xl', base='random', prompts=dict(count=0)), 'count 0'),
+           (dict(checkpoint='run/checkpoint', labels='seen', class_split=.5), 'class_split=0.3 and seed=4')]
+
+@pytest.mark.parametrize('params, message', REFUSED, ids=[m for _, m in REFUSED])
+def test_run_eval_refuses_before_sampling(params, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez('wrong.npz', mu=np.zeros(9), sigma=np.eye(9), network='random Inception 0')
+    (tmp_path/'run'/'checkpoint').mkdir(parents=True)
+    (tmp_path/'run'/'config.json').write_text('{"class_split": 0.3, "seed": 4}')
+    (tmp_path/'run'/'checkpoint'/'model.safetensors').write_bytes((ROOT/'arpo_nb/assets/policy.safetensors').read_bytes())
+    if isinstance(params.get('prompts'), dict): params = params | dict(prompts=kites(tmp_path, **params['prompts']))
+    with pytest.raises((ValueError, FileNotFoundError), match=message): run_cells('run_eval', **{'model': 'toy', 'n': 10, **params})
+    assert not list(tmp_path.rglob('*.png'))
+
+
+def test_samples_of_two_processes(tmp_path):
+    "torchrun draws and packs what one process draws, and run_eval measures it without drawing"
+    options = ['--model', 'toy', '--images', '9', '--batch-size', '4']
+    def draw(out, *more, start=('-m', 'torch.distributed.run', '--nproc_per_node', '2', '-m')):
+        done = subprocess.run([sys.executable, *start, 'arpo_nb.sample_writer', *options, '--out', str(tmp_path/out), *more], capture_output=True, text=True, env=ENV, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+    said = draw('base', '--npz')
+    assert 'process 0 of 2: 5 images' in said and 'process 1 of 2: 4 images' in said
+    packed = np.load(tmp_path/'base.npz')['arr_0']
+    draw('temperature_0.85', '--temperature', '.85', start=('-m',))
+    written = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('0*.png')}
+    run_cells('run_eval', model='toy', n=9, out_dir=str(tmp_path))
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('0*.png')} == written and len(written) == 18
+    run_cells('run_eval', model='toy', n=9, out_dir=str(tmp_path/'alone'))
+    assert (packed == np.stack([np.array(Image.open(tmp_path/'alone'/'base'/f'{i:06d}.png')) for i in range(9)])).all()
