@@ -43,6 +43,7 @@ class Config:
     mini_batch_size: int = 0 # contexts per optimiser step (images under teacher forcing, samples free-running); 0 for the whole rollout
     micro_batch_size: int = 0 # contexts per forward pass and process; 0 for all at once
     generate_batch_size: int = 0 # free-running samples drawn at a time, per process; 0 for all
+    compile: bool = False # draw free-running samples with fixed shapes through torch.compile and CUDA graphs; LlamaGen only
     decode_batch_size: int = 256 # images decoded and scored at a time, per process
     logps_chunk: int = 4096 # tokens whose [tokens, V] logits exist at a time
 
@@ -192,7 +193,7 @@ def in_vain(cfg:Config) -> list:
     if cfg.method in SAMPLING and clip_is_inert(cfg):
         out += [f'{k}={getattr(cfg, k)!r}: the ratio is always 1, because each rollout is used for one update' for k in changed('epsilon', 'epsilon_high')]
     if cfg.method not in FREE:
-        out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no free-running samples' for k in changed('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg')]
+        out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no free-running samples' for k in changed('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg', 'compile')]
     if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale == 1: out.append("logprob_cfg='guided': rollout_cfg_scale=1 is no guidance")
     if not cfg.beta: out += [f'{k}={getattr(cfg, k)!r}: beta=0, so there is no KL' for k in changed('ref_policy', 'ref_offload')]
     largest = (cfg.num_generations - 1)/cfg.num_generations**.5

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'MOMENTS', 'image_files', 'read_picture', 'folder_chunks', 'npz_chunks', 'image_chunks', 'image_count',
            'Statistics', 'image_statistics', 'make_reference', 'folder_reference', 'load_reference', 'looks_sorted',
-           'check_reference', 'compare', 'advice', 'score_images', 'MetricReader', 'from_metric_net', 'paper_rows']
+           'check_reference', 'compare', 'advice', 'score_images', 'MetricReader', 'from_metric_net', 'paper_rows',
+           'comparison_table']
 
 # %% ../nbs/53_metrics.ipynb #1e9f9c75
 import hashlib
@@ -390,3 +391,13 @@ def paper_rows(model:str|None=None, # as in `models`, for example 'llamagen_xl',
         keys, numbers = (numbers[::2], numbers[1::2]) if numbers[0].isidentifier() else (_TASKS, numbers)
         found.append(dict(paper=paper, table=int(table), model=name, row=row, guided=True, **dict(zip(keys, map(float, numbers)))))
     return [r for r in found if model in (None, r['model']) and guided in (None, r['guided'])]
+
+def comparison_table(ours:dict, # name to metrics
+                     rows:list, # of `paper_rows`
+                     titles:dict, # metric to the title of its column; a column nobody fills is left out
+                    ) -> str: # Markdown
+    "Our numbers, and in italics the papers'"
+    columns = [k for k in titles if any(k in m for m in (*ours.values(), *rows))]
+    line = lambda name, m, mark: '| ' + ' | '.join([f'{mark}{name}{mark}', *(f'{mark}{m[k]:.4g}{mark}' if k in m else '' for k in columns)]) + ' |'
+    return '\n'.join(['| ' + ' | '.join(['', *(titles[k] for k in columns)]) + ' |', '|---'*(len(columns) + 1) + '|', *(line(n, m, '') for n, m in ours.items()),
+                      *(line(f"{r['paper']} Table {r['table']}: {r['row']}", r, '*') for r in rows)])

