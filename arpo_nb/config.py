@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SAMPLING', 'FREE', 'VARIANTS', 'RECIPES', 'BASELINES', 'LOOFID_ABLATIONS', 'VAR_EXPERIMENTS',
-           'TOY_VAR_ARMS', 'TOY_ARMS', 'Config', 'check_types', 'check_config', 'contexts', 'uses_perceptual',
+           'TOY_VAR_ARMS', 'TOY_ARMS', 'ARMS', 'Config', 'check_types', 'check_config', 'contexts', 'uses_perceptual',
            'parse_rewards', 'clip_is_inert', 'in_vain', 'override', 'to_json', 'from_json', 'vapi_llamagen',
            'vapi_janus', 'vapi_toy', 'loofid', 'ar_grpo', 'var_grpo', 'loofid_toy', 'var_toy', 'preset',
            'choose_baselines', 'choose_arms']
@@ -145,6 +145,7 @@ def check_config(cfg:Config):
     for name, what in _SHARES.items():
         if not 0 < getattr(cfg, name) <= 1: raise ValueError(f"{name}={getattr(cfg, name)}: {what}, use a value above 0 and up to 1")
     if not 0 <= cfg.ref_decay < 1: raise ValueError(f"ref_decay={cfg.ref_decay}: expected a value from 0 to below 1")
+    if not 0 <= cfg.brightness_threshold < 1: raise ValueError(f"brightness_threshold={cfg.brightness_threshold}: a luminance, use a value above 0 and below 1, or 0 for the default")
     if not 0 <= cfg.entropy_target < 1: raise ValueError(f"entropy_target={cfg.entropy_target}: a share of log K, use a value in [0, 1)")
     group = cfg.free_generations if cfg.method == 'mixed' and cfg.free_generations else cfg.num_generations
     if cfg.method in SAMPLING and min(cfg.num_generations, group) < 2:
@@ -355,19 +356,21 @@ VAR_EXPERIMENTS = dict( # changed fields, by the VAR-GRPO paper's figures and ta
     painting=dict(rewards='clip', prompt='a painting', steps=625), # Fig. 6, 9: 10,000 updates
     painting_aesthetic=dict(rewards='clip+aesthetic', prompt='a painting', steps=625), old_picture=dict(rewards='clip', prompt='an old picture', steps=625), # Fig. 6; §5.3
     kl_0=dict(beta=0.), kl_005=dict(beta=.05), kl_02=dict(beta=.2), kl_1=dict(beta=1.), # Fig. 7; its values are not in the text
-    groups_4=dict(num_generations=4), groups_8=dict(num_generations=8), groups_16={}) # Fig. 8, up to 16
+    groups_4=dict(batch_size=128, num_generations=4), groups_8=dict(batch_size=64, num_generations=8), groups_16={}) # Fig. 8, up to 16 at fixed compute: 128 × 4 = 64 × 8 = 32 × 16 = 512 samples, 16 updates of 32, in every step
 TOY_VAR_ARMS = dict(dark=dict(rewards='darkness'), class_score=dict(rewards='class_score'), both=dict(rewards='brightness+class_score'), half_labels=dict(class_split=.5),
                     kl_0=dict(beta=0.), kl_005=dict(beta=.05), kl_02=dict(beta=.2), kl_1=dict(beta=1.),
                     groups_2=dict(batch_size=80, num_generations=2), groups_4=dict(batch_size=40, num_generations=4), groups_16=dict(batch_size=10, num_generations=16)) # 160 samples each
 TOY_ARMS = dict(instance_only=dict(rewards='class_score'), fid_only=dict(rewards='loo_fid'), full=dict(covariance='full'),
                 raw_sum=dict(normalize_rewards=False), kl=dict(beta=3.), entropy=dict(entropy_coef=2.2e-3))
 
+ARMS = dict(loofid=(LOOFID_ABLATIONS, TOY_ARMS), var_grpo=(VAR_EXPERIMENTS, TOY_VAR_ARMS)) # of a paper, and the toy's versions of them
+
 def choose_arms(names:str, # 'all', 'none', or names joined by commas
                 cfg:Config, # what they change
+                paper:str='loofid', # key of ARMS
                ) -> dict: # name: changed fields
     "Rows of the LOO-FID or the VAR-GRPO paper's tables, or the toy's versions of them"
-    var, toy = 'var' in cfg.model and cfg.kl_level == 'token', 'toy' in cfg.model # LOO-FID on VAR keeps LOO-FID's tables
-    known = (TOY_VAR_ARMS if toy else VAR_EXPERIMENTS) if var else TOY_ARMS if toy else LOOFID_ABLATIONS
+    known = ARMS[paper]['toy' in cfg.model]
     picked = list(known) if names == 'all' else [] if names in ('none', '') else [n.strip() for n in names.split(',')]
     if bad := [n for n in picked if n not in known]: raise ValueError(f"arms={names!r}: no {bad[0]!r}; choose from {', '.join(known)}, or 'all', or 'none'")
     return {n: known[n] for n in picked}

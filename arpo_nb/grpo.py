@@ -72,7 +72,7 @@ def grpo_loss(logps:Tensor, # [B, G, T] log π_θ, with gradient
               beta:float=0., # weight of the KL
               kl_level:str='token', # mean of per-token k3, or k3 of the mean log-ratio ('sequence', LOO-FID Alg. 1)
               mask:Tensor|None=None, # [B, G, T] tokens the policy term counts
-             ) -> tuple: # loss, {'policy/ratio', 'policy/clip_frac', 'policy/approx_kl', ...}
+             ) -> tuple: # loss, {'policy/ratio', 'policy/ratio_deviation', 'policy/clip_frac', 'policy/approx_kl', ...}
     "Negative clipped objective plus KL (VA-π Eq. 5), with what to watch"
     lr = log_ratio(logps, old_logps, level)
     loss = aggregate(-clipped_objective(lr, advantages, epsilon, epsilon_high), loss_type, mask)
@@ -80,7 +80,7 @@ def grpo_loss(logps:Tensor, # [B, G, T] log π_θ, with gradient
         a = advantages[..., None] if advantages.ndim == 2 else advantages
         ratio = lr.clamp(-20, 20).exp()
         acts = torch.where(a > 0, ratio > 1 + (epsilon_high or epsilon), ratio < 1 - epsilon) & (a != 0)
-        stats = {'policy/ratio': ratio.mean(), 'policy/clip_frac': acts.float().mean(), 'policy/approx_kl': k3_kl(old_logps, logps).mean()}
+        stats = {'policy/ratio': ratio.mean(), 'policy/ratio_deviation': (ratio - 1).abs().mean(), 'policy/clip_frac': acts.float().mean(), 'policy/approx_kl': k3_kl(old_logps, logps).mean()}
     if beta:
         mean = (lambda x: x.mean(-1, keepdim=True)) if kl_level == 'sequence' else (lambda x: x)
         kl = aggregate(k3_kl(mean(logps), mean(ref_logps)), loss_type)

@@ -104,6 +104,7 @@ class Rollout:
     advantages: Tensor|None = None # as rewards
     entropy: Tensor|None = None # [B, C, T] of the policy that sampled, in nats, where it was computed
     mask: Tensor|None = None # [B, G, T] 1 for tokens that the policy term counts; None for all
+    sampler_logps: Tensor|None = None # [B, G, T] log-probabilities the sampler itself saw, where it tells
 
     def __len__(self): return len(self.context)
 

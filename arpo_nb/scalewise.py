@@ -15,9 +15,10 @@ from .elbo import categorical_kl
 def scale_sizes(sides, # sides p of square maps, or (height, width) pairs
                ) -> list: # tokens per scale
     "Tokens per scale"
-    sizes = [s*s if isinstance(s, int) else s[0]*s[1] for s in sides]
-    if not sizes or min(sizes) < 1: raise ValueError(f"sides must be positive, got {sides!r}; for example (1, 2, 3, 4)")
-    return sizes
+    pairs = [(s, s) if isinstance(s, int) else s for s in sides] if isinstance(sides, (tuple, list)) else []
+    if not pairs or not all(isinstance(s, (tuple, list)) and len(s) == 2 and all(isinstance(p, int) and p > 0 for p in s) for s in pairs):
+        raise ValueError(f"sides={sides!r}: expected positive integers or (height, width) pairs of them, for example (1, 2, 3, 4)")
+    return [h*w for h, w in pairs]
 
 def scale_index(sizes, # tokens per scale
                ) -> Tensor: # [T] scale of every token

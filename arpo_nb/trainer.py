@@ -35,7 +35,7 @@ from .grpo import group_advantages, grpo_loss
 from .noisy_context import prior_ce
 from .protocols import Batch, Rollout, System
 from .rewards import ReconstructionReward, reconstruction_loss
-from .rollout import Clock, Guided, encode_images, free_running, rollout_logps, score_groups, teacher_forced
+from .rollout import Clock, Guided, encode_images, free_running, rollout_logps, sampling_gap, score_groups, teacher_forced
 from .sample_writer import speed_options
 from .ste import gumbel_noise, straight_through
 
@@ -191,6 +191,7 @@ class RollOut:
                   f'{prefix}reward/tied_groups': (advantages == 0).flatten(1).all(1).float().mean()}
         stats |= {f'{prefix}{name}{k}': v for name, part in reward_parts(reward) for k, v in getattr(part, 'stats', {}).items()}
         if free: stats['policy/rollout_entropy'] = r.entropy.mean()
+        if r.sampler_logps is not None: stats |= sampling_gap(r, self.gather)
         if self.ref_policy is not None and c.beta:
             with self.clock('reference'): r = replace(r, ref_logps=self.reference_logps(r))
         return replace(r, rewards=rewards, advantages=advantages), state
@@ -239,7 +240,8 @@ def update(acc:Accelerator, objective, opt, rollouts:dict, cfg:Config) -> dict:
         stats['optim/grad_norm'] = float(norm)
         opt.step(); opt.zero_grad()
         seen.append(stats)
-    return {k: sum(s[k] for s in seen)/len(seen) for k in seen[0]}
+    first = {f'{k}_first': v for k, v in seen[0].items() if k.endswith('ratio_deviation')}
+    return {k: sum(s[k] for s in seen)/len(seen) for k in seen[0]} | first
 
 def _reduce(acc, stats):
     values = acc.reduce(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=acc.device) for v in stats.values()]), 'mean')

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoints import FILES, load_weights, locate, read_state_dict
+from .checkpoints import FILES, load_strict, load_weights, locate, read_state_dict
 from .llamagen import _check_ids, _what
-from .multiscale_vq import MultiScaleConfig, MultiScaleQuantizer, MultiScaleVQ
+from .multiscale_vq import MultiScaleConfig, MultiScaleQuantizer, MultiScaleVQ, check_patch_nums
 from .protocols import Streams
 from .sampling import filter_logits, guide, sample_token
 from .scalewise import block_causal_mask, scale_index, scale_sizes
@@ -40,7 +40,7 @@ class VARConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        scale_sizes(self.patch_nums)
+        check_patch_nums(self.patch_nums)
         if self.width % self.heads: raise ValueError(f"embed_dim={self.width}, num_heads={self.heads}: the width must be a multiple of the number of heads")
 
     @property
@@ -135,6 +135,7 @@ def _exact(device): return torch.autocast('cpu' if device.type == 'meta' else de
 
 class VAR(nn.Module):
     "VAR's transformer behind the `Policy` protocol; parameter names are the official ones"
+    has_sampler_logps = True # `generate` can return them
     def __init__(self, cfg:VARConfig, quantizer:MultiScaleQuantizer):
         super().__init__()
         self.cfg, self.sizes, self.vocab_size, c = cfg, scale_sizes(cfg.patch_nums), cfg.vocab_size, cfg.width
@@ -263,17 +264,21 @@ def generate(policy:VAR,
              *, temperature:float=1., top_k:int=0, top_p:float=1.,
              cfg_scale:float=1., # guidance at the last scale, 1 + VAR's cfg; 1 or less runs the conditional model alone
              greedy:bool=False, # most probable tokens, no randomness
-            ) -> Tensor: # [N, T] int64
+             return_logps:bool=False, # also log π of the drawn tokens as the sampler saw it, without truncation
+            ) -> Tensor: # [N, T] int64; with `return_logps` a pair, the second [N, T] in nats
     "Draw token maps free-running, a scale at a time"
     policy.check_cond(cond)
     if len(cond) != len(streams): raise ValueError(f"streams: {len(streams)} random streams for {_what(cond)}, expected one per condition")
-    tokens, u = [], None if greedy else streams.uniform(policy.num_tokens, device=cond.device).split(policy.sizes, 1)
+    tokens, logps, u = [], [], None if greedy else streams.uniform(policy.num_tokens, device=cond.device).split(policy.sizes, 1)
     def choose(k, logits):
         flat = sample_token(logits.flatten(0, 1), None if greedy else u[k].flatten(), temperature, top_k, top_p, greedy)
         tokens.append(flat.view(logits.shape[:2]))
+        if return_logps:
+            l = logits/max(temperature, 1e-5)
+            logps.append(l.gather(-1, tokens[-1][..., None])[..., 0] - l.logsumexp(-1))
         return policy.quantizer.embedding(tokens[-1])
     policy.decode(cond, choose, cfg_scale)
-    return torch.cat(tokens, 1)
+    return (torch.cat(tokens, 1), torch.cat(logps, 1)) if return_logps else torch.cat(tokens, 1)
 
 VAR.generate = generate
 
@@ -312,7 +317,7 @@ def generate_smooth(policy:VAR, cond:Tensor, streams:Streams, *, temperature:flo
         return smooth_weights(filter_logits(logits, temperature, top_k, top_p), noise[k], k/max(len(policy.sizes) - 1, 1)) @ codes
     return policy.decode(cond, choose, cfg_scale)
 
-# %% ../nbs/33_var.ipynb #ec79cac5
+# %% ../nbs/33_var.ipynb #c0470ec4
 PATCHES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 VARS = dict(var_d16=dict(depth=16), var_d20=dict(depth=20), var_d24=dict(depth=24), var_d30=dict(depth=30),
             var_d36=dict(depth=36, shared_aln=True, patch_nums=PATCHES_512))
@@ -324,16 +329,17 @@ def var_config(model:str, # key of `VARS`
     if model not in VARS: raise ValueError(f"model={model!r}: choose one of {', '.join(VARS)}")
     return VARConfig(**{**VARS[model], **kwargs})
 
-# %% ../nbs/33_var.ipynb #973f6b8c
+# %% ../nbs/33_var.ipynb #fc8d60f4
 def load_var(policy:VAR, # filled in place
              path, # published file, or a checkpoint of VAR's training script
             ) -> VAR: # the same
     "Load a transformer strictly"
-    old = not any('scale_mul_1H11' in k for k in read_state_dict(path, key='var_wo_ddp'))
-    if old and policy.cfg.attn_l2_norm:
+    state = read_state_dict(path, key='var_wo_ddp')
+    wrong = policy.state_dict().keys() ^ state.keys()
+    if 'pos_1LC' in state and wrong and policy.cfg.attn_l2_norm and all('scale_mul_1H11' in k for k in wrong):
         raise ValueError(f"{path}: no scale_mul_1H11 in it, so it was made before April 2024, when VAR's attention was not yet L2-normalised and the published files were replaced. "
                          f"Download the present file from {FILES['var_d16'].repo}, or build the old model with VARConfig(attn_l2_norm=False)")
-    return load_weights(policy, path, key='var_wo_ddp')
+    return load_strict(policy, state, path)
 
 def build_var(model:str, # key of `VARS`
               weights=None, # None for the published file, 'random', or a local file

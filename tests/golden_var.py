@@ -9,7 +9,7 @@ from arpo_nb.multiscale_vq import MultiScaleConfig, MultiScaleQuantizer, MultiSc
 from arpo_nb.protocols import Streams
 from arpo_nb.sampling import draw, filter_logits, guide
 from arpo_nb.scalewise import block_causal_mask, scale_index
-from arpo_nb.var import VAR, VARConfig, replay, smooth_weights, var_config
+from arpo_nb.var import VAR, VARConfig, generate_smooth, replay, smooth_weights, var_config
 from golden_cases import checks, close
 
 RENAMED = dict(vocab_size='codebook_size')
@@ -178,7 +178,8 @@ def check_run(case, policy, labels, run):
 @torch.no_grad()
 def label_to_image(case):
     cfg, w, t = case.data['config'], case.weights(), tol(case)
-    assert not cfg['more_smooth'] and cfg['top_k'] == 1 and not cfg['top_p']
+    assert cfg['top_k'] == 1, f"top_k={cfg['top_k']}: drawn with torch's random numbers, which nothing here repeats; only greedy cases can be checked"
+    how, streams = dict(top_k=1, top_p=cfg.get('top_p') or 1., cfg_scale=1 + cfg['cfg']), Streams.range(0, 0, len(case['in.labels']))
     vq = MultiScaleVQ(vq_config(cfg['vae'])).eval()
     vq.load_state_dict(part(w, 'vae.'))
     policy, labels = build(cfg['var'], w, vq.quantize), case['in.labels']
@@ -188,11 +189,12 @@ def label_to_image(case):
         case.close(logits[k], f'out.logits.{k}', t*(1 + cfg['cfg']))
         if f'out.fhat.{k}' in case: case.close(f_hats[k], f'out.fhat.{k}', t)
     case.close(last, 'out.fhat_last', t)
-    tokens = policy.generate(labels, Streams.range(0, 0, len(labels)), cfg_scale=1 + cfg['cfg'], top_k=cfg['top_k'])
+    tokens = policy.generate(labels, streams, **how)
     assert torch.equal(tokens, torch.cat(ids, 1))
+    if cfg.get('more_smooth'): case.close(generate_smooth(policy, labels, streams, **how), 'out.fhat_last', t) # a mixture of one code
     case.close(vq.decode(tokens), 'out.image', t)
-    for name in ('null', 'label3'):
-        cond = torch.full((len(case[f'out.{name}_idx']),), policy.cfg.num_classes if name == 'null' else 3)
+    for name in [k.removesuffix('_idx') for k, _ in case.matching('out.') if k.endswith('_idx')]:
+        cond = torch.full((len(case[f'out.{name}_idx']),), policy.cfg.num_classes if name == 'null' else int(name.removeprefix('label')))
         got = torch.cat(greedy(policy, cond, 0.)[0], 1)
         case.equal(got, f'out.{name}_idx')
         case.close(vq.decode(got), f'out.{name}_image', t)

@@ -114,6 +114,19 @@ def test_run_loofid(model, pictures):
         with pytest.raises(FileNotFoundError, match='got a folder'): run_cells('run_loofid', model=model, data=str(pictures/'data'), out_dir=str(pictures/'other'), overrides=f'{SIZES},rewards=brightness', **COMMON)
 
 
+def test_run_var(tmp_path):
+    "Nothing but the run itself unless asked for; what one of several runs lacks is found before the first; given steps win; nothing is drawn that was not measured"
+    ask = dict(model='var_d16', rewards='brightness', overrides=SIZES, **COMMON)
+    assert list(run_cells('run_var', out_dir=str(tmp_path/'plain'), **ask)['runs']) == ['.']
+    for arm, lack, more in (('vapi', "data='default'", {}), ('painting', 'clip_l14', {}), ('loofid', 'num_processes=8', dict(overrides='', num_processes=8))):
+        with pytest.raises(RuntimeError, match=f'(?s)arms/{arm}: .*{lack}'): run_cells('run_var', out_dir=str(tmp_path/arm), arms=f'half_labels, {arm}', **ask | dict(weights='default') | more)
+        assert not list((tmp_path/arm).rglob('metrics.jsonl'))
+    with patch.dict('arpo_nb.config.VAR_EXPERIMENTS', painting=dict(rewards='brightness', prompt='a painting', steps=625)):
+        space = run_cells('run_var', out_dir=str(tmp_path/'more'), arms='painting', sweeps='kl', **ask)
+    assert {c.steps for c in space['runs'].values()} == {2} and space['runs']['arms/painting'].prompt == 'a painting'
+    assert [f.keys() for f in space['table']['kl'].values()] == [{'reward'}]*4 and space['label'] is None
+
+
 def kites(folder, n=3, **changes):
     "Prompts in GenEval's format"
     path = folder/'geneval.jsonl'

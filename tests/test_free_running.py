@@ -33,6 +33,14 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     assert 'reward/loo_fid/ema_fid' in one[0] and 'policy/kl' in one[0] and one[-1]['policy/ratio'] != 1
 
 
+def test_the_gap_of_sampler_and_scorer_is_logged(tmp_path):
+    cfg = replace(preset('toy_var', 'var_grpo'), steps=1, batch_size=4, num_generations=4, mini_batch_size=8)
+    one, two = (launch(replace(cfg, num_processes=n), tmp_path/str(n), progress=False)[0] for n in (1, 2))
+    gap = [k for k in one if k.startswith('sampling/')]
+    assert len(gap) == 3 and {k: one[k] for k in gap} == pytest.approx({k: two[k] for k in gap}, abs=1e-5)
+    assert 0 < one['sampling/sampling_logp_difference/max'] < 1e-3 and one['policy/ratio_deviation_first'] < 1e-5 < one['policy/ratio_deviation']
+
+
 def test_the_frozen_reference_is_in_no_checkpoint(tmp_path):
     for ref, there in (('frozen', False), ('ema', True)):
         launch(replace(TINY, steps=1, beta=.1, ref_policy=ref), tmp_path/ref, progress=False)
@@ -112,20 +120,23 @@ def test_run_loofid_end_to_end(tmp_path):
 
 
 def test_run_var_end_to_end(tmp_path):
-    done = papermill('run_var', tmp_path/'a.ipynb', steps=1, out_dir=tmp_path/'out', overrides='batch_size=4,num_generations=4,mini_batch_size=8', eval_images=60, arms='half_labels,loofid', sweeps='kl')
+    done = papermill('run_var', tmp_path/'a.ipynb', steps=1, out_dir=tmp_path/'out', overrides='batch_size=4,num_generations=4,mini_batch_size=8', eval_images=60, arms='half_labels, loofid', sweeps='kl')
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path/'out'/'summary.json').read_text())
     assert set(summary['metrics']) == {'base', 'tuned', 'half_labels', 'loofid'} and set(summary['sweeps']['kl']) == {'kl_0', 'kl_005', 'kl_02', 'kl_1'}
 
 
 def test_run_brightness_end_to_end(tmp_path):
-    done = papermill('run_brightness', tmp_path/'a.ipynb', steps=2, out_dir=tmp_path/'out', overrides='batch_size=4,num_generations=4,mini_batch_size=8')
+    done = papermill('run_brightness', tmp_path/'a.ipynb', steps=2, out_dir=tmp_path/'out', overrides='batch_size=4,num_generations=4,mini_batch_size=8', bright_from=.4)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert set(json.loads((tmp_path/'out'/'summary.json').read_text())['shares']) == {'base', 'bright', 'dark'}
+    summary = json.loads((tmp_path/'out'/'summary.json').read_text())
+    assert set(summary['shares']) == {'base', 'bright', 'dark'} and set(summary['shares']['dark']) == {'0.7', '1.0'} and summary['limits'] == dict(bright=.4, dark=.15)
 
 
-@pytest.mark.parametrize('params, message', [(dict(rewards='x'), 'no reward named'), (dict(arms='dpo'), "no 'dpo'"), (dict(overrides='rewards=clop'), 'did you mean')])
-def test_bad_requests_are_refused_before_any_work(tmp_path, params, message):
-    notebook = 'run_var' if 'rewards' in params else 'run_loofid'
+@pytest.mark.parametrize('notebook, params, message', [
+    ('run_var', dict(rewards='x'), 'no reward named'), ('run_loofid', dict(arms='dpo'), "no 'dpo'"), ('run_loofid', dict(overrides='rewards=clop'), 'did you mean'),
+    ('run_var', dict(sweeps='group'), "sweeps='group': no 'group'"), ('run_var', dict(arms='half_labels, loofid', num_processes=5), 'arms/loofid: num_processes=5'),
+    ('run_brightness', dict(overrides='brightness_threshold=.3'), 'use bright_from and dark_below')])
+def test_bad_requests_are_refused_before_any_work(tmp_path, notebook, params, message):
     done = papermill(notebook, tmp_path/'a.ipynb', out_dir=tmp_path/'out', **params)
     assert done.returncode and message in done.stderr and not list((tmp_path/'out').rglob('metrics.jsonl'))
