@@ -260,7 +260,7 @@ def mislabelled(path:Path, name:str) -> str:
     "Why a file cannot be `name`, or nothing; read only if it has the name or the size of a published file with a known hash"
     if not path.is_file(): return ''
     size = path.stat().st_size
-    like = {n: sha for n, f in FILES.items() if (path.name == Path(f.file).name or f.size == size) and (sha := published_sha256(n, path))}
+    like = {n: sha for n, f in FILES.items() if (path.name == Path(f.file).name or 0 < f.size == size) and (sha := published_sha256(n, path))}
     if not like: return ''
     digest = noted_sha256(path)
     if name in like and digest.startswith(like[name]): return ''
