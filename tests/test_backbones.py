@@ -158,6 +158,16 @@ def test_run_eval(model, pictures, monkeypatch):
         assert [len(list((folder/f'{i:05d}'/'samples').glob('*.png'))) for i in range(3)] == [2, 2, 1] and json.loads((folder/'00001'/'metadata.jsonl').read_text())['prompt'] == 'a photo of 1 kites'
 
 
+@pytest.mark.parametrize('model', ['vqgan_cin', 'janus_pro_1b'])
+def test_run_eval_of_a_run(model, pictures):
+    "What a run leaves takes the place of the base's policy, whose tokenizer and prompts stay"
+    run_cells('run_vapi', model=model, data=str(pictures/'data'), out_dir=str(pictures/'run'), baselines='none', overrides=f'{SIZES},learning_rate=0.1', **COMMON)
+    asked = dict(reference='none', classifier=False) if model == 'vqgan_cin' else dict(prompts=kites(pictures))
+    space = run_cells('run_eval', model=model, base='random', checkpoint=str(pictures/'run'/'checkpoint'), n=4, size=16, batch_size=2, out_dir=str(pictures/'eval'), **asked)
+    pixels = [np.stack([np.asarray(Image.open(p)) for p in sorted((pictures/'eval'/arm).glob('*.png'))]) for arm in ('base', 'tuned')]
+    assert list(space['results']) == ['base', 'tuned'] and len(pixels[0]) == 4 and (pixels[0] != pixels[1]).any()
+
+
 def test_compiled_steps_have_plain_weights():
     "Inductor cannot lower MKL's packed products"
     policy, seen = SMALL['llamagen_t2i_xl']()[0].eval(), []
