@@ -99,7 +99,7 @@ def make_plan(cfg:Config,
     files, missing = [], []
     for name, path in model_files(cfg.model, cfg.weights, uses_perceptual(cfg), cfg.tokenizer_weights):
         try: files.append(plan_file(name, path, cache_dir, offline))
-        except (OSError, ImportError) as e: missing.append(e)
+        except (OSError, ImportError, ValueError) as e: missing.append(e)
     with warnings.catch_warnings(), torch.device('meta'):
         warnings.simplefilter('ignore') # that weights read into shapes are lost
         system = load_system(cfg.model, 'random', perceptual=uses_perceptual(cfg)).to('meta')
