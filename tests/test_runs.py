@@ -114,7 +114,7 @@ def test_own_pictures(tmp_path):
 
 @pytest.mark.parametrize('params, message', [
     (dict(model='toyy'), "did you mean 'toy'"), (dict(method='ppo'), 'choose one of vapi'), (dict(overrides='noise_rate=2'), 'ξ is a probability'),
-    (dict(overrides='num_generations=1'), 'at least 2 samples'), (dict(data='nowhere'), 'no such folder'), (dict(baselines='dpo'), "no 'dpo'"),
+    (dict(overrides='num_generations=1'), 'at least 2 samples'), (dict(data='nowhere'), "data='nowhere': no such file or folder"), (dict(baselines='dpo'), "no 'dpo'"),
     (dict(weights='nowhere.pt'), 'no such file'), (dict(model='llamagen_xxl'), 'c2i_XXL_384.pt'), (dict(num_processes=3), 'must divide batch_size=128'),
     (dict(weights='other.safetensors'), 'does not fit: it looks like a LlamaGen transformer with 3 layers of width 32'),
     (dict(out_dir='taken'), 'holds another run'), (dict(out_dir='file/below'), "can't write there")], ids=lambda x: next(iter(x)) + '-' + str(next(iter(x.values()))) if isinstance(x, dict) else '')
