@@ -9,7 +9,6 @@ __all__ = ['MODELS', 'TOKENIZER_FILES', 'BUILDERS', 'TOY_BRIGHTNESS', 'check_mod
 
 # %% ../nbs/37_models.ipynb #de9ccbda
 import difflib
-import importlib
 import shutil
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from .toy import ASSETS, CLASSES, NET_A, NET_B, ToyNet, to_pixels, toy_gpt_confi
 from .var import VARS, build_var
 from .var_toy import TOY_BRIGHT, TOY_DARK, build_toy_var
 from .vqgan import MODELS as VQGANS, build_vqgan
+from .weights import _hub
 
 # %% ../nbs/37_models.ipynb #fc56b059
 MODELS = ('toy', 'toy_var', *LLAMAGEN, *VARS, *VQGANS, *JANUS)
@@ -156,8 +156,7 @@ def check_data(cfg:Config, system:System):
 
 def check_hub_model(argument:str, repo:str):
     "Raise for a model of transformers that is neither in the cache nor can be asked for"
-    try: hub = importlib.import_module('huggingface_hub')
-    except ImportError as e: raise ImportError(f"{argument}={repo!r} needs huggingface_hub: pip install huggingface_hub, or arpo_nb[t2i]") from e
+    hub = _hub()
     if any(hub.try_to_load_from_cache(repo, f'{name}{index}') for name in ('model.safetensors', 'pytorch_model.bin') for index in ('', '.index.json')): return
     try: files = hub.HfApi().model_info(repo, files_metadata=True, timeout=30).siblings
     except Exception as e:
