@@ -23,8 +23,8 @@ run: .venv/run ## post-train the toy with VA-π
 
 test: .venv/dev ## everything that proves it
 	rm -rf build/drift && mkdir -p build/drift && cp -r nbs settings.ini arpo_nb build/drift/
-	cd build/drift && find arpo_nb -name '*.py' ! -name __init__.py -delete && ../../.venv/bin/nbdev_export
-	for f in arpo_nb/*.py; do cmp $$f build/drift/$$f || exit 1; done; test "$$(ls arpo_nb/*.py | wc -l)" = "$$(ls build/drift/arpo_nb/*.py | wc -l)"
+	cd build/drift && find arpo_nb -name '*.py' -delete && ../../.venv/bin/nbdev_export
+	diff -r -x assets -x __pycache__ arpo_nb build/drift/arpo_nb
 	rm -rf build/drift
 	OMP_NUM_THREADS=1 .venv/bin/nbdev_test --skip_file_re '^(\.|_|run_)' --n_workers 2 --timing
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests

@@ -168,7 +168,7 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from .moments import Reference, as_reference, loo_rewards, state_fid
+from .maths.moments import Reference, as_reference, loo_rewards, state_fid
 
 # %% ../nbs/21_loo_fid.ipynb #d203895f
 def loo_fid_reward(features:Tensor, # [N, D] features of this process's images, any device, any float dtype

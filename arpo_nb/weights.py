@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'Published', 'human_size', 'table', 'url_cache', 'plan_file', 'file_sha256', 'download', 'noted_sha256',
-           'published_sha256', 'mislabelled', 'locate', 'require', 'check_file', 'main']
+           'published_sha256', 'mislabelled', 'locate', 'require', 'import_torchvision', 'import_transformers',
+           'check_file', 'main']
 
 # %% ../nbs/08_weights.ipynb #2dfe1853
 import argparse, difflib, os, re, shutil, sys
@@ -310,6 +311,30 @@ def require(names, # keys of `FILES`
         raise FileNotFoundError(f"{len(problems)} of {len(names)} files cannot be had:\n" + '\n'.join(f'- {n}: {e}' for n, e in problems.items())
                                 + (f"\nWith a network: python -m arpo_nb.weights --fetch {' '.join(absent)}" if absent else ''))
     return {n: locate(n, weights.get(n), cache_dir, offline) for n in names}
+
+# %% ../nbs/08_weights.ipynb #bc649a5d
+def import_torchvision():
+    "torchvision, also where only its Python part can be loaded"
+    try: import torchvision
+    except RuntimeError as e:
+        if 'torchvision::nms' not in str(e): raise
+        from torch import library
+        for name in [m for m in sys.modules if m.split('.')[0] == 'torchvision']: del sys.modules[name]
+        import_torchvision.lib = library.Library('torchvision', 'DEF')
+        for op in ('nms', 'qnms'): import_torchvision.lib.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        import torchvision
+    return torchvision
+
+def import_transformers(extra:str='t2i' # the extra to install it with, for the message
+                       ):
+    "transformers, which itself imports torchvision"
+    try: import_torchvision() # where it was built for another torch, transformers fails on it
+    except ImportError: pass # not needed
+    try:
+        import transformers
+        transformers.LlamaModel # imported when asked for
+    except ImportError as e: raise ImportError(f"transformers is needed: pip install 'arpo_nb[{extra}]' [{e}]") from e
+    return transformers
 
 # %% ../nbs/08_weights.ipynb #a76801ad
 def check_file(name:str, # key of `FILES`

@@ -14,11 +14,11 @@ from dataclasses import replace
 import torch
 
 from arpo_nb.config import preset
-from arpo_nb.data import batches
-from arpo_nb.grpo import group_advantages, grpo_loss
-from arpo_nb.models import load_data, load_reward, load_system
+from arpo_nb.data.images import batches
+from arpo_nb.maths.grpo import group_advantages, grpo_loss
+from arpo_nb.systems import load_data, load_reward, load_system
 from arpo_nb.protocols import repeat_cond
-from arpo_nb.rollout import free_running, rollout_logps, score_groups
+from arpo_nb.training.rollout import free_running, rollout_logps, score_groups
 
 def ours(system, reward, r, cfg, ref):
     "Batched decoding and rewards, logits in chunks"

@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 import torch
 
-from arpo_nb.janus import CONFIGS, VQ, JanusPolicy, import_transformers, transformers_config
+from arpo_nb.models.janus import CONFIGS, VQ, JanusPolicy, import_transformers, transformers_config
 from arpo_nb.protocols import Streams
-from arpo_nb.sampling import draw
+from arpo_nb.maths.sampling import draw
 
 parser = argparse.ArgumentParser()
 parser.add_argument('model', nargs='?', default='janus_pro_1b', choices=list(CONFIGS))

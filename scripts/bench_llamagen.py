@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from arpo_nb.llamagen import GPT, gpt_config
+from arpo_nb.models.llamagen import GPT, gpt_config
 from arpo_nb.protocols import Streams
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import torch
 
-from arpo_nb.evaluate import frechet_distance, moments, precision_recall
-from arpo_nb.features import import_torchvision
+from arpo_nb.evaluation.evaluate import frechet_distance, moments, precision_recall
+from arpo_nb.weights import import_torchvision
 
 
 def pool_like(n, shift, seed):

@@ -15,10 +15,10 @@ import time
 
 import torch
 
-from arpo_nb.multiscale_vq import MultiScaleConfig, MultiScaleVQ
+from arpo_nb.models.multiscale_vq import MultiScaleConfig, MultiScaleVQ
 from arpo_nb.protocols import Streams
-from arpo_nb.rollout import token_logps
-from arpo_nb.var import VAR, replay, var_config
+from arpo_nb.training.rollout import token_logps
+from arpo_nb.models.var import VAR, replay, var_config
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--official', required=True, help='folder of the official code')

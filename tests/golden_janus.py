@@ -6,13 +6,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from arpo_nb import janus
-from arpo_nb.janus import (CONFIGS, JanusConfig, JanusPolicy, SpecialIds, describe, format_prompt, import_transformers, is_official, llama_config,
+from arpo_nb.models import janus
+from arpo_nb.models.janus import (CONFIGS, JanusConfig, JanusPolicy, SpecialIds, describe, format_prompt, import_transformers, is_official, llama_config,
                            merge_policy, split_parts, to_transformers, transformers_config)
 from arpo_nb.protocols import Streams
-from arpo_nb.sampling import guide
-from arpo_nb.tokenizers import VQConfig, VQModel
-from arpo_nb.vqgan import load_strict, truncate_uint8
+from arpo_nb.maths.sampling import guide
+from arpo_nb.models.tokenizers import VQConfig, VQModel
+from arpo_nb.models.vqgan import load_strict, truncate_uint8
 from golden_cases import checks, close
 
 def configs(case):

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from arpo_nb import llamagen
-from arpo_nb.llamagen import GPT, GPTConfig, gpt_config, rope_table, rotate
+from arpo_nb.models import llamagen
+from arpo_nb.models.llamagen import GPT, GPTConfig, gpt_config, rope_table, rotate
 from arpo_nb.protocols import Streams
-from arpo_nb.sampling import filter_logits, guide
-from arpo_nb.tokenizers import VQConfig, VQModel
+from arpo_nb.maths.sampling import filter_logits, guide
+from arpo_nb.models.tokenizers import VQConfig, VQModel
 from golden_cases import checks
 
 RENAMED = dict(cls_token_num='cond_len', class_dropout_prob='cond_dropout', model_type='cond')
@@ -95,7 +95,7 @@ def gpt_c2i(case):
 
 @checks('llamagen-gpt-t2i')
 def gpt_t2i(case):
-    from arpo_nb.text_data import left_pad
+    from arpo_nb.data.captions import left_pad
     policy, tol = build_gpt(case), case.data['tolerance']
     idx, drop, valid = case['in.idx'], case['in.force_drop_ids'].bool(), case['in.valid']
     cond = left_pad(case['in.t5_feats_right_padded'], case['in.t5_mask_right_padded'])
@@ -197,7 +197,7 @@ def sampler(case):
 
 @checks('llamagen-image-io')
 def image_io(case):
-    from arpo_nb.image_io import center_crop, resize_pixels, ten_crop, to_tensor, to_uint8
+    from arpo_nb.data.image_io import center_crop, resize_pixels, ten_crop, to_tensor, to_uint8
     import PIL
     tol, levels = case.data['tolerance']['float_abs'], int(PIL.__version__ != case.data['libraries']['pillow'])
     for c in case.data['crops']:
@@ -221,7 +221,7 @@ def image_io(case):
 
 @checks('llamagen-caption-cleaning')
 def caption_cleaning(case):
-    from arpo_nb.text_data import clean_prompt
+    from arpo_nb.data.captions import clean_prompt
     wrong = [(c['text'], clean_prompt(c['text']), c['cleaned']) for c in case.data['cases'] if clean_prompt(c['text']) != c['cleaned']]
     assert not wrong, f'(text, got, expected): {wrong}'
 

@@ -3,10 +3,10 @@ import math
 
 import pytest, torch
 
-from arpo_nb.entropy import C_MAX, entropy_coef, entropy_schedule, normalized_entropy, token_entropy
-from arpo_nb.grpo import clipped_objective, group_advantages, grpo_loss, k3_kl, log_ratio
-from arpo_nb.moments import Reference, loo_rewards, moments_std, state_fid
-from arpo_nb.noisy_context import corrupt_tokens
+from arpo_nb.maths.entropy import C_MAX, entropy_coef, entropy_schedule, normalized_entropy, token_entropy
+from arpo_nb.maths.grpo import clipped_objective, group_advantages, grpo_loss, k3_kl, log_ratio
+from arpo_nb.maths.moments import Reference, loo_rewards, moments_std, state_fid
+from arpo_nb.maths.noisy_context import corrupt_tokens
 from arpo_nb.rewards import WeightedSum, brightness_reward, loo_fid_reward, luminance
 from golden_cases import checks, close
 

@@ -17,8 +17,8 @@ def number(got, want, tol, name): assert abs(got - want) <= tol, f'{name}: {got}
 
 @checks('preprocess')
 def preprocess(case):
-    from arpo_nb.classifier import resnet_input
-    from arpo_nb.clip import CLIP_MEAN, CLIP_STD, centre_crop, clip_preprocess, hps_preprocess, shortest_side
+    from arpo_nb.scores.classifier import resnet_input
+    from arpo_nb.scores.clip import CLIP_MEAN, CLIP_STD, centre_crop, clip_preprocess, hps_preprocess, shortest_side
     x, d = image_of(case), case.data
     stats = (case.context or {}).get('conventions', {})
     if stats: assert tuple(stats['clip_mean']) == CLIP_MEAN and tuple(stats['clip_std']) == CLIP_STD
@@ -45,7 +45,7 @@ def preprocess(case):
 @checks('tokenizer')
 def tokenizer(case):
     if not find_spec('open_clip'): pytest.skip('open_clip is not installed')
-    from arpo_nb.clip import tokenize
+    from arpo_nb.scores.clip import tokenize
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         tokens = tokenize(case.data['texts'], case.data['context_length'])
@@ -57,7 +57,7 @@ NAMES = dict(cosine='cosine', hps_score='cosine', hps_benchmark_times_100='perce
 
 @checks('score')
 def score(case):
-    from arpo_nb.clip import cosine_scores
+    from arpo_nb.scores.clip import cosine_scores
     image, text = (torch.tensor(case.data[f'{k}_features'], dtype=torch.float64) for k in ('image', 'text'))
     for name, want in case.data['expected'].items():
         want = torch.tensor(want, dtype=torch.float64)
@@ -67,7 +67,7 @@ def score(case):
 
 @checks('aesthetic_v2')
 def aesthetic_v2(case):
-    from arpo_nb.clip import AestheticHead, affine_score
+    from arpo_nb.scores.clip import AestheticHead, affine_score
     e, w, b, want = case['embeddings'], case['collapsed_weight'], case['collapsed_bias'], {k: torch.tensor(v, dtype=torch.float64) for k, v in case.data['expected'].items()}
     got = affine_score(e, w, b)
     close(got, want['score_collapsed_f64'], 1e-12*max(1., got.abs().max().item()), 'score_collapsed_f64')
@@ -102,7 +102,7 @@ def formula_weights(keys_and_shapes, recipe):
 @lru_cache(1)
 def maniqa_scores(text):
     "Scores of a case's images, its weights being those of the recipe"
-    from arpo_nb.maniqa import MANIQA, MANIQAReward
+    from arpo_nb.scores.maniqa import MANIQA, MANIQAReward
     d = json.loads(text)
     net = MANIQA(**d['config'])
     shapes = {k: list(v.shape) for k, v in net.state_dict().items()}

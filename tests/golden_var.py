@@ -5,11 +5,11 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from arpo_nb.multiscale_vq import MultiScaleConfig, MultiScaleQuantizer, MultiScaleVQ, phi_table
+from arpo_nb.models.multiscale_vq import MultiScaleConfig, MultiScaleQuantizer, MultiScaleVQ, phi_table
 from arpo_nb.protocols import Streams
-from arpo_nb.sampling import draw, filter_logits, guide
-from arpo_nb.scalewise import block_causal_mask, scale_index
-from arpo_nb.var import VAR, VARConfig, generate_smooth, replay, smooth_weights, var_config
+from arpo_nb.maths.sampling import draw, filter_logits, guide
+from arpo_nb.maths.scalewise import block_causal_mask, scale_index
+from arpo_nb.models.var import VAR, VARConfig, generate_smooth, replay, smooth_weights, var_config
 from golden_cases import checks, close
 
 RENAMED = dict(vocab_size='codebook_size')

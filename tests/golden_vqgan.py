@@ -4,10 +4,10 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from arpo_nb import vqgan
+from arpo_nb.models import vqgan
 from arpo_nb.protocols import Streams
-from arpo_nb.sampling import filter_logits
-from arpo_nb.vqgan import VQGAN, CINConfig, CINTransformer, Codebook, VQGANConfig, remap, split_state, taming_filters, truncate_uint8, unmap
+from arpo_nb.maths.sampling import filter_logits
+from arpo_nb.models.vqgan import VQGAN, CINConfig, CINTransformer, Codebook, VQGANConfig, remap, split_state, taming_filters, truncate_uint8, unmap
 from golden_cases import checks
 
 def tokenizer_config(cfg):

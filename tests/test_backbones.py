@@ -15,15 +15,15 @@ from conftest import ROOT
 from PIL import Image
 from test_runs import ENV
 
-from arpo_nb.classifier import load_resnet50
-from arpo_nb.features import LPIPSFeatures
-from arpo_nb.janus import JanusConfig, JanusPolicy, SpecialIds
-from arpo_nb.llamagen import GPT, GPTConfig
-from arpo_nb.multiscale_vq import MultiScaleConfig, MultiScaleVQ
+from arpo_nb.scores.classifier import load_resnet50
+from arpo_nb.scores.features import LPIPSFeatures
+from arpo_nb.models.janus import JanusConfig, JanusPolicy, SpecialIds
+from arpo_nb.models.llamagen import GPT, GPTConfig
+from arpo_nb.models.multiscale_vq import MultiScaleConfig, MultiScaleVQ
 from arpo_nb.protocols import Streams
-from arpo_nb.tokenizers import VQConfig, VQModel
-from arpo_nb.var import VAR, VARConfig, randomise
-from arpo_nb.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
+from arpo_nb.models.tokenizers import VQConfig, VQModel
+from arpo_nb.models.var import VAR, VARConfig, randomise
+from arpo_nb.models.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
 
 JANUS = JanusConfig(dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=48, text_vocab_size=60, max_positions=64, vocab_size=24, num_tokens=16, ids=SpecialIds(1, 2, 3, 4, 5))
 
@@ -57,14 +57,14 @@ def lpips(): return LPIPSFeatures(random=True)
 def small(monkeypatch, lpips):
     plt.switch_backend('agg')
     build = lambda model, weights: tuple(m.eval() for m in SMALL[model]())
-    monkeypatch.setattr('arpo_nb.models.BUILDERS', ((list(SMALL), build),))
-    monkeypatch.setattr('arpo_nb.models.LPIPSFeatures', lambda random: copy.deepcopy(lpips)) # of full size, so made once
-    monkeypatch.setattr('arpo_nb.models.T5Features', TinyT5)
-    monkeypatch.setattr('arpo_nb.models.check_hub_model', lambda *args: None) # it would ask for the T5 whose place that takes
-    monkeypatch.setattr('arpo_nb.models.model_files', lambda *args: [])
-    monkeypatch.setattr('arpo_nb.plan.model_files', lambda *args: [])
+    monkeypatch.setattr('arpo_nb.systems.BUILDERS', ((list(SMALL), build),))
+    monkeypatch.setattr('arpo_nb.systems.LPIPSFeatures', lambda random: copy.deepcopy(lpips)) # of full size, so made once
+    monkeypatch.setattr('arpo_nb.systems.T5Features', TinyT5)
+    monkeypatch.setattr('arpo_nb.systems.check_hub_model', lambda *args: None) # it would ask for the T5 whose place that takes
+    monkeypatch.setattr('arpo_nb.systems.model_files', lambda *args: [])
+    monkeypatch.setattr('arpo_nb.training.plan.model_files', lambda *args: [])
     AcceleratorState._reset_state(True) # other tests of this process had another precision
-    with patch.dict('arpo_nb.janus.CONFIGS', janus_pro_1b=(JANUS, None)): yield
+    with patch.dict('arpo_nb.models.janus.CONFIGS', janus_pro_1b=(JANUS, None)): yield
     AcceleratorState._reset_state(True)
 
 
@@ -140,7 +140,7 @@ def random_pictures(folder, n, seed=0):
 
 @pytest.mark.parametrize('model', ['vqgan_cin', 'llamagen_t2i_xl', 'janus_pro_1b', 'var_d16'])
 def test_run_eval(model, pictures, monkeypatch):
-    monkeypatch.setattr('arpo_nb.classifier.load_resnet50', lambda: load_resnet50('random'))
+    monkeypatch.setattr('arpo_nb.scores.classifier.load_resnet50', lambda: load_resnet50('random'))
     monkeypatch.setattr(torch, 'compile', lambda f, mode: f)
     options = dict(vqgan_cin=dict(inception='random', labels='random', reference=random_pictures(pictures/'reference', 8)), var_d16=dict(reference='none', labels='unseen', classifier=True, guidance=2.5, dtype='bfloat16'))
     text = dict(prompts=kites(pictures), scores='clip_b32', score_weights='random', dtype='bfloat16', compile=model.startswith('llamagen'))
@@ -215,7 +215,7 @@ def test_samples_of_two_processes(tmp_path):
     "torchrun draws and packs what one process draws, and run_eval measures it without drawing"
     options = ['--model', 'toy', '--images', '9', '--batch-size', '4']
     def draw(out, *more, start=('-m', 'torch.distributed.run', '--nproc_per_node', '2', '-m')):
-        done = subprocess.run([sys.executable, *start, 'arpo_nb.sample_writer', *options, '--out', str(tmp_path/out), *more], capture_output=True, text=True, env=ENV, timeout=200)
+        done = subprocess.run([sys.executable, *start, 'arpo_nb.evaluation.sample_writer', *options, '--out', str(tmp_path/out), *more], capture_output=True, text=True, env=ENV, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
     said = draw('base', '--npz')

@@ -2,12 +2,12 @@
 import pytest
 import torch
 
-from arpo_nb.contract import check_policy, check_tokenizer
-from arpo_nb.llamagen import GPT, GPTConfig
-from arpo_nb.multiscale_vq import MultiScaleConfig, MultiScaleVQ
-from arpo_nb.tokenizers import VQConfig, VQModel
-from arpo_nb.var import VAR, VARConfig
-from arpo_nb.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
+from arpo_nb.models.contract import check_policy, check_tokenizer
+from arpo_nb.models.llamagen import GPT, GPTConfig
+from arpo_nb.models.multiscale_vq import MultiScaleConfig, MultiScaleVQ
+from arpo_nb.models.tokenizers import VQConfig, VQModel
+from arpo_nb.models.var import VAR, VARConfig
+from arpo_nb.models.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
 
 def jitter(module, std=.1):
     with torch.no_grad():
@@ -20,7 +20,7 @@ def gpt(text):
 
 def janus():
     pytest.importorskip('transformers')
-    from arpo_nb.janus import JanusConfig, JanusPolicy, SpecialIds
+    from arpo_nb.models.janus import JanusConfig, JanusPolicy, SpecialIds
     return JanusPolicy(JanusConfig(dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=48, text_vocab_size=60, max_positions=64, vocab_size=24, num_tokens=16, ids=SpecialIds(1, 2, 3, 4, 5)))
 
 SCALES = (1, 2, 4)

@@ -49,7 +49,7 @@ def test_a_shifted_tensor_fails(name, key):
 
 PEAK = '''
 import resource, sys, torch
-from arpo_nb.evaluate import precision_recall
+from arpo_nb.evaluation.evaluate import precision_recall
 torch.set_num_threads(1)
 real, fake = torch.randn(2_000, 64), torch.randn(10_000, 64)
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -66,7 +66,7 @@ def test_archives_are_streamed(tmp_path):
     "120 MB of images pass through 16 MB"
     code = '''
 import resource, sys
-from arpo_nb.metrics import image_chunks
+from arpo_nb.evaluation.metrics import image_chunks
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(sum(len(x) for x in image_chunks(sys.argv[1], 64)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
 '''

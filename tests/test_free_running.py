@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from arpo_nb.config import Config, preset
-from arpo_nb.launch import launch
-from arpo_nb.models import load_data, load_reward, load_system
-from arpo_nb.trainer import train
+from arpo_nb.training.launch import launch
+from arpo_nb.systems import load_data, load_reward, load_system
+from arpo_nb.training.trainer import train
 from test_runs import assert_same_training, killed_and_resumed, numbers, papermill, weights
 
 TINY = replace(preset('toy', 'loofid'), steps=3, batch_size=4, num_generations=4, save_steps=2)

@@ -1,7 +1,7 @@
 "Leave-one-out rewards over two real processes equal those of one"
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 
-from arpo_nb.moments import Reference
+from arpo_nb.maths.moments import Reference
 from arpo_nb.rewards import loo_fid_reward
 
 def features(step): return torch.randn(10, 5, generator=torch.Generator().manual_seed(step))*.6 + .2

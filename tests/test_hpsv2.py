@@ -18,7 +18,7 @@ TINY = dict(embed_dim=16, vision_cfg=dict(image_size=224, layers=2, width=64, he
 def package():
     "hpsv2.img_score, or None"
     try:
-        from arpo_nb.features import import_torchvision
+        from arpo_nb.weights import import_torchvision
         import_torchvision()
         import hpsv2.img_score
         return hpsv2.img_score
@@ -28,7 +28,7 @@ def package():
 def compare(theirs, arch, n, seed=0):
     "Scores of both on `n` images with the same random weights, with the seconds each took: build, read, score"
     from hpsv2.src import open_clip as old
-    from arpo_nb.clip import CLIPScorer, build_clip, hps_preprocess
+    from arpo_nb.scores.clip import CLIPScorer, build_clip, hps_preprocess
     torch.manual_seed(seed)
     ours = build_clip('hps_v2.1', 'random', arch)
     rng = np.random.default_rng(seed)

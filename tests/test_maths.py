@@ -1,7 +1,7 @@
 "Checks of the maths that need files"
 import pytest, torch
 
-from arpo_nb.moments import Reference
+from arpo_nb.maths.moments import Reference
 from arpo_nb.rewards import loo_fid_reward
 
 @pytest.mark.parametrize('covariance', ['diag', 'full'])

@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from arpo_nb.matrix import BACKBONES, CELLS, run_cell
+from arpo_nb.training.matrix import BACKBONES, CELLS, run_cell
 
 GUIDED = dict(CELLS['AR-GRPO'], rollout_cfg_scale=2., logprob_cfg='guided')
 

@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from arpo_nb.config import preset, to_json
-from arpo_nb.launch import launch, run
-from arpo_nb.llamagen import GPT
-from arpo_nb.toy import toy_gpt_config
+from arpo_nb.training.launch import launch, run
+from arpo_nb.models.llamagen import GPT
+from arpo_nb.models.toy import toy_gpt_config
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 TINY = replace(preset('toy'), steps=3, batch_size=8, num_generations=2, save_steps=2)
@@ -54,7 +54,7 @@ def test_as_many_processes_as_the_configuration_says(tmp_path):
     with pytest.raises(ValueError, match='num_processes=2: 1 processes were started'): run(replace(TINY, num_processes=2), tmp_path)
 
 
-def command(folder): return [sys.executable, '-m', 'arpo_nb.launch', str(folder/'job.json'), '--out_dir', str(folder/'run')]
+def command(folder): return [sys.executable, '-m', 'arpo_nb.training.launch', str(folder/'job.json'), '--out_dir', str(folder/'run')]
 
 
 @pytest.mark.parametrize('sig, processes', [(signal.SIGTERM, 1), (signal.SIGKILL, 1), (signal.SIGTERM, 2)])

@@ -7,47 +7,65 @@ import sys
 import pytest
 from conftest import ROOT
 
-# A module may import those of its own line or of lines above it.
-LAYERS = ['protocols config weights',
-          'sampling plots image_io noisy_context grpo ste moments entropy elbo',
-          'scalewise tokenizers llamagen multiscale_vq',
-          'toy checkpoints',
-          'rewards features data text_data enumerable inception lite_features',
-          'vqgan var',
-          'janus',
-          'clip classifier maniqa var_toy',
-          'reward_factory',
-          'contract pretrain models sample_writer',
-          'rollout',
-          'trainer evaluate plan',
-          'launch bench metrics geneval matrix']
-LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
-POLICIES = ('tokenizers', 'llamagen', 'multiscale_vq', 'var', 'toy', 'enumerable', 'checkpoints', 'vqgan', 'janus')
-ABOUT_TRAINING = {'rewards', 'moments', 'entropy', 'grpo', 'ste', 'noisy_context', 'rollout', 'trainer', 'launch', 'evaluate', 'config'}
-MODULES = sorted(p.stem for p in (ROOT/'arpo_nb').glob('*.py') if not p.stem.startswith('_'))
+# The house, floor by floor: a module imports from its own folder and from floors below, never from one above.
+FLOORS = ['protocols config weights', 'maths', 'rewards', 'models', 'scores', 'data', 'systems', 'evaluation', 'training']
+LEVEL = {name: i for i, line in enumerate(FLOORS) for name in line.split()}
+PACKAGE = ROOT/'arpo_nb'
+MODULES = sorted('.'.join(p.relative_to(PACKAGE).with_suffix('').parts) for p in PACKAGE.rglob('*.py') if not p.stem.startswith('_'))
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+KNOWN_TO_TRAINING = ('models.', 'systems') # what rollout, trainer and the feature statistics must not know
+
+
+def floor(module): return LEVEL[module.split('.')[0]]
 
 
 def imports(module):
-    tree = ast.parse((ROOT/'arpo_nb'/f'{module}.py').read_text())
-    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-    names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    return {n.split('.')[1] for n in names if n.startswith('arpo_nb.')}
+    "Modules of the package that a module imports, at its head or inside a function"
+    home, found = module.split('.')[:-1], set()
+    for node in ast.walk(ast.parse((PACKAGE/f"{module.replace('.', '/')}.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = home[:len(home) + 1 - node.level] if node.level else []
+            name = '.'.join([*base, *([node.module] if node.module else [])]).removeprefix('arpo_nb').removeprefix('.')
+            if node.level or (node.module or '').split('.')[0] == 'arpo_nb':
+                found |= {name} if name in MODULES else {f'{name}.{a.name}'.lstrip('.') for a in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name.removeprefix('arpo_nb.') for a in node.names if a.name.startswith('arpo_nb.')}
+    return found & set(MODULES)
+
+
+def test_imports_are_seen(): # the walk above sees what is there
+    assert 'maths.grpo' in imports('training.trainer') and 'weights' in imports('systems') and 'protocols' in imports('maths.enumerable')
+
+
+def test_every_module_has_a_floor(): assert {m.split('.')[0] for m in MODULES} == set(LEVEL)
 
 
 @pytest.mark.parametrize('module', MODULES)
 def test_imports_point_one_way(module):
-    assert module in LEVEL, f'{module} has no layer yet: add it to LAYERS'
-    up = {m for m in imports(module) if LEVEL[m] > LEVEL[module]}
+    up = {m for m in imports(module) if floor(m) > floor(module)}
     assert not up, f'{module} imports {up}, which lie above it'
 
 
-@pytest.mark.parametrize('module', POLICIES)
-def test_policies_know_nothing_of_training(module): assert not imports(module) & ABOUT_TRAINING
+def test_no_circles_within_a_folder():
+    done, open_ = set(), []
+    def visit(module):
+        assert module not in open_, f"circle: {' → '.join([*open_, module])}"
+        if module in done: return
+        open_.append(module)
+        for m in imports(module): visit(m)
+        done.add(open_.pop())
+    for module in MODULES: visit(module)
 
 
-def test_trainer_and_evaluation_know_protocols_only():
-    for module in ('rollout', 'trainer', 'evaluate'): assert not imports(module) & {'tokenizers', 'llamagen', 'toy', 'models', 'pretrain'}
+@pytest.mark.parametrize('module', [m for m in MODULES if m.startswith('models.') and m not in ('models.pretrain', 'models.contract')])
+def test_policies_know_nothing_of_training(module):
+    about = ('rewards', 'config', 'maths.moments', 'maths.entropy', 'maths.grpo', 'maths.ste', 'maths.noisy_context')
+    assert not imports(module) & set(about)
+
+
+@pytest.mark.parametrize('module', ['training.rollout', 'training.trainer', 'evaluation.evaluate'])
+def test_trainer_and_evaluation_know_protocols_only(module):
+    assert not {m for m in imports(module) if m.startswith(KNOWN_TO_TRAINING)}
 
 
 def test_every_module_imports_first():

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from arpo_nb.config import Config
-from arpo_nb.launch import free_port
-from arpo_nb.llamagen import GPT, GPTConfig
-from arpo_nb.models import load_data
+from arpo_nb.training.launch import free_port
+from arpo_nb.models.llamagen import GPT, GPTConfig
+from arpo_nb.systems import load_data
 from arpo_nb.protocols import System
-from arpo_nb.text_data import DiskFeatures, TextData
-from arpo_nb.tokenizers import VQConfig, VQModel
-from arpo_nb.trainer import train
+from arpo_nb.data.captions import DiskFeatures, TextData
+from arpo_nb.models.tokenizers import VQConfig, VQModel
+from arpo_nb.training.trainer import train
 
 
 def tiny():
