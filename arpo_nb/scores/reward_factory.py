@@ -6,19 +6,20 @@
 __all__ = ['CLIP_OF', 'REWARDS', 'read_rewards', 'PCA', 'load_reference', 'make_loo_fid', 'needed_files', 'make_rewards']
 
 # %% ../../nbs/25_reward_factory.ipynb #023c5d09
-import difflib, re, zlib
+import difflib, re
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import parse_rewards
+from ..files import BadFile, open_npz, read_moments, read_npz, refuse_foreign, user_path
 from ..maths.moments import Reference, as_reference
 from ..rewards import BrightnessReward, LOOFIDReward, WeightedSum, check_chunk_size
+from ..models.checkpoints import read_state_dict
 from .clip import CLIPReward, CLIPScorer, aesthetic_reward, build_clip, check_arch, check_precision, clip_preprocess, hps_preprocess
 from .maniqa import maniqa_reward
 from ..weights import FILES, require
@@ -50,6 +51,7 @@ class PCA:
     basis: Tensor # [D, k] orthonormal columns
     variances: Tensor # [k]
     of: Tensor # [2] fingerprint of the reference
+    _PARTS = {'mean', 'basis', 'variances', 'of'}
 
     @classmethod
     def fit(cls, reference:Reference, k:int):
@@ -69,14 +71,24 @@ class PCA:
         return Reference(torch.zeros_like(self.variances), self.variances.sqrt(), self.variances.diag())
 
     def save(self, path):
-        "Write a safetensors file"
+        "Write a safetensors file, never over another's"
+        refuse_foreign(path := user_path(path), lambda p: self._PARTS == {*read_state_dict(p)})
         save_file({k: getattr(self, k).contiguous() for k in ('mean', 'basis', 'variances', 'of')}, path)
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote"
-        if not Path(path).exists(): raise FileNotFoundError(f"pca={str(path)!r}: no such file; PCA.fit(reference, k).save(path) writes one")
-        return cls(**load_file(path))
+        path = user_path(path, 'pca')
+        if not path.exists(): raise FileNotFoundError(f"pca={str(path)!r}: no such file; PCA.fit(reference, k).save(path) writes one")
+        got = read_state_dict(path)
+        if {*got} != cls._PARTS: raise BadFile(path, f"holds {', '.join(got)}; expected {', '.join(sorted(cls._PARTS))}, as PCA.save writes them")
+        D, k = got['mean'].numel(), got['variances'].numel()
+        shapes = dict(mean=(D,), basis=(D, k), variances=(k,), of=(2,))
+        for n, shape in shapes.items():
+            if got[n].shape != shape or not got[n].is_floating_point(): raise BadFile(path, f"{got[n].dtype} {list(got[n].shape)}, expected floats {list(shape)}", n)
+        if not 1 <= k <= D or got['variances'].min() < 0: raise BadFile(path, f"{k} directions of {D} features, the least variance {got['variances'].min():.3g}; expected 1 to {D} directions without negative variances", 'variances')
+        if (got['basis'].double().T @ got['basis'].double() - torch.eye(k).double()).abs().max() > 1e-3: raise BadFile(path, "directions that are not orthonormal; fit it again", 'basis')
+        return cls(**got)
 
 # %% ../../nbs/25_reward_factory.ipynb #b50d080d
 def load_reference(reference, # `Reference`, pair, or npz file
@@ -84,16 +96,12 @@ def load_reference(reference, # `Reference`, pair, or npz file
                   ) -> Reference:
     "A `Reference` from itself, a pair, or an npz file with mu and sigma"
     if not isinstance(reference, (str, Path)): return as_reference(reference)
-    path, given = Path(reference), f"reference={str(reference)!r}"
+    path, given = user_path(reference, 'reference'), f"reference={str(reference)!r}"
     if not path.exists(): raise FileNotFoundError(f"{given}: no such file; give an npz with mu and sigma, or leave it out for the published ImageNet one")
     if path.is_dir(): raise ValueError(f"{given}: a folder; expected an npz with mu and sigma, which arpo_nb.evaluation.metrics.make_reference(folder, file, net) makes of pictures")
-    damaged = f"{given}: not an npz file, or a damaged one ({path.stat().st_size:,} bytes); make or download it again"
-    if not is_zipfile(path): raise ValueError(damaged)
-    try:
-        with np.load(path) as z: got = {k: z[k] for k in ('mu', 'sigma', 'network') if k in z.files}
-    except (ValueError, EOFError, OSError, BadZipFile, zlib.error) as e: raise ValueError(f"{damaged} [{e}]") from e
-    if lost := {'mu', 'sigma'} - set(got): raise ValueError(f"{given}: holds {', '.join(z.files)}, but no {' and no '.join(sorted(lost))}")
-    made = str(got.get('network', ''))
+    with open_npz(path) as (names, _): lost = {'mu', 'sigma'} - names.keys()
+    if lost: raise ValueError(f"{given}: holds {', '.join(names)}, but no {' and no '.join(sorted(lost))}")
+    got, made = read_moments(path), str(read_npz(path, ['network']).get('network', ''))
     if network and made and made != network: raise ValueError(f"{given}: made with the network {made!r}, but the features here come from {network!r}; make the reference again with that one")
     return as_reference((torch.from_numpy(got['mu']), torch.from_numpy(got['sigma'])))
 
