@@ -196,7 +196,7 @@ def open_packed(path): # yields a stream with `read(n)`
         if head.startswith(b'\x28\xb5\x2f\xfd'): raise BadFile(path, "compressed with zstandard, which is not read; unpack it first")
         yield Bounded(unpack(f), path, RATIO*size + ROOM) if unpack else f
 
-# %% ../nbs/08_files.ipynb #00cef08f
+# %% ../nbs/08_files.ipynb #dfd4dcd6
 def npy_header(f, # stream at the start of an array
                path, where:str=''):
     "Shape, whether in Fortran's order, and type of a stored array"
@@ -225,7 +225,7 @@ def read_npy(f, # stream at the start of an array
 def open_npz(path): # yields a dict: name → entry of the archive, and the archive
     "An archive of arrays, unread"
     with open_file(path) as file, reading(path, expected='an .npz archive'):
-        if not zipfile.is_zipfile(file): raise BadFile(path, f"no .npz archive, or one that broke off ({os.fstat(file.fileno()).st_size:,} bytes); make or copy it again")
+        if not zipfile.is_zipfile(file): raise BadFile(path, f"no .npz archive, or a damaged one ({os.fstat(file.fileno()).st_size:,} bytes); make or copy it again")
         with zipfile.ZipFile(file) as z: yield {i.filename.removesuffix('.npy'): i for i in z.infolist() if i.filename.endswith('.npy')}, z
 
 def read_npz(path, names=None, # of arrays; None for all

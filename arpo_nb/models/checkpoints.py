@@ -36,7 +36,7 @@ class Refused(ValueError):
                          "Save its tensors alone: torch.save(obj['model'], 'weights.pt') in the program that wrote it.")
         self.name, self.why = name, why # the object's type, and what the reader said
 
-# %% ../../nbs/38_checkpoints.ipynb #d5b959cd
+# %% ../../nbs/38_checkpoints.ipynb #4c602251
 _NOT_WEIGHTS = {b'version https://git-lfs': 'a Git LFS pointer', b'<!DOCTYPE': 'a web page', b'<html': 'a web page'}
 
 def _read_file(path):
@@ -47,7 +47,10 @@ def _read_file(path):
     if not zipped and (_looks_like_safetensors(head) or path.suffix == '.safetensors'): return _read_safetensors(path)
     if zipped: _check_zip(path)
     torch.serialization.add_safe_globals([argparse.Namespace])
-    try: return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
+    try:
+        if path.suffix == '.safetensors': # torch goes by the name of what it is to map
+            with open_file(path) as f: return torch.load(f, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as e: raise _why_not(path, zipped, e) from e
     except MemoryError as e: raise MemoryError(f"{path}: not enough memory to read it ({e})") from e
     except Exception as e: raise _damaged(path, 'truncated or damaged download') from e # whatever the reader stumbles over
