@@ -52,6 +52,7 @@ class Config:
     prior_coef: float = .1 # VA-π's β: weight of the cross-entropy on the true tokens
     mse_coef: float = 1. # weight of the mean squared error on [-1, 1]
     perceptual_coef: float = 1. # λ_p
+    clamp_reward: bool = False # VA-π's reward sees pixels clamped to [0, 1]; the paper and its code leave them as decoded
     credit: str = 'image' # 'image': one reward per sample; 'token': one per token, from the error around it (ours)
     temperature: float = 1. # of the policy, in rollouts and in log-probabilities
 
@@ -195,6 +196,7 @@ def in_vain(cfg:Config) -> list:
         out += [f'{k}={getattr(cfg, k)!r}: the ratio is always 1, because each rollout is used for one update' for k in changed('epsilon', 'epsilon_high')]
     if cfg.method not in FREE:
         out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no free-running samples' for k in changed('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg', 'compile')]
+    if cfg.method not in ('vapi', 'mixed'): out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no reconstruction reward' for k in changed('clamp_reward')]
     if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale == 1: out.append("logprob_cfg='guided': rollout_cfg_scale=1 is no guidance")
     if not cfg.beta: out += [f'{k}={getattr(cfg, k)!r}: beta=0, so there is no KL' for k in changed('ref_policy', 'ref_offload')]
     largest = (cfg.num_generations - 1)/cfg.num_generations**.5

@@ -18,6 +18,7 @@ from .protocols import Batch
 def check_images(images:Tensor, # [..., 3, H, W]
                  name:str='images', # what the message calls them
                  tol:float=1e-3, # slack at both ends
+                 clamped:bool=True, # False: a decoder's own pixels, which may lie somewhat outside
                 ) -> Tensor: # the same
     "Raise unless these are float RGB images in [0, 1]"
     if images.ndim < 4 or images.shape[-3] != 3: raise ValueError(f"{name}: expected [..., 3, H, W], got {list(images.shape)}; convert grey or RGBA images to RGB first")
@@ -27,6 +28,7 @@ def check_images(images:Tensor, # [..., 3, H, W]
     if not math.isfinite(low + high):
         bad = (~images.isfinite()).flatten(-3).any(-1).nonzero()[0].tolist()
         raise ValueError(f"{name}: pixels of image {bad} are not finite; look at the decoder's output")
+    if not clamped and ((low > -.5 and high < 1.5) or ((images - .5).abs() > 1).float().mean() < .05): return images # more of them are another scale
     cure = 'they look like 0 to 255: divide by 255' if high > 2 else 'they look like [-1, 1]: use (x + 1)/2' if low < -.5 else 'clamp them'
     if low < -tol or high > 1 + tol: raise ValueError(f"{name}: expected pixels in [0, 1], got [{low:.3g}, {high:.3g}]; {cure}")
     return images
@@ -65,12 +67,15 @@ class ReconstructionReward:
                  perceptual=None, # `Perceptual` network, None for pixels only
                  mse_coef:float=1., perceptual_coef:float=1.,
                  grid:tuple|None=None, # token grid for credit per token; None for one reward per image
+                 clamp:bool=False, # look at pixels clamped to [0, 1] instead of the decoder's own
                 ):
         self.perceptual, self.mse_coef, self.perceptual_coef, self.grid = perceptual, mse_coef, perceptual_coef, grid
+        self.clamp, self.unclamped = clamp, not clamp # `score_groups` decodes accordingly
 
     def __call__(self, images:Tensor, batch:Batch, state=None):
         if batch.images is None: raise ValueError("the reconstruction reward needs batch.images; free-running rollouts have none, use another reward")
-        check_images(images), check_images(batch.images, 'batch.images')
+        check_images(images, clamped=False), check_images(batch.images, 'batch.images')
+        if self.clamp: images = images.clamp(0, 1)
         if images.shape[:1] + images.shape[2:] != batch.images.shape: raise ValueError(f"images: {list(images.shape)} do not belong to batch.images {list(batch.images.shape)}; expected [B, G, 3, H, W] and [B, 3, H, W] with the same B, H, W; resize one of them")
         maps = error_maps(images, batch.images, self.perceptual, self.mse_coef, self.perceptual_coef)
         return -(pool_to_grid(maps, self.grid) if self.grid else sum(m.mean((-2, -1)) for m in maps)), state
@@ -150,10 +155,15 @@ class WeightedSum:
         for reward, _ in self.rewards.values():
             if hasattr(reward, 'gather'): reward.gather = f
 
+    @property
+    def unclamped(self) -> bool: # some term wants the decoder's own pixels
+        return any(getattr(reward, 'unclamped', False) for reward, _ in self.rewards.values())
+
     def __call__(self, images:Tensor, batch:Batch, state:dict|None=None):
-        terms, new = [], {}
+        terms, new, inside = [], {}, images.clamp(0, 1) if self.unclamped else images
         for name, (reward, weight) in self.rewards.items():
-            r, new[name] = _rows(reward, images, batch, (state or {}).get(name), self.chunk_size)
+            seen = images if getattr(reward, 'unclamped', False) else inside
+            r, new[name] = _rows(reward, seen, batch, (state or {}).get(name), self.chunk_size)
             scores = self.gather(r.detach().flatten())
             _check_scores(name, scores, name in self.allow_constant)
             std = scores.std().item() if len(scores) > 1 else 0.

@@ -117,7 +117,7 @@ OBJECTIVES = dict(vapi=PolicyGradient, grpo=PolicyGradient, mixed=PolicyGradient
 # %% ../../nbs/41_trainer.ipynb #bdd022ef
 def make_reward(system:System, cfg:Config) -> ReconstructionReward:
     "VA-π's intrinsic reward for a system"
-    return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef, system.tokenizer.token_grid if cfg.credit == 'token' else None)
+    return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef, system.tokenizer.token_grid if cfg.credit == 'token' else None, cfg.clamp_reward)
 
 def reward_parts(reward) -> list: # pairs of the prefix of its metrics and the reward
     "A reward and, if it is a sum, its terms"
