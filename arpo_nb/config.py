@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 # %% ../nbs/02_config.ipynb #25677872
 METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruction reward and a cross-entropy prior (VA-π Eq. 11)',
-               mle='continued maximum likelihood: the prior term alone, on clean context',
+               mle='continued maximum likelihood: the prior term alone, on clean context unless noise_rate says otherwise',
                ste='straight-through gradients of the reconstruction loss (VA-π App. C.1)',
                tokenizer='tokenizer post-training: the decoder learns from sampled tokens (VA-π App. C.2)',
                grpo='policy gradient on free-running samples with the rewards named in `rewards` (LOO-FID Alg. 1, AR-GRPO, VAR-GRPO)',
@@ -315,14 +315,15 @@ def preset(model:str, # name of the system
         one = loofid_toy(**free) if toy else loofid(**free, **unguided)
         numbers = dict(batch_size=12, free_generations=12, learning_rate=1e-4) if toy else {}
         return replace(preset(model, 'vapi', variant), method='mixed', **numbers, **{k: getattr(one, k) for k in ('rewards', 'normalize_rewards', 'ema_weight', 'covariance', 'rollout_cfg_scale')})
-    changes = dict(model=model, method=method)
+    changes = dict(model=model, method=method) | (dict(noise_rate=0.) if method == 'mle' else {})
     if variant == 'released_code': changes |= dict(noise_kernel='all', update_dropout=True, ste_mode='gumbel')
     if model.startswith('janus'): return vapi_janus(**{**(dict(noise_rate=1.) if variant == 'released_code' else {}), **changes})
     if toy: return vapi_toy(**changes)
     return vapi_llamagen(text='t2i' in model, **changes)
 
 # %% ../nbs/02_config.ipynb #5970e87d
-BASELINES = dict(mle=dict(method='mle'), # continued maximum likelihood at equal steps
+BASELINES = dict(mle=dict(method='mle', noise_rate=0.), # continued maximum likelihood at equal steps
+                 prior_only=dict(method='mle'), # Table 4: L_prior alone, under the run's own context noise
                  ste=dict(method='ste'), # App. C.1
                  ste_gumbel=dict(method='ste', ste_mode='gumbel'), # the released code's reading of it
                  tokenizer=dict(method='tokenizer', num_generations=1), # App. C.2

@@ -103,7 +103,7 @@ def run_miniature(name:str, # in MINIATURES
     measure = lambda seed_, n, **kw: evaluate(system.policy, system.tokenizer, metric_net, 10, n=n, seed=seed_, progress=False, **kw)
     out = dict(metrics=measure(1000 + seed, n))
     if m.sweep:
-        best = best_temperature(lambda t: measure(2000 + seed, n//4, temperature=t))
+        best = best_temperature(lambda t: measure(2000 + seed, n//2, temperature=t))
         out['sharp'] = dict(temperature=best, **measure(1000 + seed, n, temperature=best))
     if m.model == 'toy_var': out['shares'] = var_shares(system.policy, system.tokenizer, metric_net.net, seed)
     if rows: out['training'] = {f'{k}_{when}': sum(r[k] for r in part)/len(part) for k in ('reward/mean', 'policy/entropy') if k in rows[0]

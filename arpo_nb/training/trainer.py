@@ -163,7 +163,7 @@ class RollOut:
         with self.clock('encode'): targets = encode_images(self.system.tokenizer, batch.images, c.decode_batch_size)
         with self.autocast(), self.clock('generate'):
             return teacher_forced(self.system.policy, batch, targets, num_generations=c.num_generations if c.method in ('vapi', 'mixed', 'tokenizer') else 0,
-                                  temperature=c.temperature, noise_rate=0. if c.method == 'mle' else c.noise_rate, noise_kernel=c.noise_kernel,
+                                  temperature=c.temperature, noise_rate=c.noise_rate, noise_kernel=c.noise_kernel,
                                   micro_batch_size=c.micro_batch_size, chunk=c.logps_chunk)
 
     def free_running(self, batch:Batch) -> Rollout:
