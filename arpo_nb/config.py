@@ -64,9 +64,14 @@ class Config:
     # 'others': uniform over the K-1 other codes (Eq. 28); 'all': over all K (released
     # code)
     noise_kernel: str = 'others'
+    # 'causal', or 'released_code': Janus-Pro's token t is scored by the state that has
+    # seen context token t, and prompts are padded on the right
+    teacher_forcing: str = 'causal'
     prior_coef: float = .1 # VA-π's β: weight of the cross-entropy on the true tokens
     mse_coef: float = 1. # weight of the mean squared error on [-1, 1]
     perceptual_coef: float = 1. # λ_p
+    # trunk of LPIPS: 'vgg', 'alex' (the released Janus code) or 'squeeze'; not the toy's
+    perceptual_net: str = 'vgg'
     # VA-π's reward sees pixels clamped to [0, 1]; paper and code leave them as decoded
     clamp_reward: bool = False
     # 'image': one reward per sample; 'token': one per token, from the error around it
@@ -166,7 +171,7 @@ def check_types(cfg:Config):
             raise TypeError(f"{f.name}={v!r}: expected {f.type.__name__}, got {type(v).__name__}")
         if f.type is float: object.__setattr__(cfg, f.name, float(v))
 
-_ONE_OF = dict(method=tuple(METHODS), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'), credit=('image', 'token'),
+_ONE_OF = dict(method=tuple(METHODS), perceptual_net=('vgg', 'alex', 'squeeze'), teacher_forcing=('causal', 'released_code'), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'), credit=('image', 'token'),
                scale_rewards=('group', 'batch', 'none'), importance_sampling_level=('token', 'sequence', 'product'),
                loss_type=('grpo', 'bnpo', 'dr_grpo', 'dapo'), ste_mode=('argmax', 'gumbel'), lr_scheduler_type=('constant', 'cosine'),
                covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'), ref_policy=('frozen', 'ema'),
@@ -190,6 +195,7 @@ def check_config(cfg:Config):
     if not 0 <= cfg.ref_decay < 1: raise ValueError(f"ref_decay={cfg.ref_decay}: expected a value from 0 to below 1")
     if not 0 <= cfg.brightness_threshold < 1: raise ValueError(f"brightness_threshold={cfg.brightness_threshold}: a luminance, use a value above 0 and below 1, or 0 for the default")
     if not 0 <= cfg.entropy_target < 1: raise ValueError(f"entropy_target={cfg.entropy_target}: a share of log K, use a value in [0, 1)")
+    if cfg.teacher_forcing != 'causal' and cfg.method in FREE: raise ValueError(f"teacher_forcing={cfg.teacher_forcing!r}: method {cfg.method!r} scores free-running samples, which only 'causal' does")
     group = cfg.free_generations if cfg.method == 'mixed' and cfg.free_generations else cfg.num_generations
     if cfg.method in SAMPLING and min(cfg.num_generations, group) < 2:
         raise ValueError(f"num_generations={min(cfg.num_generations, group)}: a group needs at least 2 samples to compare; VA-π has 8, LOO-FID 12")
