@@ -12,7 +12,8 @@ from arpo_nb.models.llamagen import GPT
 from arpo_nb.models.tokenizers import VQConfig, VQModel
 from arpo_nb.protocols import Batch, Rollout, Streams, System
 from arpo_nb.training.rollout import encode_images, rollout_logps, score_groups
-from arpo_nb.training.trainer import PolicyGradient, make_reward
+from arpo_nb.training.objectives import PolicyGradient
+from arpo_nb.training.steps import make_reward
 from golden_cases import Case, checks, close
 
 def beside(case, name):

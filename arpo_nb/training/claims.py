@@ -25,7 +25,7 @@ from ..models.var_toy import TOY_BRIGHT, TOY_DARK
 from ..rewards import luminance
 from ..systems import load_metric_net, load_system
 from .launch import provenance, run
-from .trainer import find_checkpoint
+from .run_folder import find_checkpoint
 
 # %% ../../nbs/62_claims.ipynb #84f147b2
 @dataclass(frozen=True)
