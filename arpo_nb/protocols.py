@@ -103,7 +103,7 @@ class Rollout:
     rewards: Tensor|None = None # [B, G], or [B, G, T] for credit per token
     advantages: Tensor|None = None # as rewards
     entropy: Tensor|None = None # [B, C, T] of the policy that sampled, in nats, where it was computed
-    mask: Tensor|None = None # [B, G, T] 1 for tokens that the policy term counts; None for all
+    entropy_mask: Tensor|None = None # [B, C, T] tokens whose entropy is among the highest: 0 elsewhere, mean 1; None for all
     sampler_logps: Tensor|None = None # [B, G, T] log-probabilities the sampler itself saw, where it tells
 
     def __len__(self): return len(self.context)

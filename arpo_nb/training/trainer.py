@@ -32,7 +32,7 @@ from ..config import FREE, SAMPLING, Config, contexts, from_json, in_vain, to_js
 from ..data.images import batches
 from ..evaluation.sample_writer import speed_options
 from ..maths.entropy import entropy_coef, entropy_schedule, normalized_entropy
-from ..maths.grpo import group_advantages, grpo_loss
+from ..maths.grpo import group_advantages, grpo_loss, high_entropy_mask
 from ..maths.noisy_context import prior_ce
 from ..maths.ste import gumbel_noise, straight_through
 from ..protocols import Batch, Rollout, System
@@ -68,11 +68,12 @@ class PolicyGradient(Objective):
         c, bonus = self.cfg, self.entropy_coef
         policy = scored_policy(self.model, c) if rollout.targets is None else self.model
         logps, target_logps, entropy = rollout_logps(policy, rollout, c.temperature, c.logps_chunk, entropy_grad=bonus > 0)
-        loss, stats = grpo_loss(logps, rollout.old_logps, rollout.advantages, epsilon=c.epsilon, epsilon_high=c.epsilon_high,
+        loss, stats = grpo_loss(logps, rollout.old_logps, rollout.advantages, epsilon=c.epsilon, epsilon_high=c.epsilon_high, delta=c.delta,
                                 level=c.importance_sampling_level, loss_type=c.loss_type, ref_logps=rollout.ref_logps, beta=c.beta,
-                                kl_level=c.kl_level, mask=rollout.mask)
+                                kl_level=c.kl_level, use_bias_correction_kl=c.use_bias_correction_kl, entropy_mask=rollout.entropy_mask,
+                                sapo_temperatures=(c.sapo_temperature_pos, c.sapo_temperature_neg))
         stats['policy/entropy'] = entropy.mean().detach()
-        if bonus: loss = loss - bonus*entropy.mean()
+        if bonus: loss = loss - bonus*(entropy if rollout.entropy_mask is None else entropy*rollout.entropy_mask).mean()
         if target_logps is not None: loss = loss + c.prior_coef*self.prior(target_logps, stats)
         return loss, stats
 
@@ -162,9 +163,10 @@ class RollOut:
         c = self.cfg
         with self.clock('encode'): targets = encode_images(self.system.tokenizer, batch.images, c.decode_batch_size)
         with self.autocast(), self.clock('generate'):
-            return teacher_forced(self.system.policy, batch, targets, num_generations=c.num_generations if c.method in ('vapi', 'mixed', 'tokenizer') else 0,
-                                  temperature=c.temperature, noise_rate=0. if c.method == 'mle' else c.noise_rate, noise_kernel=c.noise_kernel,
-                                  micro_batch_size=c.micro_batch_size, chunk=c.logps_chunk)
+            r = teacher_forced(self.system.policy, batch, targets, num_generations=c.num_generations if c.method in ('vapi', 'mixed', 'tokenizer') else 0,
+                               temperature=c.temperature, noise_rate=0. if c.method == 'mle' else c.noise_rate, noise_kernel=c.noise_kernel,
+                               micro_batch_size=c.micro_batch_size, chunk=c.logps_chunk, entropy=c.method in SAMPLING and c.top_entropy_quantile < 1)
+        return self.undecided(r)
 
     def free_running(self, batch:Batch) -> Rollout:
         "Samples from nothing but their condition"
@@ -175,10 +177,13 @@ class RollOut:
             r = free_running(self.system.policy, batch, num_generations=c.method == 'mixed' and c.free_generations or c.num_generations,
                              temperature=c.temperature, cfg_scale=c.rollout_cfg_scale, top_k=c.rollout_top_k, top_p=c.rollout_top_p, logprob_cfg=c.logprob_cfg,
                              generate_batch_size=c.generate_batch_size, micro_batch_size=c.micro_batch_size, chunk=c.logps_chunk, clock=self.clock, **self.options)
-        if c.top_entropy_quantile == 1: return r
-        everyone = self.gather(r.entropy).flatten()
-        least = everyone.kthvalue(max(1, round((1 - c.top_entropy_quantile)*len(everyone)))).values
-        return replace(r, mask=(r.entropy >= least).float())
+        return self.undecided(r)
+
+    def undecided(self, r:Rollout) -> Rollout:
+        "Mark the tokens with the highest entropies, those of all processes together"
+        q = self.cfg.top_entropy_quantile
+        if q == 1 or r.entropy is None: return r
+        return replace(r, entropy_mask=high_entropy_mask(r.entropy, q, self.gather(r.entropy)))
 
     def judge(self, r:Rollout, reward, state, prefix:str, stats:dict) -> tuple: # rollout with rewards, advantages and reference, new state
         "Score a rollout and compare within groups"
@@ -324,10 +329,10 @@ def bonus_weight(cfg:Config, step:int,
                 ) -> float: # per nat
     "Weight of the entropy bonus at a step (LOO-FID Eq. 33)"
     if cfg.entropy_control == 'constant' or not cfg.entropy_coef: return cfg.entropy_coef
-    p, schedule = step/cfg.steps, dict(peak=cfg.entropy_coef, end=min(cfg.entropy_min, cfg.entropy_coef))
+    p, schedule = step/cfg.steps, dict(peak=cfg.entropy_coef, end=min(cfg.entropy_coef_min, cfg.entropy_coef))
     if cfg.entropy_control == 'schedule': return entropy_schedule(p, **schedule)
-    target = cfg.entropy_target or min(1., start + cfg.entropy_margin)
-    return entropy_coef(p, entropy, target, cfg.entropy_gain, cfg.entropy_deadband, cfg.entropy_min, cfg.entropy_max, **schedule)
+    target = cfg.normalized_entropy_target or min(1., start + cfg.entropy_margin)
+    return entropy_coef(p, entropy, target, cfg.entropy_gain, cfg.entropy_deadband, cfg.entropy_coef_min, cfg.entropy_coef_max, **schedule)
 
 # %% ../../nbs/41_trainer.ipynb #e23a5c6d
 def train(system:System, # what to train
