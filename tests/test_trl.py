@@ -12,7 +12,7 @@ from arpo_nb.maths.entropy import stepped_coef, token_entropy
 from arpo_nb.maths.enumerable import TablePolicy, all_sequences
 from arpo_nb.maths.grpo import LOSS_TYPES, aggregate, grpo_loss, high_entropy_mask
 from arpo_nb.protocols import Batch, Rollout, Streams, System
-from arpo_nb.training.trainer import PolicyGradient
+from arpo_nb.training.objectives import PolicyGradient
 
 B, G, T, V = 2, 4, 4, 3
 CLIPS = dict(dapo=[{}, dict(epsilon_high=.28), dict(epsilon=.1, epsilon_high=0.), dict(delta=1.3)], cispo=[dict(epsilon_high=1.2), dict(epsilon_high=5.)],
