@@ -177,6 +177,7 @@ class System:
     class_names: list|None = None # what text rewards call the classes
     encode_prompts: Any = None # list of prompts to conditions, where the model brings its own text encoder
     answers: Any = None # policy to log-probabilities of fixed answers, where the model also speaks and must not forget how
+    spec: Any = None # `ModelSpec` it was built from, see specs
 
     def modules(self) -> list:
         "The networks that are there"
