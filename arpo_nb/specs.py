@@ -31,7 +31,9 @@ def resolve(path, # 'package.module:name' or 'package.module.name'; anything but
     if not module or not name: raise ValueError(f"{argument}={path!r}: expected package.module:name")
     found = _import(module, f'{argument}={path!r}')
     for part in name.split('.'):
-        if not hasattr(found, part): raise ValueError(f"{argument}={path!r}: {_where(module)} has no {part!r}{_near(part, vars(sys.modules[module]))}")
+        if not hasattr(found, part):
+            raise ValueError(f"{argument}={path!r}: {_where(module)} has no "
+                             f"{part!r}{_near(part, vars(sys.modules[module]))}")
         found = getattr(found, part)
     return found
 
@@ -41,9 +43,13 @@ def _import(module, given):
     if not {'', os.getcwd()} & {*sys.path}: sys.path.append(os.getcwd())
     try: return import_module(module)
     except ModuleNotFoundError as e:
-        if f'{module}.'.startswith(f'{e.name}.'): raise ValueError(f"{given}: no module named {e.name!r} in {os.getcwd()} or on the Python path; start in its folder, or install it") from None
+        if f'{module}.'.startswith(f'{e.name}.'):
+            raise ValueError(f"{given}: no module named {e.name!r} in {os.getcwd()} or on the Python path; start in "
+                             "its folder, or install it") from None
         raise ImportError(f"{given}: {_where(module)} needs {e.name!r}, which is not installed") from e
-    except Exception as e: raise ImportError(f"{given}: {module} fails while it is imported [{type(e).__name__}: {e}]; its own traceback stands above") from e
+    except Exception as e:
+        raise ImportError(f"{given}: {module} fails while it is imported [{type(e).__name__}: {e}]; its own traceback "
+                          "stands above") from e
 
 def _where(module): return f"module {module} ({getattr(sys.modules.get(module), '__file__', 'no file')})"
 
@@ -58,36 +64,43 @@ class Recipe:
     preset: str|Callable # function of fields to a `Config`, or its dotted path
     fields: dict = field(default_factory=dict) # what differs for this model
 
-PAPERS = dict(vapi=Recipe('arpo_nb.config:vapi_llamagen'), mle='vapi', ste='vapi', tokenizer='vapi', mixed='vapi', vapi_loofid='mixed',
-              loofid=Recipe('arpo_nb.config:loofid'), ar_grpo=Recipe('arpo_nb.config:ar_grpo'), var_grpo=Recipe('arpo_nb.config:var_grpo'), grpo='loofid')
+PAPERS = dict(vapi=Recipe('arpo_nb.config:vapi_llamagen'), mle='vapi', ste='vapi', tokenizer='vapi',
+              mixed='vapi', vapi_loofid='mixed', grpo='loofid', loofid=Recipe('arpo_nb.config:loofid'),
+              ar_grpo=Recipe('arpo_nb.config:ar_grpo'), var_grpo=Recipe('arpo_nb.config:var_grpo'))
 
 # %% ../nbs/02_specs.ipynb #6cc101be
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
     "Everything that is known about a model by its name"
     name: str
-    build: Any # function of `weights` and `tokenizer_weights` (None, 'random' or a path), as far as it takes them, to policy and tokenizer, or to a whole `System`
+    # function of `weights` and `tokenizer_weights` (None, 'random' or a path), as far as it takes them,
+    # to policy and tokenizer, or to a whole `System`
+    build: Any
     title: str = '' # in a table
-    num_classes: int = 0 # classes it draws; 0 if it is conditioned on text. A policy whose `cfg` has another number is believed
+    num_classes: int = 0 # it draws; 0 for text. A policy whose `cfg` has another number is believed
     class_names: Any = None # what prompts call the classes: a list, or a function that gives one
     image_size: int = 0 # side in pixels
-    files: dict = field(default_factory=dict) # policy, tokenizer and text: keys of `weights.FILES`; a tokenizer that is missing lies in the policy's file
+    files: dict = field(default_factory=dict) # policy, tokenizer (if apart from it) and text: keys of `weights.FILES`
     layout: str = '' # of the policy's file, as its authors store it
     text_beside: Any = None # function of local weights to the text tokenizer beside them, or None
     encoder: Any = None # function of `weights` to what turns prompts into conditions
-    answers: Any = None # function of `weights` and that encoder to log-probabilities of fixed answers, see `System`
+    answers: Any = None # function of `weights` and that encoder to log-probabilities of answers, see `System`
     perceptual: Any = None # function that builds the network which compares pictures; None for LPIPS
-    judge: Any = None # function of a `System` to a network, images [N, 3, H, W] to features and logits, for `class_score` and `loo_fid`; None for Inception
-    data: Any = None # function that gives the pictures it comes with: a data set, or images [N, ...], labels [N], and what makes pixels of them
-    reference: str = '' # of its LOO-FID: key of `weights.FILES`, 'own' for the judge's view of its own pictures, '' for none
+    # function of a `System` to a network, images [N, 3, H, W] to features and logits, that `class_score` and
+    # `loo_fid` read; None for Inception
+    judge: Any = None
+    # function that gives the pictures it comes with: a data set, or images [N, ...], labels [N], and what makes
+    # pixels of some images
+    data: Any = None
+    reference: str = '' # of its LOO-FID: key of `weights.FILES`, 'own' for its judge on its pictures, '' for none
     metric: Any = None # function that builds the `MetricNet` which measures it and is never trained on
-    brightness: tuple = (.8, .2) # luminance from which a picture is bright, and below which it is dark (VAR-GRPO §5.1)
+    brightness: tuple = (.8, .2) # luminance from which a picture is bright, below which it is dark (VAR-GRPO §5.1)
     guidance: float = 1. # of its own sampler; 1 for none
-    sampling: dict = field(default_factory=dict) # of the rows that papers report with guidance: arguments of `policy.generate`
+    sampling: dict = field(default_factory=dict) # paper: arguments of `policy.generate` behind its guided rows
     recipes: dict = field(default_factory=lambda: dict(PAPERS)) # method: `Recipe`, or the name of another
     mixed: dict = field(default_factory=dict) # fields that differ where two methods share an update
     arms: str = 'paper' # set of experiments in `config.ARMS`
-    rows: dict = field(default_factory=dict) # paper: arguments of `metrics.paper_rows` that differ from its own name
+    rows: dict = field(default_factory=dict) # paper: arguments of `metrics.paper_rows`, where not its own name
     defaults: dict = field(default_factory=dict) # of run notebooks' parameters, where they say 'default'
 
 # %% ../nbs/02_specs.ipynb #05799728
@@ -101,16 +114,19 @@ def find_recipe(spec:ModelSpec, # of a model
         found = spec.recipes.get(found)
     if isinstance(found, Recipe): return found
     there = ', '.join(k for k, v in spec.recipes.items() if v) or 'none'
-    raise ValueError(f"model={spec.name!r}: its record has no recipe for method {method!r}; it has {there}. Add recipes={{{method!r}: Recipe(PRESET, FIELDS)}} to its ModelSpec")
+    raise ValueError(f"model={spec.name!r}: its record has no recipe for method {method!r}; it has {there}. Add "
+                     f"recipes={{{method!r}: Recipe(PRESET, FIELDS)}} to its ModelSpec")
 
 # %% ../nbs/02_specs.ipynb #b155dfa7
 @cache
 def families() -> dict: # name: `ModelSpec`, those that need no download first
     "The records of this package"
-    modules = [import_module(f'arpo_nb.models.{m.name}') for m in iter_modules(import_module('arpo_nb.models').__path__)]
+    path = import_module('arpo_nb.models').__path__
+    modules = [import_module(f'arpo_nb.models.{m.name}') for m in iter_modules(path)]
     specs = sorted((s for m in modules for s in getattr(m, 'SPECS', ())), key=lambda s: bool(s.files))
     names = [s.name for s in specs]
-    if twice := {n for n in names if names.count(n) > 1}: raise ValueError(f"two records are named {', '.join(sorted(twice))}; rename one")
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise ValueError(f"two records are named {', '.join(sorted(twice))}; rename one")
     return dict(zip(names, specs))
 
 def registered(group:str, # of entry points
@@ -125,7 +141,9 @@ def pick(name:str, own, others:dict, # of `registered`
     "The one entry point of a name, or None; raise where several claim it"
     found = others.get(name, [])
     claims = ['arpo_nb']*(name in own) + [e.dist.name if e.dist else e.value for e in found]
-    if len(claims) > 1: raise ValueError(f"{argument}={name!r}: {' and '.join(claims)} both register that name; use the dotted path, {found[0].value!r}, or rename one")
+    if len(claims) > 1:
+        raise ValueError(f"{argument}={name!r}: {' and '.join(claims)} both register that name; use the dotted path, "
+                         f"{found[0].value!r}, or rename one")
     return found[0] if found else None
 
 # %% ../nbs/02_specs.ipynb #297a6ced
@@ -141,7 +159,8 @@ def find_model(model, # name, dotted path, or a record, which is its own answer
     if entry: return _record(model, resolve(entry.value, 'model'))
     if model in families(): return families()[model]
     if is_dotted(model): return _record(model, resolve(model, 'model'))
-    raise ValueError(f"model={model!r}: no such model{_near(model, known_models()) or '.'} Known: {', '.join(known_models())}, or package.module:function of your own")
+    raise ValueError(f"model={model!r}: no such model{_near(model, known_models()) or '.'} Known: "
+                     f"{', '.join(known_models())}, or package.module:function of your own")
 
 def check_model(model:str):
     "Raise for an unknown model, listing the known ones"
@@ -152,7 +171,8 @@ def _record(name, found):
     "The record that an object is, makes, or stands for"
     if isinstance(found, ModelSpec): return found
     if not callable(found) or isinstance(found, type) or hasattr(found, 'parameters'):
-        raise ValueError(f"model={name!r}: a {type(found).__name__}; expected a ModelSpec, or a function that returns one, a System, or policy and tokenizer")
+        raise ValueError(f"model={name!r}: a {type(found).__name__}; expected a ModelSpec, or a function that returns "
+                         "one, a System, or policy and tokenizer")
     return _asked(name, found)
 
 @cache

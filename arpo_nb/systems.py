@@ -35,7 +35,8 @@ def model_table(models=None, # names; None for all that are known
     for name in models or known_models():
         s = find_model(name)
         size = sum(FILES[f].size for f in s.files.values())
-        rows.append((f'`{name}`' if markdown else name, s.title, str(s.num_classes or 'text'), str(s.image_size or '?'), human_size(size) if s.files else 'none', f'{s.guidance:g}',
+        rows.append((f'`{name}`' if markdown else name, s.title, str(s.num_classes or 'text'),
+                     str(s.image_size or '?'), human_size(size) if s.files else 'none', f'{s.guidance:g}',
                      'comes with it' if s.data else 'yours', str(s.recipes.get('grpo', '–')), s.layout or '–'))
     if markdown: return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [rows[0], ('---',)*len(rows[0]), *rows[1:]])
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]) - 1)]
@@ -45,16 +46,16 @@ def model_table(models=None, # names; None for all that are known
 def load_system(model, # name, dotted path, or `ModelSpec`
                 weights:str='default', # 'default', 'random', or a file or folder
                 seed:int=0, # of random weights
-                perceptual:bool=True, # with the network that compares pictures, which only some methods need; a model that has its own always has it
-                tokenizer_weights:str='default', # the tokenizer's, where it is not to be the one that belongs to `weights`
+                perceptual:bool=True, # with LPIPS, which only some methods need; a model that has another always has it
+                tokenizer_weights:str='default', # the tokenizer's, where it is not the one that belongs to `weights`
                ) -> System: # in eval mode
     "Build a system and load its weights"
     spec, given = find_model(model), None if weights == 'default' else weights
     torch.manual_seed(seed)
     encode = resolve(spec.encoder)(given) if spec.encoder else None # before gigabytes are read
     system = _as_system(spec, _build(spec, given, None if tokenizer_weights == 'default' else tokenizer_weights))
-    if system.perceptual is None:
-        system.perceptual = resolve(spec.perceptual)() if spec.perceptual else LPIPSFeatures(random=weights == 'random') if perceptual else None
+    if system.perceptual is None and spec.perceptual: system.perceptual = resolve(spec.perceptual)()
+    if system.perceptual is None and perceptual: system.perceptual = LPIPSFeatures(random=weights == 'random')
     if encode: system.encode_prompts, system.answers = encode, spec.answers and resolve(spec.answers)(given, encode)
     system.name, system.spec = model if isinstance(model, str) else spec.name, spec
     for m in system.modules(): m.eval()
@@ -68,17 +69,20 @@ def _build(spec, weights, tokenizer_weights):
     anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     given = {k: v for k, v in given.items() if v is not None}
     for k, v in given.items():
-        if k not in takes and not anything: raise ValueError(f"{k}={v!r}: {spec.name} brings its own and takes none (its builder has no argument {k}); use 'default'")
+        if k in takes or anything: continue
+        raise ValueError(f"{k}={v!r}: {spec.name} brings its own (its builder has no argument {k}); use 'default'")
     return build(**given)
 
 def _as_system(spec, made):
     "What a builder made, as a `System`"
     if isinstance(made, System): return made
-    if not isinstance(made, tuple) or len(made) != 2: raise ValueError(f"model={spec.name!r}: its builder returned a {type(made).__name__}; expected a System, or a pair of policy and tokenizer")
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise ValueError(f"model={spec.name!r}: its builder returned a {type(made).__name__}; "
+                         "expected a System, or a pair of policy and tokenizer")
     cfg = getattr(made[0], 'cfg', None)
     classes = getattr(cfg, 'num_classes', spec.num_classes) if spec.num_classes else 0
-    names = spec.class_names if isinstance(spec.class_names, (list, tuple)) and len(spec.class_names) == classes else None
-    return System(spec.name, *made, num_classes=classes, class_names=names and list(names))
+    system = System(spec.name, *made, num_classes=classes, spec=spec)
+    return name_classes(system) if isinstance(spec.class_names, (list, tuple)) else system
 
 def name_classes(system:System) -> System: # the same
     "Give a system's classes the names that its record knows, where it has none and their number agrees"
@@ -98,20 +102,21 @@ def load_shapes(model, perceptual:bool=True) -> System: # on the meta device
     except (NotImplementedError, RuntimeError): return load_system(model, weights, perceptual=perceptual).to('meta')
 
 # %% ../nbs/37_models.ipynb #81dfbf83
-def model_files(model, weights:str='default', perceptual:bool=True, tokenizer_weights:str='default') -> list: # pairs of a key of `weights.FILES` and a local path or None
+def model_files(model, weights:str='default', perceptual:bool=True, tokenizer_weights:str='default',
+               ) -> list: # pairs of a key of `weights.FILES` and a local path or None
     "The files that a system is made of"
     spec = find_model(model)
     if not spec.files or weights == 'random': return []
     given, own = (None if w == 'default' else w for w in (weights, tokenizer_weights))
     policy, text = spec.files['policy'], spec.files.get('text')
-    vq = spec.files.get('tokenizer') or (own and policy) # it lies in the policy's file unless another is given
+    vq = spec.files.get('tokenizer') or (own and policy) # in the policy's file, unless another is given
     out = [(policy, given)]
     if text: out.append((text, given and resolve(spec.text_beside)(given)))
     if vq and own != 'random': out.append((vq, own))
     return out + [(name, None) for name in ('vgg16', 'lpips_vgg') if perceptual and not spec.perceptual]
 
 def usual_guidance(model) -> float:
-    "The guidance weight that a model's own sampler has: 5 for Janus-Pro, 1 (none) for all others, which are compared without"
+    "The guidance weight that a model's own sampler has; 1 is none"
     return find_model(model).guidance
 
 # %% ../nbs/37_models.ipynb #a4ab9cee
@@ -123,7 +128,8 @@ class ClassScore:
     @torch.no_grad()
     def __call__(self, images, batch, state=None) -> tuple: # [B, G] in [0, 1]
         logits = self.net(images.flatten(0, 1))[1].unflatten(0, images.shape[:2])
-        return logits.softmax(-1).gather(-1, batch.cond[:, None, None].expand(-1, images.shape[1], 1))[..., 0], state
+        asked = batch.cond[:, None, None].expand(-1, images.shape[1], 1)
+        return logits.softmax(-1).gather(-1, asked)[..., 0], state
 
 # %% ../nbs/37_models.ipynb #b38ce463
 def own_images(spec:ModelSpec): # a data set
@@ -134,7 +140,8 @@ def own_images(spec:ModelSpec): # a data set
 def own_reference(spec:ModelSpec, net) -> Reference:
     "Moments of a network's features of the pictures that come with a model"
     images = own_images(spec)
-    with torch.no_grad(): return Reference.from_features(torch.cat([net(images.load(range(i, min(i+500, len(images))))[0])[0] for i in range(0, len(images), 500)]))
+    parts = [range(i, min(i+500, len(images))) for i in range(0, len(images), 500)]
+    with torch.no_grad(): return Reference.from_features(torch.cat([net(images.load(p)[0])[0] for p in parts]))
 
 def imagenet_classes() -> list:
     "The names of ImageNet's 1,000 classes, as torchvision has them"
@@ -153,22 +160,27 @@ def load_reward(cfg:Config, # its rewards and how they are combined
     names, spec, random = parse_rewards(cfg.rewards), spec_of(system), cfg.weights == 'random'
     judge = resolve(spec.judge)(system) if spec.judge else None
     own = {'class_score': names.pop('class_score')} if judge is not None and 'class_score' in names else {}
-    options = dict(normalise=cfg.normalize_rewards, pca=cfg.pca_dim, loo_fid=dict(ema_weight=cfg.ema_weight, covariance=cfg.covariance), weights='random' if random else None)
+    options = dict(normalise=cfg.normalize_rewards, pca=cfg.pca_dim, weights='random' if random else None,
+                   loo_fid=dict(ema_weight=cfg.ema_weight, covariance=cfg.covariance))
     if 'loo_fid' in names: options |= _loo_fid_options(cfg, spec, judge)
     if names.keys() & CLIP_OF.keys(): name_classes(system)
     terms = make_rewards(names, **options).rewards if names else {}
     for name, threshold in zip(('brightness', 'darkness'), spec.brightness):
         if name in terms: terms[name][0].threshold = cfg.brightness_threshold or threshold
     if own: terms = {'class_score': (ClassScore(judge), own['class_score'])} | terms
-    return WeightedSum(terms, normalise=cfg.normalize_rewards, allow_constant=terms.keys() & {'brightness', 'darkness', 'class_score'}, chunk_size=cfg.decode_batch_size)
+    return WeightedSum(terms, normalise=cfg.normalize_rewards, chunk_size=cfg.decode_batch_size,
+                       allow_constant=terms.keys() & {'brightness', 'darkness', 'class_score'})
 
 def _loo_fid_options(cfg, spec, judge):
     "What sees, and what real images look like to it"
     seen = {} if judge is None else dict(extractor=lambda x: judge(x)[0], chunk_size=256)
     if cfg.reference != 'default': return seen | dict(reference=cfg.reference)
     if spec.reference == 'own': return seen | dict(reference=own_reference(spec, judge))
-    if cfg.weights == 'random': return seen | dict(reference=(torch.zeros(2048), torch.ones(2048))) # a rehearsal has nothing to be compared with
-    if not spec.reference: raise ValueError(f"reference='default': {spec.name} comes with no view of real images; give an npz of moments, see arpo_nb.evaluation.metrics.make_reference")
+    # a rehearsal has nothing to be compared with
+    if cfg.weights == 'random': return seen | dict(reference=(torch.zeros(2048), torch.ones(2048)))
+    if not spec.reference:
+        raise ValueError(f"reference='default': {spec.name} comes with no view of real images; give an npz of moments, "
+                         "as arpo_nb.evaluation.metrics.make_reference makes it")
     return seen
 
 # %% ../nbs/37_models.ipynb #e8f774c8
@@ -176,7 +188,8 @@ def load_data(cfg:Config, # its model, method, data, seed and class_split
               system:System):
     "What a run trains on: pictures with their classes or captions, or, free-running, classes or prompts alone"
     check_data(cfg, system)
-    if cfg.method == 'grpo' and system.num_classes: return LabelData(system.num_classes, cfg.class_split, cfg.seed)
+    if cfg.method == 'grpo' and system.num_classes:
+        return LabelData(system.num_classes, cfg.class_split, cfg.seed)
     if not system.num_classes: return _text_data(cfg, system)
     if cfg.data == 'default': return own_images(spec_of(system))
     return (hub_data if is_hub_folder(cfg.data) else folder_data)(cfg.data, system.tokenizer.image_size, system.num_classes)
@@ -186,38 +199,69 @@ def check_data(cfg:Config, system:System):
     if cfg.method == 'grpo' and system.num_classes: return
     if cfg.data == 'default':
         if spec_of(system).data: return
-        raise ValueError(f"data='default': {cfg.model} comes without " + ("images; pass the folder of your training set, for example ImageNet's train folder" if system.num_classes else
-                         "prompts; pass a text file with one prompt on each line" if cfg.method == 'grpo' else "prompts; pass captioned pictures: a folder, a .tar, a .parquet, or a pattern like 'shards/*.tar'"))
-    if not Path(cfg.data).expanduser().exists() and not any(c in cfg.data for c in '*?['): raise FileNotFoundError(f"data={cfg.data!r}: no such file or folder")
-    if not system.num_classes and system.encode_prompts is None and not Path(cfg.text_features).expanduser().exists() and cfg.text_features != 'stored': check_hub_model('text_features', cfg.text_features)
+        raise ValueError(f"data='default': {cfg.model} comes without "
+                         + ("images; pass the folder of your training set, for "
+                            "example ImageNet's train folder" if system.num_classes
+                            else "prompts; pass a text file with one "
+                            "prompt on each line" if cfg.method == 'grpo'
+                            else "prompts; pass captioned pictures: a "
+                            "folder, a .tar, a "
+                            ".parquet, or a pattern like 'shards/*.tar'"))
+    if not Path(cfg.data).expanduser().exists() and not any(c in cfg.data
+                                                            for c in '*?['):
+        raise FileNotFoundError(f"data={cfg.data!r}: no such file or folder")
+    if not system.num_classes and system.encode_prompts is None and not Path(
+        cfg.text_features).expanduser().exists() and cfg.text_features != 'stored':
+        check_hub_model('text_features', cfg.text_features)
 
 def check_hub_model(argument:str, repo:str):
     "Raise for a model of transformers that is neither in the cache nor can be asked for"
     hub = _hub()
-    if any(hub.try_to_load_from_cache(repo, f'{name}{index}') for name in ('model.safetensors', 'pytorch_model.bin') for index in ('', '.index.json')): return
+    if any(hub.try_to_load_from_cache(repo, f'{name}{index}')
+           for name in ('model.safetensors', 'pytorch_model.bin')
+           for index in ('', '.index.json')):
+        return
     try: files = hub.HfApi().model_info(repo, files_metadata=True, timeout=30).siblings
     except Exception as e:
-        raise FileNotFoundError(f"{argument}={repo!r}: https://huggingface.co/{repo} is not in {hub.constants.HF_HUB_CACHE} and cannot be reached [{type(e).__name__}]. "
-                                "Check the name and the network, or download it elsewhere and pass its folder") from e
+        raise FileNotFoundError(f"{argument}={repo!r}: https://huggingface.co/{repo} "
+                                "is not in "
+                                f"{hub.constants.HF_HUB_CACHE} and cannot be "
+                                f"reached [{type(e).__name__}]. "
+                                "Check the name and the network, or download it "
+                                "elsewhere and pass its folder") from e
     size, free = sum(f.size or 0 for f in files if f.rfilename.endswith('.safetensors')), shutil.disk_usage(next(p for p in (Path(hub.constants.HF_HUB_CACHE), *Path(hub.constants.HF_HUB_CACHE).parents) if p.exists())).free
-    if free < 1.02*size: raise OSError(f"{argument}={repo!r} needs {size/1e9:.2f} GB on the disk of {hub.constants.HF_HUB_CACHE}, which has {free/1e9:.2f} GB free")
+    if free < 1.02*size:
+        raise OSError(f"{argument}={repo!r} needs {size/1e9:.2f} GB on the disk of "
+                      f"{hub.constants.HF_HUB_CACHE}, which has {free/1e9:.2f} GB free")
 
 def prompt_encoder(system:System,
-                   text_features:str='google/flan-t5-xl', # T5 encoder of a text-conditional LlamaGen: hub name or folder
+                   # T5 encoder of a text-conditional LlamaGen: hub name or folder
+                   text_features:str='google/flan-t5-xl',
                   ): # list of N prompts to conditions of N images
     "What turns prompts into a system's conditions: its own encoder, the names of its classes, or T5"
     if system.encode_prompts is not None: return system.encode_prompts
-    if not system.num_classes: return T5Features(text_features, device='cuda' if torch.cuda.is_available() else 'cpu')
-    if not system.class_names: raise ValueError(f"model={system.name!r}: its {system.num_classes} classes have no names that prompts could mention; set system.class_names")
+    if not system.num_classes:
+        return T5Features(text_features, device='cuda' if torch.cuda.is_available()
+                          else 'cpu')
+    if not system.class_names:
+        raise ValueError(f"model={system.name!r}: its {system.num_classes} "
+                         "classes have no "
+                         "names that prompts could mention; set system.class_names")
     return NamedClasses(system.class_names)
 
 def _text_data(cfg, system):
     "Captioned pictures, or prompts alone"
     kind, path = cfg.text_features, Path(cfg.text_features).expanduser()
-    on_disk = system.encode_prompts is None and (path.suffix == '.npz' or any(path.glob('*.npy')))
-    encode = DiskFeatures(path) if on_disk else None if kind == 'stored' and system.encode_prompts is None else prompt_encoder(system, kind)
-    if cfg.method != 'grpo': return TextData(cfg.data, system.tokenizer.image_size, encode)
-    if encode is None or isinstance(encode, DiskFeatures): raise ValueError(f"text_features={kind!r}: prompts alone come without features; name a T5 encoder such as 'google/flan-t5-xl'")
+    on_disk = (system.encode_prompts is None
+               and (path.suffix == '.npz' or any(path.glob('*.npy'))))
+    encode = (DiskFeatures(path) if on_disk else None if kind == 'stored'
+              and system.encode_prompts is None else prompt_encoder(system, kind))
+    if cfg.method != 'grpo':
+        return TextData(cfg.data, system.tokenizer.image_size, encode)
+    if encode is None or isinstance(encode, DiskFeatures):
+        raise ValueError(f"text_features={kind!r}: prompts alone come "
+                         "without features; "
+                         "name a T5 encoder such as 'google/flan-t5-xl'")
     return PromptData(cfg.data, encode)
 
 # %% ../nbs/37_models.ipynb #9b4e1090
@@ -229,8 +273,9 @@ def load_metric_net(model) -> MetricNet|None:
 # %% ../nbs/37_models.ipynb #3c630060
 def main(argv=None):
     "python -m arpo_nb.systems [NAME ...]"
-    p = argparse.ArgumentParser(prog='python -m arpo_nb.systems', description='The models and what is known about them.')
-    p.add_argument('names', nargs='*', metavar='NAME', help='of models, or package.module:function of your own; all if left out')
+    p = argparse.ArgumentParser(prog='python -m arpo_nb.systems',
+                                description='The models and what is known about them.')
+    p.add_argument('names', nargs='*', metavar='NAME', help='of models, or package.module:function; all if left out')
     print(model_table(p.parse_args(argv).names))
 
 if __name__ == '__main__' and '__file__' in globals(): main()

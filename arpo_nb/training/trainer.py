@@ -59,7 +59,8 @@ class Objective(nn.Module):
 
     def reconstruction(self, pixels:Tensor, rollout:Rollout) -> Tensor:
         c = self.cfg
-        return reconstruction_loss(pixels, rollout.batch.images, self.system.perceptual, c.mse_coef, c.perceptual_coef).mean()
+        return reconstruction_loss(pixels, rollout.batch.images, self.system.perceptual,
+                                   c.mse_coef, c.perceptual_coef).mean()
 
 class PolicyGradient(Objective):
     "Clipped policy gradient, with a cross-entropy prior on true tokens (VA-π Eq. 11) and an entropy bonus (LOO-FID Eq. 34)"
@@ -67,24 +68,31 @@ class PolicyGradient(Objective):
     def forward(self, rollout:Rollout):
         c, bonus = self.cfg, self.entropy_coef
         policy = scored_policy(self.model, c) if rollout.targets is None else self.model
-        logps, target_logps, entropy = rollout_logps(policy, rollout, c.temperature, c.logps_chunk, entropy_grad=bonus > 0)
-        loss, stats = grpo_loss(logps, rollout.old_logps, rollout.advantages, epsilon=c.epsilon, epsilon_high=c.epsilon_high,
-                                level=c.importance_sampling_level, loss_type=c.loss_type, ref_logps=rollout.ref_logps, beta=c.beta,
-                                kl_level=c.kl_level, mask=rollout.mask)
+        logps, target_logps, entropy = rollout_logps(policy, rollout, c.temperature,
+                                                     c.logps_chunk,
+                                                     entropy_grad=bonus > 0)
+        loss, stats = grpo_loss(logps, rollout.old_logps, rollout.advantages,
+                                epsilon=c.epsilon, epsilon_high=c.epsilon_high,
+                                level=c.importance_sampling_level,
+                                loss_type=c.loss_type, ref_logps=rollout.ref_logps,
+                                beta=c.beta, kl_level=c.kl_level, mask=rollout.mask)
         stats['policy/entropy'] = entropy.mean().detach()
         if bonus: loss = loss - bonus*entropy.mean()
-        if target_logps is not None: loss = loss + c.prior_coef*self.prior(target_logps, stats)
+        if target_logps is not None:
+            loss = loss + c.prior_coef*self.prior(target_logps, stats)
         return loss, stats
 
 def scored_policy(policy, cfg:Config):
     "What free-running samples are scored under: the policy, or the policy under guidance"
-    return Guided(policy, cfg.rollout_cfg_scale) if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale != 1 else policy
+    return (Guided(policy, cfg.rollout_cfg_scale) if cfg.logprob_cfg == 'guided'
+            and cfg.rollout_cfg_scale != 1 else policy)
 
 class MaximumLikelihood(Objective):
     "Cross-entropy of the true tokens"
     def forward(self, rollout:Rollout):
         stats = {}
-        _, target_logps, entropy = rollout_logps(self.model, rollout, 1., self.cfg.logps_chunk)
+        _, target_logps, entropy = rollout_logps(self.model, rollout, 1.,
+                                                 self.cfg.logps_chunk)
         stats['policy/entropy'] = entropy.mean()
         return self.prior(target_logps, stats), stats
 
@@ -92,13 +100,22 @@ class StraightThrough(Objective):
     "Reconstruction loss through straight-through tokens, with the same prior (VA-π App. C.1)"
     def forward(self, rollout:Rollout):
         c, stats = self.cfg, {}
-        logits = self.model.head(self.model.hidden(rollout.context[:, 0], rollout.batch.cond))
-        gumbel = None if c.ste_mode == 'argmax' else gumbel_noise(rollout.batch.streams.bulk_uniform(*logits.shape[1:], device=logits.device))
+        logits = self.model.head(self.model.hidden(rollout.context[:, 0],
+                                                   rollout.batch.cond))
+        gumbel = (None if c.ste_mode == 'argmax'
+                  else gumbel_noise(
+                      rollout.batch.streams.bulk_uniform(*logits.shape[1:],
+                                                         device=logits.device)))
         probs = straight_through(logits, c.ste_temperature, gumbel)
-        with torch.autocast(logits.device.type, enabled=False): # the tokenizer stays in float32
-            recon = self.reconstruction(self.system.tokenizer.decode_probs(probs, clamp=False)[:, None], rollout)
+        # the tokenizer stays in float32
+        with torch.autocast(logits.device.type, enabled=False):
+            recon = self.reconstruction(self.system.tokenizer.decode_probs(probs,
+                                                                           clamp=False)[
+                                                                               :, None],
+                                        rollout)
         stats['reward/mean'] = -recon.detach()
-        target_logps = logits.log_softmax(-1).gather(-1, rollout.targets[..., None])[..., 0]
+        target_logps = logits.log_softmax(-1).gather(-1,
+                                                     rollout.targets[..., None])[..., 0]
         return recon + c.prior_coef*self.prior(target_logps, stats), stats
 
 class TokenizerPostTraining(Objective):
@@ -108,63 +125,98 @@ class TokenizerPostTraining(Objective):
 
     def forward(self, rollout:Rollout):
         with torch.autocast(rollout.tokens.device.type, enabled=False):
-            pixels = self.model.decode(rollout.tokens.flatten(0, 1), clamp=False).unflatten(0, rollout.tokens.shape[:2])
+            pixels = self.model.decode(rollout.tokens.flatten(0, 1),
+                                       clamp=False).unflatten(0,
+                                                              rollout.tokens.shape[:2])
             loss = self.reconstruction(pixels, rollout)
         return loss, {'reward/mean': -loss.detach()}
 
-OBJECTIVES = dict(vapi=PolicyGradient, grpo=PolicyGradient, mixed=PolicyGradient, mle=MaximumLikelihood, ste=StraightThrough, tokenizer=TokenizerPostTraining)
+OBJECTIVES = dict(vapi=PolicyGradient, grpo=PolicyGradient, mixed=PolicyGradient,
+                  mle=MaximumLikelihood, ste=StraightThrough,
+                  tokenizer=TokenizerPostTraining)
 
 # %% ../../nbs/41_trainer.ipynb #bdd022ef
 def make_reward(system:System, cfg:Config) -> ReconstructionReward:
     "VA-π's intrinsic reward for a system"
-    return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef, system.tokenizer.token_grid if cfg.credit == 'token' else None)
+    return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef,
+                                system.tokenizer.token_grid if cfg.credit == 'token'
+                                else None)
 
 def reward_parts(reward) -> list: # pairs of the prefix of its metrics and the reward
     "A reward and, if it is a sum, its terms"
-    return [('', reward), *((f'reward/{name}/', r) for name, (r, _) in getattr(reward, 'rewards', {}).items())]
+    return [('', reward),
+            *((f'reward/{name}/', r) for name,
+              (r, _) in getattr(reward, 'rewards', {}).items())]
 
 class RollOut:
     "Samples, decodes, scores, and compares within groups: a batch in, rollouts with advantages out"
     def __init__(self, system:System, cfg:Config,
-                 reward=None, # `Reward` of free-running samples, or of VA-π's in place of the reconstruction reward
+                 # `Reward` of free-running samples, or of VA-π's in place of the
+                 # reconstruction reward
+                 reward=None,
                  ref_policy=None, # for the KL
-                 autocast=nullcontext, # precision of the policy, the same here and in the update; tokenizer and reward stay in float32
-                 gather=lambda x: x, # rows of this process to rows of all, process by process
+                 # precision of the policy, the same here and in the update; tokenizer
+                 # and reward stay in float32
+                 autocast=nullcontext,
+                 # rows of this process to rows of all, process by process
+                 gather=lambda x: x,
                  rank:int=0, # this process
                  clock=None, # `Clock`
                 ):
         self.system, self.cfg, self.ref_policy, self.autocast, self.gather, self.rank, self.clock = system, cfg, ref_policy, autocast, gather, rank, clock or Clock()
-        self.reward, self.free_reward = (reward, None) if cfg.method not in FREE else (None, reward)
-        if uses_perceptual(cfg) and system.perceptual is None and (reward is None or cfg.method != 'vapi'): raise ValueError(f"perceptual_coef={cfg.perceptual_coef}: the system has no perceptual network; load it with one, or set perceptual_coef=0")
-        if cfg.method in FREE and reward is None: raise ValueError(f"reward=None: method {cfg.method!r} needs the rewards of free-running samples; see `systems.load_reward`")
-        if cfg.method in FREE and cfg.rollout_cfg_scale != 1 and hasattr(system.policy, 'example_cond'): system.policy.null_cond(system.policy.example_cond(1)) # raises without a null class
-        self.options = speed_options(system.policy, compile=True) if cfg.compile and cfg.method in FREE else {}
-        if cfg.method in ('vapi', 'mixed') and self.reward is None: self.reward = make_reward(system, cfg)
+        self.reward, self.free_reward = ((reward, None) if cfg.method not in FREE
+                                         else (None, reward))
+        if uses_perceptual(cfg) and system.perceptual is None and (reward is None
+                                                                   or cfg.method
+                                                                   != 'vapi'):
+            raise ValueError(f"perceptual_coef={cfg.perceptual_coef}: the "
+                             "system has no perceptual "
+                             "network; load it with one, or set perceptual_coef=0")
+        if cfg.method in FREE and reward is None:
+            raise ValueError(f"reward=None: method {cfg.method!r} needs the rewards of "
+                             "free-running samples; see `systems.load_reward`")
+        # raises without a null class
+        if cfg.method in FREE and cfg.rollout_cfg_scale != 1 and hasattr(system.policy, 'example_cond'):
+            system.policy.null_cond(system.policy.example_cond(1))
+        self.options = (speed_options(system.policy, compile=True) if cfg.compile
+                        and cfg.method in FREE else {})
+        if cfg.method in ('vapi', 'mixed') and self.reward is None:
+            self.reward = make_reward(system, cfg)
         for _, part in reward_parts(reward):
             if hasattr(part, 'gather'): part.gather = gather
 
-    def __call__(self, batch:Batch, state=None) -> tuple: # {prefix of its metrics: rollout}, new reward state, metrics
+    # {prefix of its metrics: rollout}, new reward state, metrics
+    def __call__(self, batch:Batch, state=None) -> tuple:
         "One step's rollouts"
         method, rollouts, stats = self.cfg.method, {}, {}
         if method != 'grpo':
             prefix, r = 'vapi/' if method == 'mixed' else '', self.teacher_forced(batch)
             if method in ('vapi', 'mixed'):
-                r, new = self.judge(r, self.reward, None if method == 'mixed' else state, prefix, stats)
+                r, new = self.judge(r, self.reward, None if method == 'mixed'
+                                    else state, prefix, stats)
                 state = state if method == 'mixed' else new
             rollouts[prefix] = r
         if method in FREE:
-            r, state = self.judge(self.free_running(batch), self.free_reward, state, '', stats)
+            r, state = self.judge(self.free_running(batch), self.free_reward,
+                                  state, '', stats)
             rollouts[''] = r.flat()
         return rollouts, state, stats
 
     def teacher_forced(self, batch:Batch) -> Rollout:
         "Samples on the images' own tokens"
         c = self.cfg
-        with self.clock('encode'): targets = encode_images(self.system.tokenizer, batch.images, c.decode_batch_size)
+        with self.clock('encode'):
+            targets = encode_images(self.system.tokenizer, batch.images,
+                                    c.decode_batch_size)
         with self.autocast(), self.clock('generate'):
-            return teacher_forced(self.system.policy, batch, targets, num_generations=c.num_generations if c.method in ('vapi', 'mixed', 'tokenizer') else 0,
-                                  temperature=c.temperature, noise_rate=0. if c.method == 'mle' else c.noise_rate, noise_kernel=c.noise_kernel,
-                                  micro_batch_size=c.micro_batch_size, chunk=c.logps_chunk)
+            return teacher_forced(self.system.policy, batch, targets,
+                                  num_generations=c.num_generations
+                                  if c.method in ('vapi', 'mixed', 'tokenizer') else 0,
+                                  temperature=c.temperature,
+                                  noise_rate=0. if c.method == 'mle' else c.noise_rate,
+                                  noise_kernel=c.noise_kernel,
+                                  micro_batch_size=c.micro_batch_size,
+                                  chunk=c.logps_chunk)
 
     def free_running(self, batch:Batch) -> Rollout:
         "Samples from nothing but their condition"
@@ -172,28 +224,45 @@ class RollOut:
         batch = replace(self.system.with_prompts(batch), images=None)
         if c.prompt: batch = replace(batch, prompts=[c.prompt]*len(batch))
         with self.autocast():
-            r = free_running(self.system.policy, batch, num_generations=c.method == 'mixed' and c.free_generations or c.num_generations,
-                             temperature=c.temperature, cfg_scale=c.rollout_cfg_scale, top_k=c.rollout_top_k, top_p=c.rollout_top_p, logprob_cfg=c.logprob_cfg,
-                             generate_batch_size=c.generate_batch_size, micro_batch_size=c.micro_batch_size, chunk=c.logps_chunk, clock=self.clock, **self.options)
+            r = free_running(self.system.policy, batch,
+                             num_generations=c.method == 'mixed' and c.free_generations
+                             or c.num_generations, temperature=c.temperature,
+                             cfg_scale=c.rollout_cfg_scale, top_k=c.rollout_top_k,
+                             top_p=c.rollout_top_p, logprob_cfg=c.logprob_cfg,
+                             generate_batch_size=c.generate_batch_size,
+                             micro_batch_size=c.micro_batch_size, chunk=c.logps_chunk,
+                             clock=self.clock, **self.options)
         if c.top_entropy_quantile == 1: return r
         everyone = self.gather(r.entropy).flatten()
-        least = everyone.kthvalue(max(1, round((1 - c.top_entropy_quantile)*len(everyone)))).values
+        least = everyone.kthvalue(max(1,
+                                      round((1
+                                             - c.top_entropy_quantile)*len(
+                                                 everyone)))).values
         return replace(r, mask=(r.entropy >= least).float())
 
-    def judge(self, r:Rollout, reward, state, prefix:str, stats:dict) -> tuple: # rollout with rewards, advantages and reference, new state
+    # rollout with rewards, advantages and reference, new state
+    def judge(self, r:Rollout, reward, state, prefix:str, stats:dict) -> tuple:
         "Score a rollout and compare within groups"
         c, free = self.cfg, r.targets is None
-        rewards, state = score_groups(reward, self.system.tokenizer, r.tokens, r.batch, state, c.decode_batch_size, self.clock)
+        rewards, state = score_groups(reward, self.system.tokenizer, r.tokens,
+                                      r.batch, state, c.decode_batch_size, self.clock)
         everyone = self.gather(rewards) if c.scale_rewards == 'batch' else rewards
-        advantages = group_advantages(everyone, c.scale_rewards, c.unbiased_std, c.advantage_eps, c.advantage_clip)
-        if c.scale_rewards == 'batch': advantages = advantages[self.rank*len(rewards):][:len(rewards)]
-        stats |= {f'{prefix}reward/mean': rewards.mean(), f'{prefix}reward/group_std': rewards.std(1).mean(),
-                  f'{prefix}reward/tied_groups': (advantages == 0).flatten(1).all(1).float().mean()}
-        stats |= {f'{prefix}{name}{k}': v for name, part in reward_parts(reward) for k, v in getattr(part, 'stats', {}).items()}
+        advantages = group_advantages(everyone, c.scale_rewards, c.unbiased_std,
+                                      c.advantage_eps, c.advantage_clip)
+        if c.scale_rewards == 'batch':
+            advantages = advantages[self.rank*len(rewards):][:len(rewards)]
+        stats |= {f'{prefix}reward/mean': rewards.mean(),
+                  f'{prefix}reward/group_std': rewards.std(1).mean(),
+                  f'{prefix}reward/tied_groups': (advantages
+                                                  == 0).flatten(1).all(
+                                                      1).float().mean()}
+        stats |= {f'{prefix}{name}{k}': v for name, part in reward_parts(reward) for k,
+                  v in getattr(part, 'stats', {}).items()}
         if free: stats['policy/rollout_entropy'] = r.entropy.mean()
         if r.sampler_logps is not None: stats |= sampling_gap(r, self.gather)
         if self.ref_policy is not None and c.beta:
-            with self.clock('reference'): r = replace(r, ref_logps=self.reference_logps(r))
+            with self.clock('reference'):
+                r = replace(r, ref_logps=self.reference_logps(r))
         return replace(r, rewards=rewards, advantages=advantages), state
 
     @torch.no_grad()
@@ -201,8 +270,13 @@ class RollOut:
         "Log-probabilities of the samples under the reference policy"
         c, device = self.cfg, r.tokens.device
         ref = self.ref_policy.to(device)
-        policy, rows = scored_policy(ref, c) if r.targets is None else ref, max(1, c.micro_batch_size//r.context.shape[1]) if c.micro_batch_size else len(r)
-        with self.autocast(): out = torch.cat([rollout_logps(policy, r.take(s), c.temperature, c.logps_chunk)[0] for s in _parts(len(r), rows)])
+        policy, rows = (scored_policy(ref, c) if r.targets is None else ref,
+                        max(1, c.micro_batch_size//r.context.shape[1])
+                        if c.micro_batch_size else len(r))
+        with self.autocast():
+            out = torch.cat([rollout_logps(policy, r.take(s), c.temperature,
+                                           c.logps_chunk)[0]
+                             for s in _parts(len(r), rows)])
         if c.ref_offload: ref.to('cpu')
         return out
 
@@ -215,8 +289,11 @@ def learning_rate(cfg:Config, step:int) -> float:
 
 def make_optimizer(params:list, cfg:Config):
     "AdamW with weight decay on matrices only"
-    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=cfg.weight_decay), dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)]
-    return torch.optim.AdamW([g for g in groups if g['params']], lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2))
+    groups = [dict(params=[p for p in params if p.ndim > 1],
+                   weight_decay=cfg.weight_decay),
+              dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)]
+    return torch.optim.AdamW([g for g in groups if g['params']], lr=cfg.learning_rate,
+                             betas=(cfg.adam_beta1, cfg.adam_beta2))
 
 def _parts(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
 
@@ -226,25 +303,34 @@ def update(acc:Accelerator, objective, opt, rollouts:dict, cfg:Config) -> dict:
     for k in [*range(n)]*cfg.num_iterations:
         work, stats = [], {}
         for prefix, r in rollouts.items():
-            size, weight = len(r)//n, cfg.free_coef if cfg.method == 'mixed' and not prefix else 1.
+            size, weight = (len(r)//n, cfg.free_coef if cfg.method == 'mixed'
+                            and not prefix else 1.)
             part = r.take(slice(k*size, (k+1)*size))
-            work += [(prefix, weight, (m.stop - m.start)/size, part.take(m)) for m in _parts(size, cfg.micro_batch_size or size)]
+            work += [(prefix, weight, (m.stop - m.start)/size, part.take(m))
+                     for m in _parts(size, cfg.micro_batch_size or size)]
         for i, (prefix, weight, share, part) in enumerate(work):
             with acc.no_sync(objective) if i+1 < len(work) else nullcontext():
                 loss, s = objective(part)
                 acc.backward(weight*share*loss)
-            for k_, v in {'loss': loss.detach(), **s}.items(): stats[prefix + k_] = stats.get(prefix + k_, 0.) + share*v
+            for k_, v in {'loss': loss.detach(), **s}.items():
+                stats[prefix + k_] = stats.get(prefix + k_, 0.) + share*v
         stats = _reduce(acc, stats)
-        if bad := [k_ for k_ in stats if k_.endswith('loss') and not math.isfinite(stats[k_])]: raise FloatingPointError(f"{bad[0]} is {stats[bad[0]]}")
-        norm = acc.clip_grad_norm_(objective.parameters(), cfg.max_grad_norm or math.inf)
+        if bad := [k_ for k_ in stats if k_.endswith('loss')
+                   and not math.isfinite(stats[k_])]:
+            raise FloatingPointError(f"{bad[0]} is {stats[bad[0]]}")
+        norm = acc.clip_grad_norm_(objective.parameters(), cfg.max_grad_norm
+                                   or math.inf)
         stats['optim/grad_norm'] = float(norm)
         opt.step(); opt.zero_grad()
         seen.append(stats)
-    first = {f'{k}_first': v for k, v in seen[0].items() if k.endswith('ratio_deviation')}
+    first = {f'{k}_first': v for k, v in seen[0].items()
+             if k.endswith('ratio_deviation')}
     return {k: sum(s[k] for s in seen)/len(seen) for k in seen[0]} | first
 
 def _reduce(acc, stats):
-    values = acc.reduce(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=acc.device) for v in stats.values()]), 'mean')
+    values = acc.reduce(torch.stack([torch.as_tensor(v, dtype=torch.float32,
+                                                     device=acc.device)
+                                     for v in stats.values()]), 'mean')
     return dict(zip(stats, values.tolist()))
 
 # %% ../../nbs/41_trainer.ipynb #2b2fdfac
@@ -323,85 +409,133 @@ def bonus_weight(cfg:Config, step:int,
                  start:float, # Ĥ of the first step's
                 ) -> float: # per nat
     "Weight of the entropy bonus at a step (LOO-FID Eq. 33)"
-    if cfg.entropy_control == 'constant' or not cfg.entropy_coef: return cfg.entropy_coef
-    p, schedule = step/cfg.steps, dict(peak=cfg.entropy_coef, end=min(cfg.entropy_min, cfg.entropy_coef))
+    if cfg.entropy_control == 'constant' or not cfg.entropy_coef:
+        return cfg.entropy_coef
+    p, schedule = (step/cfg.steps,
+                   dict(peak=cfg.entropy_coef,
+                        end=min(cfg.entropy_min, cfg.entropy_coef)))
     if cfg.entropy_control == 'schedule': return entropy_schedule(p, **schedule)
     target = cfg.entropy_target or min(1., start + cfg.entropy_margin)
-    return entropy_coef(p, entropy, target, cfg.entropy_gain, cfg.entropy_deadband, cfg.entropy_min, cfg.entropy_max, **schedule)
+    return entropy_coef(p, entropy, target, cfg.entropy_gain, cfg.entropy_deadband,
+                        cfg.entropy_min, cfg.entropy_max, **schedule)
 
 # %% ../../nbs/41_trainer.ipynb #e23a5c6d
 def train(system:System, # what to train
-          data, # has a length and `load(rows)`, see `data.images`; or `batches`, see `data.captions`
+          # has a length and `load(rows)`, see `data.images`; or `batches`, see
+          # `data.captions`
+          data,
           cfg:Config,
           out_dir:str|Path, # gets config.json, metrics.jsonl and checkpoint/
-          *, reward=None, # `Reward` of free-running samples, or in place of VA-π's reconstruction reward
+          # `Reward` of free-running samples, or in place of VA-π's reconstruction
+          # reward
+          *, reward=None,
           resume:bool=True, # continue a run found in `out_dir`
           progress:bool=True, # one bar, on the main process
          ) -> list: # metrics, one dict per step
     "Post-train a system; returns the metrics of all steps, resumed ones included"
     several = int(os.environ.get('WORLD_SIZE', 1)) > 1
-    acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=several and not torch.cuda.is_available()) # without a GPU accelerate must be told to look for the others
+    # without a GPU accelerate must be told to look for the others
+    acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=several
+                      and not torch.cuda.is_available())
     if acc.num_processes != cfg.num_processes:
-        raise ValueError(f"num_processes={cfg.num_processes}: {acc.num_processes} processes were started; start as many as the configuration says, or set num_processes={acc.num_processes}")
+        raise ValueError(f"num_processes={cfg.num_processes}: "
+                         f"{acc.num_processes} processes "
+                         "were started; start as many as the configuration says, or "
+                         f"set num_processes={acc.num_processes}")
     if acc.is_main_process:
         claim_folder(out_dir, cfg, resume)
         for vain in in_vain(cfg): warnings.warn(vain)
         if cfg.method in FREE and cfg.rollout_cfg_scale != 1 and cfg.logprob_cfg == 'off':
-            warnings.warn(f"rollout_cfg_scale={cfg.rollout_cfg_scale} with logprob_cfg='off': samples are drawn from the guided distribution, but scored and moved under the "
-                          "conditional policy, as LOO-FID and AR-GRPO do; logprob_cfg='guided' scores what was sampled, at twice the cost of the update")
+            warnings.warn(f"rollout_cfg_scale={cfg.rollout_cfg_scale} "
+                          "with logprob_cfg='off': "
+                          "samples are drawn from the guided distribution, "
+                          "but scored and moved under the "
+                          "conditional policy, as LOO-FID and AR-GRPO "
+                          "do; logprob_cfg='guided' "
+                          "scores what was sampled, at twice the cost of the update")
     acc.wait_for_everyone()
     out = Path(out_dir)
 
     system.to(acc.device)
     raw = OBJECTIVES[cfg.method](system, cfg)
-    if hasattr(system.policy, 'gradient_checkpointing'): system.policy.gradient_checkpointing = cfg.gradient_checkpointing
-    ref_policy = _frozen_copy(system.policy) if cfg.beta and cfg.method in SAMPLING else None
+    if hasattr(system.policy, 'gradient_checkpointing'):
+        system.policy.gradient_checkpointing = cfg.gradient_checkpointing
+    ref_policy = (_frozen_copy(system.policy) if cfg.beta and cfg.method in SAMPLING
+                  else None)
     moving = ref_policy if cfg.ref_policy == 'ema' else None
     objective, opt = acc.prepare(raw, make_optimizer(raw.parameters_to_train(), cfg))
     for _, part in reward_parts(reward):
         if hasattr(part, 'to'): part.to(acc.device)
     clock = Clock(acc.device)
-    roll_out = RollOut(system, cfg, reward, ref_policy, acc.autocast, acc.gather, acc.process_index, clock)
-    ckpt, run = find_checkpoint(out), dict(step=0, reward_state=None, entropy=None, position=0)
+    roll_out = RollOut(system, cfg, reward, ref_policy, acc.autocast, acc.gather,
+                       acc.process_index, clock)
+    ckpt, run = (find_checkpoint(out),
+                 dict(step=0, reward_state=None, entropy=None, position=0))
     if ckpt: run = load_checkpoint(acc, ckpt, moving)
     if acc.is_main_process: (out/'config.json').write_text(to_json(cfg))
     log = _Log(out/'metrics.jsonl', run['step'], acc.is_main_process)
 
-    bar = tqdm(total=cfg.steps, initial=run['step'], desc=f'{cfg.model} {cfg.method}', disable=not (progress and acc.is_main_process), mininterval=1)
+    bar = tqdm(total=cfg.steps, initial=run['step'], desc=f'{cfg.model} {cfg.method}',
+               disable=not (progress and acc.is_main_process), mininterval=1)
     stream = getattr(data, 'batches', None) or partial(batches, data)
     with StopSignal() as stop:
-        for step, batch in enumerate(stream(cfg.batch_size, cfg.seed, run['step'], cfg.steps, acc.process_index, acc.num_processes, position=run['position']), run['step']):
-            torch.manual_seed(cfg.seed*1_000_003 + step*acc.num_processes + acc.process_index) # dropout; everything else has its own stream
+        for step, batch in enumerate(stream(cfg.batch_size, cfg.seed, run['step'],
+                                            cfg.steps, acc.process_index,
+                                            acc.num_processes,
+                                            position=run['position']), run['step']):
+            # dropout; everything else has its own stream
+            torch.manual_seed(cfg.seed*1_000_003 + step*acc.num_processes
+                              + acc.process_index)
             t0, batch, clock.seconds = time.perf_counter(), batch.to(acc.device), {}
             raw.model.eval()
             try:
                 rollouts, reward_state, stats = roll_out(batch, run['reward_state'])
-                counts = {f'data/{k}': v*acc.num_processes for k, v in getattr(data, 'counts', dict)().items()} # of which the mean is the sum
-                stats = _reduce(acc, {**stats, **counts, 'stop': float(stop.received)}) # all processes must agree to stop
+                # of which the mean is the sum
+                counts = {f'data/{k}': v*acc.num_processes for k,
+                          v in getattr(data, 'counts', dict)().items()}
+                # all processes must agree to stop
+                stats = _reduce(acc, {**stats, **counts, 'stop': float(stop.received)})
                 stopping, t1 = stats.pop('stop') > 0, time.perf_counter()
-                if bad := [k for k in stats if k.endswith('reward/mean') and not math.isfinite(stats[k])]: raise FloatingPointError(f"mean reward is {stats[bad[0]]}")
-                if stats.get('reward/tied_groups') == 1.: warnings.warn(f"step {step}: all rewards are equal within every group, so this step teaches nothing; check the reward")
+                if bad := [k for k in stats if k.endswith('reward/mean')
+                           and not math.isfinite(stats[k])]:
+                    raise FloatingPointError(f"mean reward is {stats[bad[0]]}")
+                if stats.get('reward/tied_groups') == 1.:
+                    warnings.warn(f"step {step}: all rewards are equal within "
+                                  "every group, so this "
+                                  "step teaches nothing; check the reward")
                 if cfg.entropy_coef:
-                    entropy = normalized_entropy(stats.get('policy/rollout_entropy', 0.), system.policy.vocab_size)
+                    entropy = normalized_entropy(stats.get('policy/rollout_entropy',
+                                                           0.),
+                                                 system.policy.vocab_size)
                     if run['entropy'] is None: run['entropy'] = entropy
                     raw.entropy_coef = stats['policy/entropy_coef'] = bonus_weight(cfg, step, entropy, run['entropy'])
                 for g in opt.param_groups: g['lr'] = learning_rate(cfg, step)
                 if cfg.update_dropout: raw.model.train()
                 stats |= update(acc, objective, opt, rollouts, cfg)
             except Exception as e:
-                if acc.num_processes == 1 or isinstance(e, FloatingPointError): save_checkpoint(acc, out, {**run, 'step': step}, moving) # one process alone can't save for all
+                # one process alone can't save for all
+                if acc.num_processes == 1 or isinstance(e, FloatingPointError):
+                    save_checkpoint(acc, out, {**run, 'step': step}, moving)
                 raise (FloatingPointError if isinstance(e, FloatingPointError) else RuntimeError)(
                     f"step {step}: {e}; stopped before that optimiser step, and {out/'checkpoint'} holds the last whole state, from which the same command continues. "
                     "If numbers ran away, look at the last lines of metrics.jsonl: a smaller learning_rate or max_grad_norm usually helps") from e
             if moving is not None: _follow(moving, system.policy, cfg.ref_decay)
-            run |= dict(step=step+1, reward_state=reward_state, position=int(batch.streams.index[:, 0].max()) + 1)
-            stats |= {'optim/lr': learning_rate(cfg, step), 'time/rollout': t1 - t0, 'time/update': time.perf_counter() - t1}
+            run |= dict(step=step+1, reward_state=reward_state,
+                        position=int(batch.streams.index[:, 0].max()) + 1)
+            stats |= {'optim/lr': learning_rate(cfg, step), 'time/rollout': t1 - t0,
+                      'time/update': time.perf_counter() - t1}
             stats |= {f'time/{k}': v for k, v in clock.seconds.items()}
             log.write(dict(step=step, **stats))
-            bar.update(); bar.set_postfix({k.split('/')[-1]: f'{v:.4f}' for k, v in stats.items() if k in ('reward/mean', 'policy/prior_ce')})
+            bar.update()
+            bar.set_postfix({k.split('/')[-1]: f'{v:.4f}' for k,
+                             v in stats.items()
+                             if k in ('reward/mean', 'policy/prior_ce')})
             last = step+1 == cfg.steps
-            if last or stopping or (step+1) % cfg.save_steps == 0: save_checkpoint(acc, out, run, moving)
-            if stopping and not last: raise SystemExit(f"stopped by SIGTERM after step {step}; resume=True continues from {out/'checkpoint'}")
+            if last or stopping or (step+1) % cfg.save_steps == 0:
+                save_checkpoint(acc, out, run, moving)
+            if stopping and not last:
+                raise SystemExit(f"stopped by SIGTERM after step {step}; resume=True "
+                                 f"continues from {out/'checkpoint'}")
     bar.close()
     raw.model.eval()
     acc.free_memory()
@@ -412,13 +546,16 @@ def _frozen_copy(module): return copy.deepcopy(module).eval().requires_grad_(Fal
 @torch.no_grad()
 def _follow(ref, policy, decay):
     "Move the reference a little towards the policy"
-    for r, p in zip(ref.parameters(), policy.parameters()): r.lerp_(p.to(r.device), 1 - decay)
+    for r, p in zip(ref.parameters(), policy.parameters()):
+        r.lerp_(p.to(r.device), 1 - decay)
 
 class _Log:
     "metrics.jsonl, cut back to the step a run resumes at"
     def __init__(self, path, start, write):
         self.path, self.rows, self.on = path, [], write
-        if path.exists(): self.rows = [r for r in map(json.loads, path.read_text().splitlines()) if r['step'] < start]
+        if path.exists():
+            self.rows = [r for r in map(json.loads, path.read_text().splitlines())
+                         if r['step'] < start]
         if write: path.write_text(''.join(json.dumps(r) + '\n' for r in self.rows))
 
     def write(self, row):
