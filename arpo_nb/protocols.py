@@ -207,6 +207,7 @@ class System:
     # policy to log-probabilities of fixed answers, where the model also speaks and must
     # not forget how
     answers: Any = None
+    spec: Any = None # `ModelSpec` it was built from, see specs
 
     def modules(self) -> list:
         "The networks that are there"
