@@ -15,13 +15,19 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 
 # %% ../nbs/02_config.ipynb #25677872
-METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruction reward and a cross-entropy prior (VA-π Eq. 11)',
-               mle='continued maximum likelihood: the prior term alone, on clean context',
-               ste='straight-through gradients of the reconstruction loss (VA-π App. C.1)',
-               tokenizer='tokenizer post-training: the decoder learns from sampled tokens (VA-π App. C.2)',
-               grpo='policy gradient on free-running samples with the rewards named in `rewards` (LOO-FID Alg. 1, AR-GRPO, VAR-GRPO)',
+METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruction '
+               'reward and a cross-entropy prior (VA-π Eq. 11)',
+               mle='continued maximum likelihood: the prior term '
+               'alone, on clean context',
+               ste='straight-through gradients of the reconstruction '
+               'loss (VA-π App. C.1)',
+               tokenizer='tokenizer post-training: the decoder learns from '
+               'sampled tokens (VA-π App. C.2)',
+               grpo='policy gradient on free-running samples with the rewards named '
+               'in `rewards` (LOO-FID Alg. 1, AR-GRPO, VAR-GRPO)',
                mixed='both in one update: vapi on images, grpo on their labels (ours)')
-SAMPLING, FREE = ('vapi', 'grpo', 'mixed'), ('grpo', 'mixed') # methods with a policy gradient; those of them that sample free-running
+# methods with a policy gradient; those of them that sample free-running
+SAMPLING, FREE = ('vapi', 'grpo', 'mixed'), ('grpo', 'mixed')
 
 # %% ../nbs/02_config.ipynb #021eb399
 @dataclass(frozen=True)
@@ -30,73 +36,108 @@ class Config:
     model: str = 'toy' # name in `models.MODELS`
     method: str = 'vapi' # name in METHODS
     weights: str = 'default' # 'default' (shipped or published), 'random', or a file
-    tokenizer_weights: str = 'default' # the same for the tokenizer; 'default' is the one that belongs to `weights`
+    # the same for the tokenizer; 'default' is the one that belongs to `weights`
+    tokenizer_weights: str = 'default'
     data: str = 'default' # 'default' (shipped with the model) or a folder
     seed: int = 0
     num_processes: int = 1
     mixed_precision: str = 'no' # 'no' or 'bf16'
 
     steps: int = 100 # rollouts
-    batch_size: int = 128 # images (teacher forcing) or prompts (free running) per rollout
+    # images (teacher forcing) or prompts (free running) per rollout
+    batch_size: int = 128
     num_generations: int = 8 # G, samples per image or prompt
     num_iterations: int = 1 # passes over each rollout
-    mini_batch_size: int = 0 # contexts per optimiser step (images under teacher forcing, samples free-running); 0 for the whole rollout
+    # contexts per optimiser step (images under teacher forcing, samples free-running);
+    # 0 for the whole rollout
+    mini_batch_size: int = 0
     micro_batch_size: int = 0 # contexts per forward pass and process; 0 for all at once
-    generate_batch_size: int = 0 # free-running samples drawn at a time, per process; 0 for all
-    compile: bool = False # draw free-running samples with fixed shapes through torch.compile and CUDA graphs; LlamaGen only
+    # free-running samples drawn at a time, per process; 0 for all
+    generate_batch_size: int = 0
+    # draw free-running samples with fixed shapes through torch.compile and CUDA graphs;
+    # LlamaGen only
+    compile: bool = False
     decode_batch_size: int = 256 # images decoded and scored at a time, per process
     logps_chunk: int = 4096 # tokens whose [tokens, V] logits exist at a time
 
     noise_rate: float = 0. # ξ, chance that a context token is corrupted, in [0, 1]
-    noise_kernel: str = 'others' # 'others': uniform over the K-1 other codes (Eq. 28); 'all': over all K (released code)
+    # 'others': uniform over the K-1 other codes (Eq. 28); 'all': over all K (released
+    # code)
+    noise_kernel: str = 'others'
     prior_coef: float = .1 # VA-π's β: weight of the cross-entropy on the true tokens
     mse_coef: float = 1. # weight of the mean squared error on [-1, 1]
     perceptual_coef: float = 1. # λ_p
-    credit: str = 'image' # 'image': one reward per sample; 'token': one per token, from the error around it (ours)
+    # 'image': one reward per sample; 'token': one per token, from the error around it
+    # (ours)
+    credit: str = 'image'
     temperature: float = 1. # of the policy, in rollouts and in log-probabilities
 
-    rewards: str = '' # of free-running samples: names of `reward_factory` with weights, as in 'clip+hps+0.5*loo_fid'
-    normalize_rewards: bool = False # divide each by its std over the step before they are added
+    # of free-running samples: names of `reward_factory` with weights, as in
+    # 'clip+hps+0.5*loo_fid'
+    rewards: str = ''
+    # divide each by its std over the step before they are added
+    normalize_rewards: bool = False
     ema_weight: float = .5 # α of LOO-FID's moments, weight of the new batch
     covariance: str = 'diag' # of LOO-FID: 'diag' or 'full'
-    reference: str = 'default' # real images for LOO-FID: 'default' (comes with the model), or a file of moments or features
-    pca_dim: int = 0 # LOO-FID on that many principal components of the features; 0 for all features
+    # real images for LOO-FID: 'default' (comes with the model), or a file of moments or
+    # features
+    reference: str = 'default'
+    # LOO-FID on that many principal components of the features; 0 for all features
+    pca_dim: int = 0
     rollout_cfg_scale: float = 1. # guidance of free-running samples
-    rollout_top_k: int = 0 # their truncation, 0 for none; log-probabilities are never truncated
+    # their truncation, 0 for none; log-probabilities are never truncated
+    rollout_top_k: int = 0
     rollout_top_p: float = 1.
-    text_features: str = 'google/flan-t5-xl' # of captions: a T5 encoder's name or folder, 'stored' with the records, or a file or folder of features
-    logprob_cfg: str = 'off' # log-probabilities of the conditional policy ('off', LOO-FID Alg. 1) or of the guided one ('guided')
-    brightness_threshold: float = 0. # of the brightness and darkness rewards; 0 for the paper's 0.8 and 0.2 (toy: 0.3 and 0.15)
-    prompt: str = '' # one text for all images' text rewards (VAR-GRPO §5.3); '' for the class's or caption's own
+    # of captions: a T5 encoder's name or folder, 'stored' with the records, or a file
+    # or folder of features
+    text_features: str = 'google/flan-t5-xl'
+    # log-probabilities of the conditional policy ('off', LOO-FID Alg. 1) or of the
+    # guided one ('guided')
+    logprob_cfg: str = 'off'
+    # of the brightness and darkness rewards; 0 for the paper's 0.8 and 0.2 (toy: 0.3
+    # and 0.15)
+    brightness_threshold: float = 0.
+    # one text for all images' text rewards (VAR-GRPO §5.3); '' for the class's or
+    # caption's own
+    prompt: str = ''
     class_split: float = 1. # share of the classes that free-running training sees
-    free_generations: int = 0 # method mixed: free-running samples per label; 0 for num_generations
+    # method mixed: free-running samples per label; 0 for num_generations
+    free_generations: int = 0
     free_coef: float = 1. # method mixed: weight of the free-running part
 
     epsilon: float = .2 # clip range of the ratio below 1
     epsilon_high: float = 0. # clip range above 1; 0 for the same as below
     advantage_clip: float = 5. # largest |advantage|; 0 for none
-    scale_rewards: str = 'group' # divide by the std of the 'group', of the 'batch', or 'none'
+    # divide by the std of the 'group', of the 'batch', or 'none'
+    scale_rewards: str = 'group'
     unbiased_std: bool = True # sample std (n-1) or population std (n)
-    importance_sampling_level: str = 'token' # ratio per 'token', per 'sequence' (mean log-ratio) or 'product' (sum)
+    # ratio per 'token', per 'sequence' (mean log-ratio) or 'product' (sum)
+    importance_sampling_level: str = 'token'
     loss_type: str = 'grpo' # TRL's names; they coincide at fixed length
     advantage_eps: float = 1e-8 # added to the std
-    top_entropy_quantile: float = 1. # policy term on this share of tokens, those with the highest entropy
+    # policy term on this share of tokens, those with the highest entropy
+    top_entropy_quantile: float = 1.
     beta: float = 0. # weight of the KL to the reference policy; > 0 keeps a copy of it
-    kl_level: str = 'token' # mean of per-token k3, or k3 of the mean log-ratio ('sequence', LOO-FID Alg. 1)
+    # mean of per-token k3, or k3 of the mean log-ratio ('sequence', LOO-FID Alg. 1)
+    kl_level: str = 'token'
     ref_policy: str = 'frozen' # 'frozen' start, or 'ema' of the policy
     ref_decay: float = .99 # of that average, per rollout
     ref_offload: bool = False # keep the reference on the CPU between uses
 
     entropy_coef: float = 0. # peak weight of the entropy bonus, per nat and token
-    entropy_control: str = 'constant' # 'constant', 'schedule', or 'adaptive' (LOO-FID App. C)
-    entropy_target: float = 0. # Ĥ that the controller aims at; 0 for the start's own plus entropy_margin
+    # 'constant', 'schedule', or 'adaptive' (LOO-FID App. C)
+    entropy_control: str = 'constant'
+    # Ĥ that the controller aims at; 0 for the start's own plus entropy_margin
+    entropy_target: float = 0.
     entropy_margin: float = .08 # the paper's 0.78 against the pretrained model's 0.70
     entropy_gain: float = 3. # k
     entropy_deadband: float = .015 # δ
     entropy_min: float = 7e-5 # c_min
     entropy_max: float = 4e-3 # c_max
 
-    ste_mode: str = 'argmax' # forward token of the straight-through baseline: 'argmax' (App. C.1) or 'gumbel' (released code)
+    # forward token of the straight-through baseline: 'argmax' (App. C.1) or 'gumbel'
+    # (released code)
+    ste_mode: str = 'argmax'
     ste_temperature: float = 1. # of its softmax
 
     learning_rate: float = 1e-6
@@ -213,8 +254,11 @@ def override(cfg:Config, # to start from
     for part in filter(None, (p.strip() for p in text.split(','))):
         name, sep, value = (s.strip() for s in part.partition('='))
         if not sep: raise ValueError(f"override {part!r}: expected name=value")
-        if name not in kinds: raise ValueError(f"override {name!r}: no such field; choose from {', '.join(kinds)}")
-        changes[name] = value.lower() in ('1', 'true', 'yes') if kinds[name] is bool else kinds[name](value)
+        if name not in kinds:
+            raise ValueError(f"override {name!r}: no such field; choose "
+                             f"from {', '.join(kinds)}")
+        changes[name] = (value.lower() in ('1', 'true', 'yes') if kinds[name] is bool
+                         else kinds[name](value))
     return replace(cfg, **changes)
 
 def to_json(cfg:Config) -> str:
@@ -225,7 +269,9 @@ def from_json(text:str) -> Config:
     "The configuration a JSON text describes"
     values = json.loads(text)
     unknown = set(values) - {f.name for f in fields(Config)}
-    if unknown: raise ValueError(f"unknown fields {sorted(unknown)}: written by another version?")
+    if unknown:
+        raise ValueError(f"unknown fields {sorted(unknown)}: written "
+                         "by another version?")
     return Config(**values)
 
 # %% ../nbs/02_config.ipynb #30b64b44
@@ -240,27 +286,37 @@ def vapi_llamagen(text:bool=False, # t2i instead of c2i
         batch_size=128, # Table 7: 128 images × 8 samples = 1,024 sequences a step
         steps=200 if text else 100, noise_rate=.5 if text else 0., # Table 7: t2i, c2i
         epsilon=.2, mse_coef=1., perceptual_coef=1., # released script
-        temperature=1., micro_batch_size=8, decode_batch_size=32, gradient_checkpointing=True), **kwargs}) # 8 contexts a pass: memory, not maths
+        # 8 contexts a pass: memory, not maths
+        temperature=1., micro_batch_size=8, decode_batch_size=32, gradient_checkpointing=True), **kwargs})
 
 def vapi_janus(**kwargs):
     "VA-π for Janus-Pro 1B (Table 7, column 3)"
-    return vapi_llamagen(**{**dict(learning_rate=1e-7, noise_rate=.95, steps=100), **kwargs}) # Table 7
+    # Table 7
+    return vapi_llamagen(**{**dict(learning_rate=1e-7, noise_rate=.95, steps=100),
+                            **kwargs})
 
 # %% ../nbs/02_config.ipynb #208a57f9
 def vapi_toy(**kwargs):
     "VA-π on the toy system (our choice)"
-    return Config(**{**dict(learning_rate=5e-4, lr_scheduler_type='cosine', weight_decay=0., prior_coef=.3, steps=60,
-                            batch_size=128, num_generations=8, save_steps=20), **kwargs}) # 128 images × 8 = 1,024 samples a step
+    # 128 images × 8 = 1,024 samples a step
+    return Config(**{**dict(learning_rate=5e-4, lr_scheduler_type='cosine',
+                            weight_decay=0., prior_coef=.3, steps=60, batch_size=128,
+                            num_generations=8, save_steps=20), **kwargs})
 
 # %% ../nbs/02_config.ipynb #46ca9333
 def loofid(**kwargs):
     "LOO-FID policy tuning for LlamaGen and VQGAN (Alg. 1, App. C, D)"
     return Config(**{**dict(
-        rewards='clip+hps+loo_fid', ema_weight=.5, covariance='diag', # Tables 1, 2, 6: weights 1; §3.2, App. D
-        batch_size=12, num_generations=12, steps=600, learning_rate=1e-5, rollout_cfg_scale=1.5, # App. D, §4
-        scale_rewards='group', unbiased_std=False, advantage_eps=1e-4, advantage_clip=0., # Alg. 1, line 11
-        importance_sampling_level='sequence', kl_level='sequence', epsilon=.2, beta=3., max_grad_norm=1., # Alg. 1; Table 10
-        entropy_coef=2.2e-3, entropy_control='adaptive', entropy_target=.78, entropy_min=7e-5, entropy_max=4e-3, # App. C
+        # Tables 1, 2, 6: weights 1; §3.2, App. D
+        rewards='clip+hps+loo_fid', ema_weight=.5, covariance='diag',
+        # App. D, §4
+        batch_size=12, num_generations=12, steps=600, learning_rate=1e-5, rollout_cfg_scale=1.5,
+        # Alg. 1, line 11
+        scale_rewards='group', unbiased_std=False, advantage_eps=1e-4, advantage_clip=0.,
+        # Alg. 1; Table 10
+        importance_sampling_level='sequence', kl_level='sequence', epsilon=.2, beta=3., max_grad_norm=1.,
+        # App. C
+        entropy_coef=2.2e-3, entropy_control='adaptive', entropy_target=.78, entropy_min=7e-5, entropy_max=4e-3,
         prior_coef=0., weight_decay=0., mixed_precision='bf16', micro_batch_size=36, gradient_checkpointing=True, decode_batch_size=36), **kwargs})
 
 def ar_grpo(text:bool=False, variant:str='paper', **kwargs):
@@ -269,29 +325,36 @@ def ar_grpo(text:bool=False, variant:str='paper', **kwargs):
     return Config(**{**dict(
         rewards=f"5*{'clip_b32' if code else 'clip'}+5*hps_v2.1+2*maniqa", batch_size=32 if text else 16, num_generations=8, steps=600 if text else 400,
         learning_rate=1e-5, beta=1. if text else .1, rollout_cfg_scale=4. if text and code else 2., loss_type='bnpo', epsilon=.2,
-        advantage_clip=0., advantage_eps=1e-4, prior_coef=0., weight_decay=0., mixed_precision='bf16', # TRL's
+        # TRL's
+        advantage_clip=0., advantage_eps=1e-4, prior_coef=0., weight_decay=0., mixed_precision='bf16',
         micro_batch_size=32, gradient_checkpointing=True, decode_batch_size=32), **kwargs})
 
 def var_grpo(**kwargs):
     "GRPO for next-scale VAR (VAR-GRPO §5)"
     return Config(**{**dict(
-        rewards='aesthetic', batch_size=32, num_generations=16, mini_batch_size=32, learning_rate=1e-4, beta=.2, temperature=.7, epsilon=.2, # §5
+        # §5
+        rewards='aesthetic', batch_size=32, num_generations=16, mini_batch_size=32, learning_rate=1e-4, beta=.2, temperature=.7, epsilon=.2,
         steps=2500, # 40,000 updates of 32 samples (§5.2), 16 to a rollout
         advantage_clip=0., advantage_eps=1e-4, prior_coef=0., weight_decay=0., mixed_precision='bf16', decode_batch_size=64), **kwargs})
 
 # %% ../nbs/02_config.ipynb #6465a4d8
 def loofid_toy(**kwargs):
     "LOO-FID policy tuning on the toy system (our choice)"
-    return loofid(**{**dict(
-        rewards='class_score+loo_fid', normalize_rewards=True, steps=60, learning_rate=1e-4, lr_scheduler_type='cosine', rollout_cfg_scale=1.,
-        batch_size=12, num_generations=12, beta=0., entropy_coef=0., entropy_target=0., mixed_precision='no', micro_batch_size=0,
-        gradient_checkpointing=False, decode_batch_size=256, save_steps=20), **kwargs})
+    return loofid(**{**dict(rewards='class_score+loo_fid', normalize_rewards=True,
+                            steps=60, learning_rate=1e-4, lr_scheduler_type='cosine',
+                            rollout_cfg_scale=1., batch_size=12, num_generations=12,
+                            beta=0., entropy_coef=0., entropy_target=0.,
+                            mixed_precision='no', micro_batch_size=0,
+                            gradient_checkpointing=False, decode_batch_size=256,
+                            save_steps=20), **kwargs})
 
 # %% ../nbs/02_config.ipynb #234b44c3
 def var_toy(**kwargs):
     "VAR-GRPO on the toy system (our choice)"
-    return var_grpo(**{**dict(rewards='brightness', batch_size=10, mini_batch_size=80, steps=30, learning_rate=1e-3, beta=.05, mixed_precision='no',
-                              decode_batch_size=256, save_steps=20), **kwargs})
+    return var_grpo(**{**dict(rewards='brightness', batch_size=10, mini_batch_size=80,
+                              steps=30, learning_rate=1e-3, beta=.05,
+                              mixed_precision='no', decode_batch_size=256,
+                              save_steps=20), **kwargs})
 
 # %% ../nbs/02_config.ipynb #5f27d5ab
 RECIPES = (*METHODS, 'loofid', 'ar_grpo', 'var_grpo', 'vapi_loofid')

@@ -20,15 +20,23 @@ def check_images(images:Tensor, # [..., 3, H, W]
                  tol:float=1e-3, # slack at both ends
                 ) -> Tensor: # the same
     "Raise unless these are float RGB images in [0, 1]"
-    if images.ndim < 4 or images.shape[-3] != 3: raise ValueError(f"{name}: expected [..., 3, H, W], got {list(images.shape)}; convert grey or RGBA images to RGB first")
-    if not images.is_floating_point(): raise ValueError(f"{name}: expected floats in [0, 1], got {images.dtype}; divide by 255")
+    if images.ndim < 4 or images.shape[-3] != 3:
+        raise ValueError(f"{name}: expected [..., 3, H, W], got {list(images.shape)}; "
+                         "convert grey or RGBA images to RGB first")
+    if not images.is_floating_point():
+        raise ValueError(f"{name}: expected floats in [0, 1], got "
+                         f"{images.dtype}; divide by 255")
     if images.numel() == 0: raise ValueError(f"{name}: empty, {list(images.shape)}")
     low, high = (v.item() for v in images.aminmax())
     if not math.isfinite(low + high):
         bad = (~images.isfinite()).flatten(-3).any(-1).nonzero()[0].tolist()
-        raise ValueError(f"{name}: pixels of image {bad} are not finite; look at the decoder's output")
-    cure = 'they look like 0 to 255: divide by 255' if high > 2 else 'they look like [-1, 1]: use (x + 1)/2' if low < -.5 else 'clamp them'
-    if low < -tol or high > 1 + tol: raise ValueError(f"{name}: expected pixels in [0, 1], got [{low:.3g}, {high:.3g}]; {cure}")
+        raise ValueError(f"{name}: pixels of image {bad} are not finite; "
+                         "look at the decoder's output")
+    cure = ('they look like 0 to 255: divide by 255' if high > 2
+            else 'they look like [-1, 1]: use (x + 1)/2' if low < -.5 else 'clamp them')
+    if low < -tol or high > 1 + tol:
+        raise ValueError(f"{name}: expected pixels in [0, 1], got [{low:.3g}, "
+                         f"{high:.3g}]; {cure}")
     return images
 
 # %% ../nbs/20_rewards.ipynb #1604b280
@@ -44,36 +52,53 @@ def error_maps(images:Tensor, # [B, G, 3, H, W] in [0, 1]
     if perceptual_coef and perceptual is not None:
         with torch.no_grad(): real = perceptual.features(targets)
         for fake, t in zip(perceptual.features(images.flatten(0, 1)), real):
-            maps.append(perceptual_coef*(fake.unflatten(0, (b, g)) - t[:, None]).pow(2).sum(2))
+            maps.append(perceptual_coef*(fake.unflatten(0, (b, g))
+                                         - t[:, None]).pow(2).sum(2))
     return maps
 
-def reconstruction_loss(images, targets, perceptual=None, mse_coef:float=1., perceptual_coef:float=1.) -> Tensor: # [B, G]
+# [B, G]
+def reconstruction_loss(images, targets, perceptual=None, mse_coef:float=1.,
+                        perceptual_coef:float=1.) -> Tensor:
     "L_MSE + λ_p L_p of every sample, differentiable"
-    return sum(m.mean((-2, -1)) for m in error_maps(images, targets, perceptual, mse_coef, perceptual_coef))
+    return sum(m.mean((-2, -1)) for m in error_maps(images, targets, perceptual,
+                                                    mse_coef, perceptual_coef))
 
 # %% ../nbs/20_rewards.ipynb #c9819333
 def pool_to_grid(maps:list, # error maps [B, G, h, w]
-                 grid:tuple, # (rows, columns) of the token map, or a tuple of such pairs, one per scale
+                 # (rows, columns) of the token map, or a tuple of such pairs, one per
+                 # scale
+                 grid:tuple,
                 ) -> Tensor: # [B, G, T], whose mean over T is the mean of the maps when sizes divide
     "Sum of error maps, averaged over each token's patch"
     grids = grid if isinstance(grid[0], tuple) else (grid,)
-    return torch.cat([sum(F.adaptive_avg_pool2d(m, g).flatten(2) for m in maps) for g in grids], -1)
+    return torch.cat([sum(F.adaptive_avg_pool2d(m, g).flatten(2) for m in maps)
+                      for g in grids], -1)
 
 class ReconstructionReward:
     "−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or per token"
     def __init__(self,
                  perceptual=None, # `Perceptual` network, None for pixels only
                  mse_coef:float=1., perceptual_coef:float=1.,
-                 grid:tuple|None=None, # token grid for credit per token; None for one reward per image
+                 # token grid for credit per token; None for one reward per image
+                 grid:tuple|None=None,
                 ):
         self.perceptual, self.mse_coef, self.perceptual_coef, self.grid = perceptual, mse_coef, perceptual_coef, grid
 
     def __call__(self, images:Tensor, batch:Batch, state=None):
-        if batch.images is None: raise ValueError("the reconstruction reward needs batch.images; free-running rollouts have none, use another reward")
+        if batch.images is None:
+            raise ValueError("the reconstruction reward needs batch.images; "
+                             "free-running " "rollouts have none, use another reward")
         check_images(images), check_images(batch.images, 'batch.images')
-        if images.shape[:1] + images.shape[2:] != batch.images.shape: raise ValueError(f"images: {list(images.shape)} do not belong to batch.images {list(batch.images.shape)}; expected [B, G, 3, H, W] and [B, 3, H, W] with the same B, H, W; resize one of them")
-        maps = error_maps(images, batch.images, self.perceptual, self.mse_coef, self.perceptual_coef)
-        return -(pool_to_grid(maps, self.grid) if self.grid else sum(m.mean((-2, -1)) for m in maps)), state
+        if images.shape[:1] + images.shape[2:] != batch.images.shape:
+            raise ValueError(f"images: {list(images.shape)} do not belong "
+                             "to batch.images "
+                             f"{list(batch.images.shape)}; expected [B, G, "
+                             "3, H, W] and [B, 3, "
+                             "H, W] with the same B, H, W; resize one of them")
+        maps = error_maps(images, batch.images, self.perceptual, self.mse_coef,
+                          self.perceptual_coef)
+        return -(pool_to_grid(maps, self.grid) if self.grid
+                 else sum(m.mean((-2, -1)) for m in maps)), state
 
 # %% ../nbs/20_rewards.ipynb #554af562
 def luminance(images:Tensor, # [..., 3, H, W] in [0, 1]
@@ -91,20 +116,26 @@ def brightness_reward(images:Tensor, # [..., 3, H, W] in [0, 1]
 
 class BrightnessReward:
     "`brightness_reward` of every image, as a `Reward`"
-    def __init__(self, threshold:float=.8, bright:bool=True): self.threshold, self.bright = threshold, bright
+    def __init__(self, threshold:float=.8, bright:bool=True):
+        self.threshold, self.bright = threshold, bright
 
-    def __call__(self, images:Tensor, batch=None, state=None) -> tuple: # rewards [B, G], state untouched
-        return brightness_reward(check_images(images), self.threshold, self.bright), state
+    # rewards [B, G], state untouched
+    def __call__(self, images:Tensor, batch=None, state=None) -> tuple:
+        return brightness_reward(check_images(images), self.threshold,
+                                 self.bright), state
 
 # %% ../nbs/20_rewards.ipynb #26154683
 def check_chunk_size(chunk_size:int) -> int: # the same
     "Raise unless it is a number of images at a time, or 0 for all"
-    if not isinstance(chunk_size, int) or chunk_size < 0: raise ValueError(f"chunk_size={chunk_size!r}: expected a number of images, or 0 for all together")
+    if not isinstance(chunk_size, int) or chunk_size < 0:
+        raise ValueError(f"chunk_size={chunk_size!r}: expected a number of "
+                         "images, or 0 for all together")
     return chunk_size
 
 def _rows(reward, images, batch, state, chunk_size):
     "Scores of a step, in chunks unless the reward needs all images together"
-    if getattr(reward, 'together', False) or not chunk_size: return reward(images, batch, state)
+    if getattr(reward, 'together', False) or not chunk_size:
+        return reward(images, batch, state)
     n, out = max(1, chunk_size//images.shape[1]), []
     for s in (slice(i, i + n) for i in range(0, len(images), n)):
         r, state = reward(images[s], batch.take(s), state)
@@ -116,11 +147,18 @@ def _check_scores(name, scores, allow_constant):
     finite = scores.isfinite()
     if not finite.all():
         i = (~finite).nonzero()[0].item()
-        raise ValueError(f"reward {name!r}: the score of image {i} of {len(scores)} is {scores[i].item()}; look at that image, or at the reward's weights and precision")
+        raise ValueError(f"reward {name!r}: the score of image {i} of {len(scores)} is "
+                         f"{scores[i].item()}; look at that image, or at the "
+                         "reward's weights and precision")
     spread = (scores.max() - scores.min()).item()
-    if len(scores) > 1 and not allow_constant and spread <= 1e-6*scores.abs().max().item():
-        raise ValueError(f"reward {name!r}: all {len(scores)} images of this step score {scores[0].item():.6g}, so it teaches nothing. Check its weights and prompts; "
-                         f"if that can honestly happen (a 0/1 reward), pass allow_constant=({name!r},)")
+    if len(
+        scores) > 1 and not allow_constant and spread <= 1e-6*scores.abs().max().item():
+        raise ValueError(f"reward {name!r}: all {len(scores)} images "
+                         "of this step score "
+                         f"{scores[0].item():.6g}, so it teaches nothing. "
+                         "Check its weights and prompts; "
+                         "if that can honestly happen (a 0/1 reward), pass "
+                         f"allow_constant=({name!r},)")
 
 class WeightedSum:
     "Weighted sum of rewards, keeping the state of each (LOO-FID Eq. 4)"
@@ -129,18 +167,33 @@ class WeightedSum:
                  rewards:dict, # name: (reward, weight)
                  normalise:bool=False, # divide each by its std over the step
                  gather=None, # callable, [n] of this process to [N] of all
-                 allow_constant=(), # names of rewards that may be the same for a whole step; True for all
-                 chunk_size:int=0, # images at a time, for rewards that do not need all together; 0 for all
+                 # names of rewards that may be the same for a whole step; True for all
+                 allow_constant=(),
+                 # images at a time, for rewards that do not need all together; 0 for
+                 # all
+                 chunk_size:int=0,
                 ):
-        if not rewards: raise ValueError("rewards: expected at least one entry name: (reward, weight), got none")
-        if bad := {k: w for k, (_, w) in rewards.items() if not 0 <= w < math.inf}: raise ValueError(f"weights {bad}: expected finite non-negative numbers; to punish, negate the reward")
-        if not any(w for _, w in rewards.values()): raise ValueError(f"weights of {', '.join(rewards)}: all are 0, so nothing can be learned")
+        if not rewards:
+            raise ValueError("rewards: expected at least one entry name: "
+                             "(reward, weight), got none")
+        if bad := {k: w for k, (_, w) in rewards.items() if not 0 <= w < math.inf}:
+            raise ValueError(f"weights {bad}: expected finite non-negative numbers; "
+                             "to punish, negate the reward")
+        if not any(w for _, w in rewards.values()):
+            raise ValueError(f"weights of {', '.join(rewards)}: all are 0, "
+                             "so nothing can be learned")
         check_chunk_size(chunk_size)
-        self.rewards, self.normalise, self.chunk_size, self.stats = rewards, normalise, chunk_size, {}
+        self.rewards, self.normalise, self.chunk_size, self.stats = (rewards,
+                                                                     normalise,
+                                                                     chunk_size, {})
         self._gather = lambda x: x
         if gather: self.gather = gather
-        self.allow_constant = set(rewards) if allow_constant is True else set(allow_constant)
-        if unknown := self.allow_constant - set(rewards): raise ValueError(f"allow_constant: no reward named {', '.join(sorted(unknown))}; there is {', '.join(rewards)}")
+        self.allow_constant = (set(rewards) if allow_constant is True
+                               else set(allow_constant))
+        if unknown := self.allow_constant - set(rewards):
+            raise ValueError("allow_constant: no reward named "
+                             f"{', '.join(sorted(unknown))}; "
+                             f"there is {', '.join(rewards)}")
 
     @property
     def gather(self): return self._gather
@@ -153,13 +206,17 @@ class WeightedSum:
     def __call__(self, images:Tensor, batch:Batch, state:dict|None=None):
         terms, new = [], {}
         for name, (reward, weight) in self.rewards.items():
-            r, new[name] = _rows(reward, images, batch, (state or {}).get(name), self.chunk_size)
+            r, new[name] = _rows(reward, images, batch, (state or {}).get(name),
+                                 self.chunk_size)
             scores = self.gather(r.detach().flatten())
             _check_scores(name, scores, name in self.allow_constant)
             std = scores.std().item() if len(scores) > 1 else 0.
-            self.stats |= {f'reward/{name}': scores.mean().item(), f'reward/{name}_std': std} # of the last step, for the log
+            # of the last step, for the log
+            self.stats |= {f'reward/{name}': scores.mean().item(),
+                           f'reward/{name}_std': std}
             terms.append(weight*r/(std or 1.) if self.normalise else weight*r)
-        local = any(t.ndim == 3 for t in terms) # credit per token: rewards of whole images go to every token
+        # credit per token: rewards of whole images go to every token
+        local = any(t.ndim == 3 for t in terms)
         return sum(t[..., None] if local and t.ndim == 2 else t for t in terms), new
 
 # %% ../nbs/21_loo_fid.ipynb #1cb7a850
@@ -172,16 +229,23 @@ from .maths.moments import Reference, as_reference, loo_rewards, state_fid
 
 # %% ../nbs/21_loo_fid.ipynb #d203895f
 def loo_fid_reward(features:Tensor, # [N, D] features of this process's images, any device, any float dtype
-                   reference, # `Reference`, or a pair (mean, std) or (mean, covariance) of real features
-                   state=None, # what the previous call returned, or a pair (mean, raw second moment); None at the first step
+                   # `Reference`, or a pair (mean, std) or (mean, covariance) of real
+                   # features
+                   reference,
+                   # what the previous call returned, or a pair (mean, raw second
+                   # moment); None at the first step
+                   state=None,
                    *, ema_weight:float=.5, # α, weight of the new batch, in (0, 1]
                    eps:float=1e-6, # added to generated variances
                    covariance:str='diag', # diag (the paper's) or full
-                   first_step:str='adopt', # what the average starts from: adopt, blend, zero or reference
+                   # what the average starts from: adopt, blend, zero or reference
+                   first_step:str='adopt',
                    gather=None, # callable, [n, D] of this process to [N, D] of all
                   ) -> tuple: # rewards [N] in the dtype of `features`, and the new state
     "What each image does for the Fréchet distance: positive if leaving it out makes the distance worse (LOO-FID Eq. 5-10)"
-    rewards, state = loo_rewards(features, reference, state, ema_weight=ema_weight, eps=eps, covariance=covariance, first_step=first_step, gather=gather)
+    rewards, state = loo_rewards(features, reference, state, ema_weight=ema_weight,
+                                 eps=eps, covariance=covariance, first_step=first_step,
+                                 gather=gather)
     return rewards.to(features.device, features.dtype), state
 
 # %% ../nbs/21_loo_fid.ipynb #06397de2
@@ -193,17 +257,31 @@ class LOOFIDReward:
                  chunk_size:int=64, # images per call of the extractor, 0 for all
                  gather=None, # callable, [n, D] of this process to [N, D] of all
                  **options): # of `loo_fid_reward`
-        self.extractor, self.reference, self.chunk_size, self.gather, self.options = extractor, as_reference(reference), chunk_size, gather, options
+        self.extractor, self.reference, self.chunk_size, self.gather, self.options = (
+            extractor, as_reference(reference), chunk_size, gather, options)
         self.stats = {} # the distance after the last step
-        if bad := options.keys() - (known := list(signature(loo_fid_reward).parameters)[3:-1]): raise ValueError(f"loo_fid: no option named {', '.join(sorted(bad))}; there is {', '.join(known)}")
-        if options.get('eps', 0) < 0: raise ValueError(f"loo_fid: eps={options['eps']}: expected a number not below 0, it is added to variances")
-        rehearsal = Reference(torch.zeros(2), torch.ones(2), None if self.reference.cov is None else torch.eye(2))
-        loo_fid_reward(torch.eye(2), rehearsal, **options) # raises for values it does not know
+        if bad := options.keys() - (
+            known := list(signature(loo_fid_reward).parameters)[3:-1]):
+            raise ValueError(f"loo_fid: no option named {', '.join(sorted(bad))}; "
+                             f"there is {', '.join(known)}")
+        if options.get('eps', 0) < 0:
+            raise ValueError(f"loo_fid: eps={options['eps']}: expected a number not "
+                             "below 0, it is added to variances")
+        rehearsal = Reference(torch.zeros(2), torch.ones(2),
+                              None if self.reference.cov is None else torch.eye(2))
+        # raises for values it does not know
+        loo_fid_reward(torch.eye(2), rehearsal, **options)
 
     @torch.no_grad()
-    def __call__(self, images:Tensor, batch=None, state=None) -> tuple: # rewards [B, G] and the new state
+    # rewards [B, G] and the new state
+    def __call__(self, images:Tensor, batch=None, state=None) -> tuple:
         "[B, G, 3, H, W] images: one distribution for all of them, one reward for each"
-        features = torch.cat([self.extractor(c) for c in images.flatten(0, 1).split(self.chunk_size or images.shape[:2].numel())])
-        rewards, state = loo_fid_reward(features, self.reference, state, gather=self.gather, **self.options)
-        self.stats = {'ema_fid': state_fid(state, self.reference, self.options.get('eps', 1e-6)).item()}
+        features = torch.cat([self.extractor(c)
+                              for c in images.flatten(0, 1).split(self.chunk_size
+                                                                  or images.shape[
+                                                                      :2].numel())])
+        rewards, state = loo_fid_reward(features, self.reference, state,
+                                        gather=self.gather, **self.options)
+        self.stats = {'ema_fid': state_fid(state, self.reference,
+                                           self.options.get('eps', 1e-6)).item()}
         return rewards.unflatten(0, images.shape[:2]), state

@@ -42,49 +42,74 @@ def check_model(name:str):
     "Raise for an unknown model, listing the known ones"
     if name in MODELS: return
     near = difflib.get_close_matches(name, MODELS, 1)
-    raise ValueError(f"model={name!r}: no such model{f', did you mean {near[0]!r}?' if near else '.'} Known: {', '.join(MODELS)}")
+    raise ValueError(f"model={name!r}: no such "
+                     f"model{f', did you mean {near[0]!r}?' if near else '.'} "
+                     f"Known: {', '.join(MODELS)}")
 
 # %% ../nbs/37_models.ipynb #dee4be7b
 def load_system(model:str, # name in MODELS
                 weights:str='default', # 'default', 'random', or a file or folder
                 seed:int=0, # of random weights
-                perceptual:bool=True, # with the network that compares pictures, which only some methods need; the toy always has it
-                tokenizer_weights:str='default', # the tokenizer's, where it is not to be the one that belongs to `weights`
+                # with the network that compares pictures, which only some methods need;
+                # the toy always has it
+                perceptual:bool=True,
+                # the tokenizer's, where it is not to be the one that belongs to
+                # `weights`
+                tokenizer_weights:str='default',
                ) -> System: # in eval mode
     "Build a system and load its weights"
     check_model(model)
     torch.manual_seed(seed)
     toy, given = model in ('toy', 'toy_var'), None if weights == 'default' else weights
-    encode = load_prompt_encoder(model, given) if model in JANUS else None # before gigabytes are read
-    build = _toy_parts if model == 'toy' else (lambda _, w: build_toy_var(w)) if toy else next(f for names, f in BUILDERS if model in names)
-    own = {} if tokenizer_weights == 'default' else dict(tokenizer_weights=tokenizer_weights)
-    if own and toy: raise ValueError(f"tokenizer_weights={tokenizer_weights!r}: the toy has one tokenizer; use 'default'")
+    # before gigabytes are read
+    encode = load_prompt_encoder(model, given) if model in JANUS else None
+    build = (_toy_parts if model == 'toy' else (lambda _, w: build_toy_var(w))
+             if toy else next(f for names, f in BUILDERS if model in names))
+    own = ({} if tokenizer_weights == 'default'
+           else dict(tokenizer_weights=tokenizer_weights))
+    if own and toy:
+        raise ValueError(f"tokenizer_weights={tokenizer_weights!r}: the toy "
+                         "has one tokenizer; use 'default'")
     policy, tokenizer = build(model, given, **own)
-    look = load_weights(ToyNet(NET_A), ASSETS/'net_a.safetensors') if toy else LPIPSFeatures(random=weights == 'random') if perceptual else None
+    look = (load_weights(ToyNet(NET_A), ASSETS/'net_a.safetensors') if toy
+            else LPIPSFeatures(random=weights == 'random') if perceptual else None)
     system = System(model, policy, tokenizer, look,
-                    num_classes=getattr(policy.cfg, 'num_classes', 0) if getattr(policy.cfg, 'cond', 'class') == 'class' else 0, class_names=CLASSES if toy else None)
-    if encode: system.encode_prompts, system.answers = encode, Answers(model, given, encode.tokenizer)
+                    num_classes=getattr(policy.cfg, 'num_classes', 0)
+                    if getattr(policy.cfg, 'cond', 'class') == 'class' else 0,
+                    class_names=CLASSES if toy else None)
+    if encode:
+        system.encode_prompts, system.answers = (encode,
+                                                 Answers(model, given,
+                                                         encode.tokenizer))
     for m in system.modules(): m.eval()
     return system
 
-TOKENIZER_FILES = {m: 'var_vae' for m in VARS} # where it has a file of its own, and LlamaGen
-BUILDERS = (LLAMAGEN, build_llamagen), (VARS, build_var), (VQGANS, build_vqgan), (JANUS, build_janus)
+# where it has a file of its own, and LlamaGen
+TOKENIZER_FILES = {m: 'var_vae' for m in VARS}
+BUILDERS = ((LLAMAGEN, build_llamagen), (VARS, build_var), (VQGANS, build_vqgan),
+            (JANUS, build_janus))
 
-def model_files(model:str, weights:str='default', perceptual:bool=True, tokenizer_weights:str='default') -> list: # pairs of a name in `weights.FILES` and a local path or None
+# pairs of a name in `weights.FILES` and a local path or None
+def model_files(model:str, weights:str='default', perceptual:bool=True,
+                tokenizer_weights:str='default') -> list:
     "The files that a system is made of"
     if model.startswith('toy') or weights == 'random': return []
     given, own = (None if w == 'default' else w for w in (weights, tokenizer_weights))
-    policy, vq = llamagen_files(model) if model in LLAMAGEN else (model, TOKENIZER_FILES.get(model) if own is None else model)
+    policy, vq = (llamagen_files(model) if model in LLAMAGEN
+                  else (model, TOKENIZER_FILES.get(model) if own is None else model))
     rest = [(vq, own)] if vq and own != 'random' else []
-    text = [(f'{model}_text', given and text_tokenizer_file(given))] if model in JANUS else []
-    return [(policy, given), *text, *rest, *((name, None) for name in (('vgg16', 'lpips_vgg') if perceptual else ()))]
+    text = ([(f'{model}_text', given and text_tokenizer_file(given))] if model in JANUS
+            else [])
+    return [(policy, given), *text, *rest,
+            *((name, None) for name in (('vgg16', 'lpips_vgg') if perceptual else ()))]
 
 def usual_guidance(model:str) -> float:
     "The guidance weight that a model's own sampler has: 5 for Janus-Pro, 1 (none) for all others, which are compared without"
     return CFG_SCALE if model in JANUS else 1.
 
 def _toy_parts(model, weights):
-    policy, vq = GPT(toy_gpt_config()), load_weights(VQModel(toy_vq_config()), ASSETS/'vq.safetensors')
+    policy, vq = (GPT(toy_gpt_config()),
+                  load_weights(VQModel(toy_vq_config()), ASSETS/'vq.safetensors'))
     if weights == 'random': nn.init.normal_(policy.output.weight, std=.02)
     else: load_weights(policy, weights or ASSETS/'policy.safetensors')
     return policy, vq
@@ -98,7 +123,12 @@ class ClassScore:
     @torch.no_grad()
     def __call__(self, images, batch, state=None) -> tuple: # [B, G] in [0, 1]
         logits = self.net(images.flatten(0, 1))[1].unflatten(0, images.shape[:2])
-        return logits.softmax(-1).gather(-1, batch.cond[:, None, None].expand(-1, images.shape[1], 1))[..., 0], state
+        return logits.softmax(-1).gather(-1,
+                                         batch.cond[:, None, None].expand(-1,
+                                                                          images.shape[
+                                                                              1],
+                                                                          1))[...,
+                                                                              0], state
 
 TOY_BRIGHTNESS = dict(brightness=TOY_BRIGHT, darkness=TOY_DARK)
 
@@ -106,29 +136,49 @@ def load_reward(cfg:Config, # its rewards and how they are combined
                 system:System):
     "The reward of free-running samples; None for methods without"
     if cfg.method not in FREE: return None
-    names, toy, random = parse_rewards(cfg.rewards), system.name.startswith('toy'), cfg.weights == 'random'
-    own = {'class_score': names.pop('class_score')} if toy and 'class_score' in names else {}
-    options = dict(normalise=cfg.normalize_rewards, pca=cfg.pca_dim, loo_fid=dict(ema_weight=cfg.ema_weight, covariance=cfg.covariance), weights='random' if random else None,
-                   reference=None if cfg.reference == 'default' else cfg.reference)
+    names, toy, random = (parse_rewards(cfg.rewards), system.name.startswith('toy'),
+                          cfg.weights == 'random')
+    own = ({'class_score': names.pop('class_score')} if toy and 'class_score' in names
+           else {})
+    options = dict(normalise=cfg.normalize_rewards, pca=cfg.pca_dim,
+                   loo_fid=dict(ema_weight=cfg.ema_weight, covariance=cfg.covariance),
+                   weights='random' if random else None, reference=None
+                   if cfg.reference == 'default' else cfg.reference)
     if 'loo_fid' in names and toy:
         options |= dict(extractor=lambda x: system.perceptual(x)[0], chunk_size=256)
-        if cfg.reference == 'default': options['reference'] = toy_reference(system.perceptual)
-    elif 'loo_fid' in names and random and cfg.reference == 'default': options['reference'] = torch.zeros(2048), torch.ones(2048) # a rehearsal has nothing to be compared with
-    if system.num_classes == 1000 and system.class_names is None and names.keys() & CLIP_OF.keys(): system.class_names = imagenet_classes()
+        if cfg.reference == 'default':
+            options['reference'] = toy_reference(system.perceptual)
+    # a rehearsal has nothing to be compared with
+    elif 'loo_fid' in names and random and cfg.reference == 'default':
+        options['reference'] = torch.zeros(2048), torch.ones(2048)
+    if system.num_classes == 1000 and system.class_names is None and names.keys() & CLIP_OF.keys():
+        system.class_names = imagenet_classes()
     terms = make_rewards(names, **options).rewards if names else {}
-    for n in terms.keys() & TOY_BRIGHTNESS.keys(): terms[n][0].threshold = cfg.brightness_threshold or (TOY_BRIGHTNESS[n] if toy else terms[n][0].threshold)
-    if own: terms = {'class_score': (ClassScore(system.perceptual), own['class_score'])} | terms
-    return WeightedSum(terms, normalise=cfg.normalize_rewards, allow_constant=terms.keys() & {'brightness', 'darkness', 'class_score'}, chunk_size=cfg.decode_batch_size)
+    for n in terms.keys() & TOY_BRIGHTNESS.keys():
+        terms[n][0].threshold = (cfg.brightness_threshold
+                                 or (TOY_BRIGHTNESS[n] if toy
+                                     else terms[n][0].threshold))
+    if own:
+        terms = {'class_score': (ClassScore(system.perceptual),
+                                 own['class_score'])} | terms
+    return WeightedSum(terms, normalise=cfg.normalize_rewards,
+                       allow_constant=terms.keys() & {'brightness', 'darkness',
+                                                      'class_score'},
+                       chunk_size=cfg.decode_batch_size)
 
 def toy_images() -> ArrayData:
     "The 5,000 images that come with the toy"
     z = np.load(ASSETS/'fashion_mnist_5000.npz')
-    return ArrayData(torch.from_numpy(z['images']), torch.from_numpy(z['labels']).long(), to_pixels)
+    return ArrayData(torch.from_numpy(z['images']),
+                     torch.from_numpy(z['labels']).long(), to_pixels)
 
 def toy_reference(net) -> Reference:
     "Moments of a network's features of the toy's images"
     images = toy_images()
-    with torch.no_grad(): return Reference.from_features(torch.cat([net(images.load(range(i, i+500))[0])[0] for i in range(0, len(images), 500)]))
+    with torch.no_grad():
+        return Reference.from_features(
+            torch.cat([net(images.load(range(i, i+500))[0])[0]
+                       for i in range(0, len(images), 500)]))
 
 def imagenet_classes() -> list:
     "The names of ImageNet's 1,000 classes, as torchvision has them"
@@ -139,7 +189,8 @@ def load_data(cfg:Config, # its model, method, data, seed and class_split
               system:System):
     "What a run trains on: pictures with their classes or captions, or, free-running, classes or prompts alone"
     check_data(cfg, system)
-    if cfg.method == 'grpo' and system.num_classes: return LabelData(system.num_classes, cfg.class_split, cfg.seed)
+    if cfg.method == 'grpo' and system.num_classes:
+        return LabelData(system.num_classes, cfg.class_split, cfg.seed)
     if not system.num_classes: return _text_data(cfg, system)
     if cfg.data == 'default': return toy_images()
     return (hub_data if is_hub_folder(cfg.data) else folder_data)(cfg.data, system.tokenizer.image_size, system.num_classes)
@@ -149,38 +200,69 @@ def check_data(cfg:Config, system:System):
     if cfg.method == 'grpo' and system.num_classes: return
     if cfg.data == 'default':
         if cfg.model.startswith('toy'): return
-        raise ValueError(f"data='default': {cfg.model} comes without " + ("images; pass the folder of your training set, for example ImageNet's train folder" if system.num_classes else
-                         "prompts; pass a text file with one prompt on each line" if cfg.method == 'grpo' else "prompts; pass captioned pictures: a folder, a .tar, a .parquet, or a pattern like 'shards/*.tar'"))
-    if not Path(cfg.data).expanduser().exists() and not any(c in cfg.data for c in '*?['): raise FileNotFoundError(f"data={cfg.data!r}: no such file or folder")
-    if not system.num_classes and system.encode_prompts is None and not Path(cfg.text_features).expanduser().exists() and cfg.text_features != 'stored': check_hub_model('text_features', cfg.text_features)
+        raise ValueError(f"data='default': {cfg.model} comes without "
+                         + ("images; pass the folder of your training set, for "
+                            "example ImageNet's train folder" if system.num_classes
+                            else "prompts; pass a text file with one "
+                            "prompt on each line" if cfg.method == 'grpo'
+                            else "prompts; pass captioned pictures: a "
+                            "folder, a .tar, a "
+                            ".parquet, or a pattern like 'shards/*.tar'"))
+    if not Path(cfg.data).expanduser().exists() and not any(c in cfg.data
+                                                            for c in '*?['):
+        raise FileNotFoundError(f"data={cfg.data!r}: no such file or folder")
+    if not system.num_classes and system.encode_prompts is None and not Path(
+        cfg.text_features).expanduser().exists() and cfg.text_features != 'stored':
+        check_hub_model('text_features', cfg.text_features)
 
 def check_hub_model(argument:str, repo:str):
     "Raise for a model of transformers that is neither in the cache nor can be asked for"
     hub = _hub()
-    if any(hub.try_to_load_from_cache(repo, f'{name}{index}') for name in ('model.safetensors', 'pytorch_model.bin') for index in ('', '.index.json')): return
+    if any(hub.try_to_load_from_cache(repo, f'{name}{index}')
+           for name in ('model.safetensors', 'pytorch_model.bin')
+           for index in ('', '.index.json')):
+        return
     try: files = hub.HfApi().model_info(repo, files_metadata=True, timeout=30).siblings
     except Exception as e:
-        raise FileNotFoundError(f"{argument}={repo!r}: https://huggingface.co/{repo} is not in {hub.constants.HF_HUB_CACHE} and cannot be reached [{type(e).__name__}]. "
-                                "Check the name and the network, or download it elsewhere and pass its folder") from e
+        raise FileNotFoundError(f"{argument}={repo!r}: https://huggingface.co/{repo} "
+                                "is not in "
+                                f"{hub.constants.HF_HUB_CACHE} and cannot be "
+                                f"reached [{type(e).__name__}]. "
+                                "Check the name and the network, or download it "
+                                "elsewhere and pass its folder") from e
     size, free = sum(f.size or 0 for f in files if f.rfilename.endswith('.safetensors')), shutil.disk_usage(next(p for p in (Path(hub.constants.HF_HUB_CACHE), *Path(hub.constants.HF_HUB_CACHE).parents) if p.exists())).free
-    if free < 1.02*size: raise OSError(f"{argument}={repo!r} needs {size/1e9:.2f} GB on the disk of {hub.constants.HF_HUB_CACHE}, which has {free/1e9:.2f} GB free")
+    if free < 1.02*size:
+        raise OSError(f"{argument}={repo!r} needs {size/1e9:.2f} GB on the disk of "
+                      f"{hub.constants.HF_HUB_CACHE}, which has {free/1e9:.2f} GB free")
 
 def prompt_encoder(system:System,
-                   text_features:str='google/flan-t5-xl', # T5 encoder of a text-conditional LlamaGen: hub name or folder
+                   # T5 encoder of a text-conditional LlamaGen: hub name or folder
+                   text_features:str='google/flan-t5-xl',
                   ): # list of N prompts to conditions of N images
     "What turns prompts into a system's conditions: its own encoder, the names of its classes, or T5"
     if system.encode_prompts is not None: return system.encode_prompts
-    if not system.num_classes: return T5Features(text_features, device='cuda' if torch.cuda.is_available() else 'cpu')
-    if not system.class_names: raise ValueError(f"model={system.name!r}: its {system.num_classes} classes have no names that prompts could mention; set system.class_names")
+    if not system.num_classes:
+        return T5Features(text_features, device='cuda' if torch.cuda.is_available()
+                          else 'cpu')
+    if not system.class_names:
+        raise ValueError(f"model={system.name!r}: its {system.num_classes} "
+                         "classes have no "
+                         "names that prompts could mention; set system.class_names")
     return NamedClasses(system.class_names)
 
 def _text_data(cfg, system):
     "Captioned pictures, or prompts alone"
     kind, path = cfg.text_features, Path(cfg.text_features).expanduser()
-    on_disk = system.encode_prompts is None and (path.suffix == '.npz' or any(path.glob('*.npy')))
-    encode = DiskFeatures(path) if on_disk else None if kind == 'stored' and system.encode_prompts is None else prompt_encoder(system, kind)
-    if cfg.method != 'grpo': return TextData(cfg.data, system.tokenizer.image_size, encode)
-    if encode is None or isinstance(encode, DiskFeatures): raise ValueError(f"text_features={kind!r}: prompts alone come without features; name a T5 encoder such as 'google/flan-t5-xl'")
+    on_disk = (system.encode_prompts is None
+               and (path.suffix == '.npz' or any(path.glob('*.npy'))))
+    encode = (DiskFeatures(path) if on_disk else None if kind == 'stored'
+              and system.encode_prompts is None else prompt_encoder(system, kind))
+    if cfg.method != 'grpo':
+        return TextData(cfg.data, system.tokenizer.image_size, encode)
+    if encode is None or isinstance(encode, DiskFeatures):
+        raise ValueError(f"text_features={kind!r}: prompts alone come "
+                         "without features; "
+                         "name a T5 encoder such as 'google/flan-t5-xl'")
     return PromptData(cfg.data, encode)
 
 def load_metric_net(model:str) -> MetricNet|None:
@@ -188,4 +270,5 @@ def load_metric_net(model:str) -> MetricNet|None:
     if not model.startswith('toy'): return None
     b = load_weights(ToyNet(NET_B), ASSETS/'net_b.safetensors')
     ref = load_file(ASSETS/'reference.safetensors')
-    return MetricNet('FID on toy features', b.eval(), ref['mu'], ref['sigma'], ref['features'].float())
+    return MetricNet('FID on toy features', b.eval(), ref['mu'], ref['sigma'],
+                     ref['features'].float())

@@ -11,23 +11,30 @@ from torch import Tensor
 
 # %% ../../nbs/13_grpo.ipynb #820ed51e
 def group_advantages(rewards:Tensor, # [B, G] or [B, G, T]
-                     scale_rewards:str='group', # divide by the std of the 'group', of the whole 'batch', or 'none'
-                     unbiased:bool=True, # sample std (VA-π's code) or population std (LOO-FID)
+                     # divide by the std of the 'group', of the whole 'batch', or 'none'
+                     scale_rewards:str='group',
+                     # sample std (VA-π's code) or population std (LOO-FID)
+                     unbiased:bool=True,
                      eps:float=1e-8, # added to the std (VA-π's code 1e-8, LOO-FID 1e-4)
                      clip:float=0., # largest absolute value, 0 for none
                     ) -> Tensor: # as rewards
     "Group-relative advantages (VA-π Eq. 4)"
     centred = rewards - rewards.mean(1, keepdim=True)
-    tied = centred.abs().amax(1, keepdim=True) <= 1e-6*rewards.abs().amax(1, keepdim=True)
-    if scale_rewards == 'group': centred = centred/(rewards.std(1, keepdim=True, unbiased=unbiased) + eps)
-    elif scale_rewards == 'batch': centred = centred/(rewards.std(unbiased=unbiased) + eps)
+    tied = centred.abs().amax(1, keepdim=True) <= 1e-6*rewards.abs().amax(1,
+                                                                          keepdim=True)
+    if scale_rewards == 'group':
+        centred = centred/(rewards.std(1, keepdim=True, unbiased=unbiased) + eps)
+    elif scale_rewards == 'batch':
+        centred = centred/(rewards.std(unbiased=unbiased) + eps)
     advantages = centred.masked_fill(tied, 0.)
     return advantages.clamp(-clip, clip) if clip else advantages
 
 # %% ../../nbs/13_grpo.ipynb #ae48a0e6
 def log_ratio(logps:Tensor, # [B, G, T] log π_θ
               old_logps:Tensor, # [B, G, T] log π_old
-              level:str='token', # 'token', 'sequence' (mean, LOO-FID Alg. 1) or 'product' (sum, LOO-FID Eq. 1)
+              # 'token', 'sequence' (mean, LOO-FID Alg. 1) or 'product' (sum, LOO-FID
+              # Eq. 1)
+              level:str='token',
              ) -> Tensor: # [B, G, T], or [B, G, 1] for one ratio per sequence
     "Log importance ratio"
     d = logps - old_logps
@@ -43,7 +50,8 @@ def clipped_objective(log_ratio:Tensor, # [B, G, T or 1]
     "PPO's clipped surrogate (VA-π Eq. 5 and 11)"
     if advantages.ndim == 2: advantages = advantages[..., None]
     ratio = log_ratio.clamp(-20, 20).exp()
-    return torch.minimum(ratio*advantages, ratio.clamp(1-epsilon, 1+(epsilon_high or epsilon))*advantages)
+    return torch.minimum(ratio*advantages,
+                         ratio.clamp(1-epsilon, 1+(epsilon_high or epsilon))*advantages)
 
 # %% ../../nbs/13_grpo.ipynb #beccc157
 def k3_kl(logps:Tensor, # [...] log π_θ of sampled tokens
@@ -55,13 +63,16 @@ def k3_kl(logps:Tensor, # [...] log π_θ of sampled tokens
 
 # %% ../../nbs/13_grpo.ipynb #fc1d0678
 def aggregate(x:Tensor, # [B, G, T]
-              loss_type:str='grpo', # 'grpo': mean of sequence means; 'bnpo', 'dapo': mean over tokens; 'dr_grpo': sum over B·G·T
+              # 'grpo': mean of sequence means; 'bnpo', 'dapo': mean over tokens;
+              # 'dr_grpo': sum over B·G·T
+              loss_type:str='grpo',
               mask:Tensor|None=None, # [B, G, T] which tokens count; None for all
              ) -> Tensor: # scalar
     "Average a per-token loss, by TRL's names"
     if mask is None: return x.mean()
     if loss_type == 'grpo': return ((x*mask).sum(-1)/mask.sum(-1).clamp(min=1)).mean()
-    return (x*mask).sum()/(mask.numel() if loss_type == 'dr_grpo' else mask.sum().clamp(min=1))
+    return (x*mask).sum()/(mask.numel() if loss_type == 'dr_grpo'
+                           else mask.sum().clamp(min=1))
 
 # %% ../../nbs/13_grpo.ipynb #704598f4
 def grpo_loss(logps:Tensor, # [B, G, T] log π_θ, with gradient
@@ -70,19 +81,27 @@ def grpo_loss(logps:Tensor, # [B, G, T] log π_θ, with gradient
               *, epsilon:float=.2, epsilon_high:float=0., level:str='token', loss_type:str='grpo',
               ref_logps:Tensor|None=None, # [B, G, T], needed if beta > 0
               beta:float=0., # weight of the KL
-              kl_level:str='token', # mean of per-token k3, or k3 of the mean log-ratio ('sequence', LOO-FID Alg. 1)
+              # mean of per-token k3, or k3 of the mean log-ratio ('sequence', LOO-FID
+              # Alg. 1)
+              kl_level:str='token',
               mask:Tensor|None=None, # [B, G, T] tokens the policy term counts
              ) -> tuple: # loss, {'policy/ratio', 'policy/ratio_deviation', 'policy/clip_frac', 'policy/approx_kl', ...}
     "Negative clipped objective plus KL (VA-π Eq. 5), with what to watch"
     lr = log_ratio(logps, old_logps, level)
-    loss = aggregate(-clipped_objective(lr, advantages, epsilon, epsilon_high), loss_type, mask)
+    loss = aggregate(-clipped_objective(lr, advantages, epsilon, epsilon_high),
+                     loss_type, mask)
     with torch.no_grad():
         a = advantages[..., None] if advantages.ndim == 2 else advantages
         ratio = lr.clamp(-20, 20).exp()
-        acts = torch.where(a > 0, ratio > 1 + (epsilon_high or epsilon), ratio < 1 - epsilon) & (a != 0)
-        stats = {'policy/ratio': ratio.mean(), 'policy/ratio_deviation': (ratio - 1).abs().mean(), 'policy/clip_frac': acts.float().mean(), 'policy/approx_kl': k3_kl(old_logps, logps).mean()}
+        acts = torch.where(a > 0, ratio > 1 + (epsilon_high or epsilon),
+                           ratio < 1 - epsilon) & (a != 0)
+        stats = {'policy/ratio': ratio.mean(),
+                 'policy/ratio_deviation': (ratio - 1).abs().mean(),
+                 'policy/clip_frac': acts.float().mean(),
+                 'policy/approx_kl': k3_kl(old_logps, logps).mean()}
     if beta:
-        mean = (lambda x: x.mean(-1, keepdim=True)) if kl_level == 'sequence' else (lambda x: x)
+        mean = ((lambda x: x.mean(-1, keepdim=True)) if kl_level == 'sequence'
+                else (lambda x: x))
         kl = aggregate(k3_kl(mean(logps), mean(ref_logps)), loss_type)
         loss, stats['policy/kl'] = loss + beta*kl, kl.detach()
     return loss, stats

@@ -140,34 +140,56 @@ def looks_like(state:dict, # name → tensor
     "What model a state dict belongs to, judged by its shapes"
     shape = {k: tuple(v.shape) for k, v in state.items()}
     if 'tok_embeddings.weight' in shape and any(k.startswith('layers.') for k in shape):
-        layers, dim = 1 + max(int(k.split('.')[1]) for k in shape if k.startswith('layers.')), shape['tok_embeddings.weight'][1]
-        names = [n for n, s in SIZES.items() if (s['n_layer'], s['dim']) == (layers, dim)]
-        cond = 'text-conditional' if 'cls_embedding.uncond_embedding' in shape else 'class-conditional'
-        return f"LlamaGen GPT-{names[0]}, {cond}" if names else f"a LlamaGen transformer with {layers} layers of width {dim}, {cond}"
+        layers, dim = (1 + max(int(k.split('.')[1]) for k in shape
+                               if k.startswith('layers.')),
+                       shape['tok_embeddings.weight'][1])
+        names = [n for n, s in SIZES.items() if (s['n_layer'], s['dim'])
+                 == (layers, dim)]
+        cond = ('text-conditional' if 'cls_embedding.uncond_embedding' in shape
+                else 'class-conditional')
+        return (f"LlamaGen GPT-{names[0]}, {cond}" if names
+                else f"a LlamaGen transformer with {layers} layers "
+                f"of width {dim}, {cond}")
     if 'pos_1LC' in shape:
         return f"VAR-d{1 + max([int(k.split('.')[1]) for k in shape if k.startswith('blocks.')], default=-1)}, width {shape['pos_1LC'][2]}, {shape['pos_1LC'][1]} tokens in {shape['lvl_embed.weight'][0]} scales"
-    if 'quantize.ema_vocab_hit_SV' in shape: return f"a multi-scale tokenizer of VAR, {shape['quantize.ema_vocab_hit_SV'][0]} scales, {shape['quantize.embedding.weight'][0]} codes of {shape['quantize.embedding.weight'][1]}"
+    if 'quantize.ema_vocab_hit_SV' in shape:
+        return ("a multi-scale tokenizer of VAR, "
+                f"{shape['quantize.ema_vocab_hit_SV'][0]} "
+                f"scales, {shape['quantize.embedding.weight'][0]} codes of "
+                f"{shape['quantize.embedding.weight'][1]}")
     if 'quantize.embedding.weight' in shape and 'encoder.conv_in.weight' in shape:
-        levels = 1 + max([int(k.split('.')[2]) for k in shape if re.match(r'encoder\.conv_blocks\.\d', k)], default=0)
+        levels = (1
+                  + max([int(k.split('.')[2]) for k in shape
+                         if re.match(r'encoder\.conv_blocks\.\d', k)], default=0))
         codes = shape['quantize.embedding.weight']
-        return f"a LlamaGen tokenizer that shrinks {2**(levels-1)}-fold (VQ-{2**(levels-1)}), {codes[0]} codes of {codes[1]}"
-    return f"an unknown model with {len(shape)} tensors, first {', '.join(list(shape)[:3])}"
+        return (f"a LlamaGen tokenizer that shrinks {2**(levels-1)}-fold "
+                f"(VQ-{2**(levels-1)}), {codes[0]} codes of {codes[1]}")
+    return (f"an unknown model with {len(shape)} tensors, first "
+            f"{', '.join(list(shape)[:3])}")
 
-def _some(names): return ', '.join(sorted(names)[:6]) + (f' and {len(names)-6} more' if len(names) > 6 else '')
+def _some(names):
+    return (', '.join(sorted(names)[:6]) + (f' and {len(names)-6} more'
+                                            if len(names) > 6 else ''))
 
 def load_strict(module:nn.Module, # filled in place
                 state:dict, # name → tensor
                 path, # where it came from, for the message
                 describe=looks_like, # puts a state dict into words
-                assign:bool=False, # take the tensors as they are, for a module without memory
+                # take the tensors as they are, for a module without memory
+                assign:bool=False,
                ) -> nn.Module: # the same module
     "Load a state dict whose names and shapes must all agree"
     want = module.state_dict()
     wrong = dict(missing=want.keys() - state.keys(), surplus=state.keys() - want.keys(),
-                 misshapen={f'{k} {tuple(state[k].shape)} instead of {tuple(want[k].shape)}' for k in want.keys() & state.keys() if state[k].shape != want[k].shape})
+                 misshapen={f'{k} {tuple(state[k].shape)} instead of '
+                            f'{tuple(want[k].shape)}'
+                            for k in want.keys() & state.keys()
+                            if state[k].shape != want[k].shape})
     if any(wrong.values()):
-        raise ValueError(f"{path} does not fit: it looks like {describe(state)}, but the model is {describe(want)}. "
-                         + '; '.join(f'{len(v)} {k}: {_some(v)}' for k, v in wrong.items() if v))
+        raise ValueError(f"{path} does not fit: it looks like {describe(state)}, "
+                         f"but the model is {describe(want)}. "
+                         + '; '.join(f'{len(v)} {k}: {_some(v)}' for k,
+                                     v in wrong.items() if v))
     module.load_state_dict(state, assign=assign)
     return module
 
@@ -182,51 +204,75 @@ def load_weights(module:nn.Module, # filled in place
     return load_strict(module, state, path)
 
 # %% ../../nbs/38_checkpoints.ipynb #e58a4f6b
-MODELS = dict(llamagen_b=('B', 256, False), llamagen_l=('L', 256, False), llamagen_b_384=('B', 384, False), llamagen_l_384=('L', 384, False), llamagen_xl=('XL', 384, False), llamagen_xxl=('XXL', 384, False),
-              llamagen_3b=('3B', 384, False), llamagen_t2i_xl=('XL', 256, True), llamagen_t2i_xl_512=('XL', 512, True))
+MODELS = dict(llamagen_b=('B', 256, False), llamagen_l=('L', 256, False),
+              llamagen_b_384=('B', 384, False), llamagen_l_384=('L', 384, False),
+              llamagen_xl=('XL', 384, False), llamagen_xxl=('XXL', 384, False),
+              llamagen_3b=('3B', 384, False), llamagen_t2i_xl=('XL', 256, True),
+              llamagen_t2i_xl_512=('XL', 512, True))
 
 def llamagen_files(model:str, # key of `MODELS`
                    image_size:int|None=None, # pixels; None for the model's usual one
                   ) -> tuple: # names of the transformer's and the tokenizer's file
     "Which published files make up a model"
-    if model not in MODELS: raise ValueError(f"model={model!r}: choose one of {', '.join(MODELS)}")
+    if model not in MODELS:
+        raise ValueError(f"model={model!r}: choose one of {', '.join(MODELS)}")
     size, usual, text = MODELS[model]
     side = image_size or usual
-    names = (f"t2i_{size}_stage{1 if side == 256 else 2}_{side}", 'vq_ds16_t2i') if text else (f'c2i_{size}_{side}', 'vq_ds16_c2i')
+    names = ((f"t2i_{size}_stage{1 if side == 256 else 2}_{side}", 'vq_ds16_t2i')
+             if text else (f'c2i_{size}_{side}', 'vq_ds16_c2i'))
     if names[0] not in FILES:
         stem = names[0].rpartition('_')[0].split('_stage')[0]
-        raise ValueError(f"image_size={side}: {model} is not published at that size; there is {', '.join(n for n in FILES if n.startswith(stem))}. "
+        raise ValueError(f"image_size={side}: {model} is not published "
+                         "at that size; there "
+                         f"is {', '.join(n for n in FILES if n.startswith(stem))}. "
                          "Pass weights=FILE for your own, or weights='random'")
     return names
 
 def build_llamagen(model:str, # key of `MODELS`
-                   weights=None, # None for the published file, 'random', or a local file
-                   tokenizer_weights=None, # the same for the tokenizer; 'random' follows `weights`
+                   # None for the published file, 'random', or a local file
+                   weights=None,
+                   # the same for the tokenizer; 'random' follows `weights`
+                   tokenizer_weights=None,
                    image_size:int|None=None, # pixels; None for the model's usual one
                    cache_dir=None, offline:bool|None=None, # see `locate`
                   ) -> tuple: # policy, tokenizer; both on the CPU in float32 and eval mode
     "A LlamaGen transformer and its tokenizer, with their weights"
-    if model not in MODELS: raise ValueError(f"model={model!r}: choose one of {', '.join(MODELS)}")
+    if model not in MODELS:
+        raise ValueError(f"model={model!r}: choose one of {', '.join(MODELS)}")
     size, usual, text = MODELS[model]
     side, random = image_size or usual, weights == 'random'
-    names = ('', f"vq_ds16_{'t2i' if text else 'c2i'}") if weights is not None else llamagen_files(model, image_size)
-    wanted = [(names[0], weights), (names[1], 'random' if random and tokenizer_weights is None else tokenizer_weights)]
+    names = (('', f"vq_ds16_{'t2i' if text else 'c2i'}") if weights is not None
+             else llamagen_files(model, image_size))
+    wanted = [(names[0], weights),
+              (names[1], 'random' if random and tokenizer_weights is None
+               else tokenizer_weights)]
     _check_published_name(weights, model, side)
-    paths = [None if w == 'random' else locate(n, w, cache_dir, offline) for n, w in wanted] # both, before building anything
-    makes = (lambda: GPT(gpt_config(size, side, text=text))), (lambda: VQModel(VQConfig(image_size=side)))
+    # both, before building anything
+    paths = [None if w == 'random' else locate(n, w, cache_dir, offline) for n,
+             w in wanted]
+    makes = ((lambda: GPT(gpt_config(size, side, text=text))),
+             (lambda: VQModel(VQConfig(image_size=side))))
     for make, path in zip(makes, paths):
         if path is not None:
             with torch.device('meta'), warnings.catch_warnings():
                 warnings.simplefilter('ignore') # weights read into shapes are lost
-                load_weights(make(), path) # a wrong file is known before memory is filled
+                # a wrong file is known before memory is filled
+                load_weights(make(), path)
     parts = [make() for make in makes]
     if random: nn.init.normal_(parts[0].output.weight, std=.02)
-    return tuple(m.eval() if path is None else load_weights(m, path).eval() for m, path in zip(parts, paths))
+    return tuple(m.eval() if path is None else load_weights(m, path).eval() for m,
+                 path in zip(parts, paths))
 
 def _check_published_name(weights, model, side):
     "Files of two resolutions have the same tensors; only their names tell them apart"
     name = Path(str(weights)).stem
-    found = int(name.rpartition('_')[2]) if name in FILES and re.fullmatch(r'(c2i|t2i)_.*_\d+', name) else side
+    found = (int(name.rpartition('_')[2]) if name in FILES
+             and re.fullmatch(r'(c2i|t2i)_.*_\d+', name) else side)
     if found != side:
-        other = next(m for m, (s, usual, t) in MODELS.items() if t == name.startswith('t2i') and usual == found and f'_{s}_' in f'{name}_')
-        raise ValueError(f"weights={str(weights)!r}: by its name this file was trained at {found} pixels, but model={model!r} is for {side}; use model={other!r}")
+        other = next(m for m, (s, usual, t) in MODELS.items()
+                     if t == name.startswith('t2i') and usual == found
+                     and f'_{s}_' in f'{name}_')
+        raise ValueError(f"weights={str(weights)!r}: by its name this "
+                         "file was trained at "
+                         f"{found} pixels, but model={model!r} is for "
+                         f"{side}; use model={other!r}")

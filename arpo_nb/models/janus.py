@@ -58,7 +58,9 @@ class JanusConfig:
 
 VQ = VQConfig(image_size=384) # LlamaGen's 16-fold tokenizer
 CFG_SCALE = 5. # the released sampler's guidance weight
-CONFIGS = dict(janus_pro_1b=(JanusConfig(), VQ), janus_pro_7b=(JanusConfig(dim=4096, n_layer=30, n_head=32, ffn_dim=11008), VQ))
+CONFIGS = dict(janus_pro_1b=(JanusConfig(), VQ),
+               janus_pro_7b=(JanusConfig(dim=4096, n_layer=30, n_head=32,
+                                         ffn_dim=11008), VQ))
 
 # %% ../../nbs/39_janus.ipynb #66c3b9ef
 def llama_config(cfg:JanusConfig):
@@ -74,16 +76,20 @@ class Cache:
     def __init__(self, length:int): self.length, self.start, self.layers = length, 0, {}
 
     def update(self, k, v, layer:int, *args, **kwargs):
-        if layer not in self.layers: self.layers[layer] = tuple(t.new_empty(*t.shape[:2], self.length, t.shape[3]) for t in (k, v))
+        if layer not in self.layers:
+            self.layers[layer] = tuple(t.new_empty(*t.shape[:2], self.length,
+                                                   t.shape[3]) for t in (k, v))
         end = self.start + k.shape[2]
-        for memory, new in zip(self.layers[layer], (k, v)): memory[:, :, self.start:end] = new
+        for memory, new in zip(self.layers[layer], (k, v)):
+            memory[:, :, self.start:end] = new
         return tuple(memory[:, :, :end] for memory in self.layers[layer])
 
 class Aligner(nn.Module):
     "Two linear layers around an exact GELU"
     def __init__(self, c_in:int, c_out:int):
         super().__init__()
-        self.fc1, self.hidden_layers = nn.Linear(c_in, c_out), nn.ModuleList([nn.Linear(c_out, c_out)])
+        self.fc1, self.hidden_layers = (nn.Linear(c_in, c_out),
+                                        nn.ModuleList([nn.Linear(c_out, c_out)]))
 
     def forward(self, x): return self.hidden_layers[0](nn.functional.gelu(self.fc1(x)))
 
@@ -91,14 +97,17 @@ class GenerationHead(nn.Module):
     "Scores of the next code"
     def __init__(self, dim:int, hidden:int, vocab_size:int):
         super().__init__()
-        self.proj_out, self.vision_head = nn.Linear(dim, hidden), nn.Linear(hidden, vocab_size)
+        self.proj_out, self.vision_head = (nn.Linear(dim, hidden),
+                                           nn.Linear(hidden, vocab_size))
 
     def forward(self, x): return self.vision_head(nn.functional.gelu(self.proj_out(x)))
 
 # %% ../../nbs/39_janus.ipynb #dff3f43a
 def _what(x):
     "A value in an error message"
-    return f'{str(x.dtype)[6:]} {list(x.shape)}' if torch.is_tensor(x) else f"({', '.join(map(_what, x))})" if isinstance(x, (tuple, list)) else type(x).__name__
+    return (f'{str(x.dtype)[6:]} {list(x.shape)}' if torch.is_tensor(x)
+            else f"({', '.join(map(_what, x))})" if isinstance(x, (tuple, list))
+            else type(x).__name__)
 
 class JanusPolicy(nn.Module):
     "The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are transformers'"
@@ -106,8 +115,10 @@ class JanusPolicy(nn.Module):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size, self.gradient_checkpointing = cfg, cfg.num_tokens, cfg.vocab_size, False
         self.language_model = import_transformers('janus').LlamaModel(llama_config(cfg))
-        self.generation_embeddings, self.generation_aligner = nn.Embedding(cfg.vocab_size, cfg.code_dim), Aligner(cfg.code_dim, cfg.dim)
-        self.generation_head = GenerationHead(cfg.dim, cfg.head_hidden or cfg.dim, cfg.vocab_size)
+        self.generation_embeddings, self.generation_aligner = (
+            nn.Embedding(cfg.vocab_size, cfg.code_dim), Aligner(cfg.code_dim, cfg.dim))
+        self.generation_head = GenerationHead(cfg.dim, cfg.head_hidden or cfg.dim,
+                                              cfg.vocab_size)
 
     def _apply(self, fn, *args, **kwargs):
         "Move the rotary frequencies with the model, but keep them in float32"
@@ -124,16 +135,31 @@ class JanusPolicy(nn.Module):
     def check(self, cond):
         "Refuse what is not a left-padded batch of prompts that ends in begin-of-image"
         if not isinstance(cond, (tuple, list)) or len(cond) != 2 or any(not torch.is_tensor(c) or c.dim() != 2 or c.is_floating_point() for c in cond) or cond[0].shape != cond[1].shape:
-            raise ValueError(f"cond: expected a pair of prompt ids [N, L] and mask [N, L], got {_what(cond)}; janus.encode_prompts makes one")
+            raise ValueError("cond: expected a pair of prompt ids [N, L] "
+                             "and mask [N, L], got "
+                             f"{_what(cond)}; janus.encode_prompts makes one")
         ids, mask, c = cond[0], cond[1].bool(), self.cfg
         if ids.shape[1] + c.num_tokens - 1 > c.max_positions:
-            raise ValueError(f"cond: prompts of {ids.shape[1]} tokens and {c.num_tokens} codes need {ids.shape[1] + c.num_tokens - 1} positions, but the model has {c.max_positions}; shorten the prompts to at most {c.max_positions - c.num_tokens + 1} tokens")
+            raise ValueError(f"cond: prompts of {ids.shape[1]} tokens and "
+                             f"{c.num_tokens} codes "
+                             f"need {ids.shape[1] + c.num_tokens - 1} "
+                             "positions, but the model "
+                             f"has {c.max_positions}; shorten the prompts to at most "
+                             f"{c.max_positions - c.num_tokens + 1} tokens")
         if ids.is_meta: return
         _check_ids('cond', ids, c.text_vocab_size, 'text_vocab_size')
-        if (mask[:, 1:] < mask[:, :-1]).any(): raise ValueError("cond: the mask has padding after text, but prompts must be padded on the left; janus.encode_prompts does")
-        if (ids[:, -1] != c.ids.boi).any() or not mask[:, -1].all(): raise ValueError(f"cond: a prompt does not end in begin-of-image ({c.ids.boi}); janus.encode_prompts formats prompts")
+        if (mask[:, 1:] < mask[:, :-1]).any():
+            raise ValueError("cond: the mask has padding after text, but "
+                             "prompts must be padded "
+                             "on the left; janus.encode_prompts does")
+        if (ids[:, -1] != c.ids.boi).any() or not mask[:, -1].all():
+            raise ValueError("cond: a prompt does not end in begin-of-image "
+                             f"({c.ids.boi}); " "janus.encode_prompts formats prompts")
         if (ids.gather(1, mask.int().argmax(1, keepdim=True)) != c.ids.bos).any():
-            raise ValueError(f"cond: a prompt does not begin with begin-of-sentence ({c.ids.bos}), which the unconditional prompt must keep; was it made by another tokenizer class?")
+            raise ValueError("cond: a prompt does not begin with begin-of-sentence "
+                             f"({c.ids.bos}), "
+                             "which the unconditional prompt must keep; was it "
+                             "made by another tokenizer class?")
 
     def example_cond(self, n:int, length:int=24) -> tuple:
         "`n` conditions of the right shape, without content"
@@ -156,23 +182,36 @@ class JanusPolicy(nn.Module):
         "States of inputs [N, n, dim]; `valid` [N, m] marks real positions, the last n of which belong to `x`"
         n, m, lm = x.shape[1], valid.shape[1], self.language_model
         positions, mask = (valid.cumsum(1) - 1).clamp(min=0)[:, m-n:], None
-        if not valid.is_meta and not valid.all(): # padded keys are hidden, but a padded query must see something
+        # padded keys are hidden, but a padded query must see something
+        if not valid.is_meta and not valid.all():
             mask = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m-n)
             mask = (mask & valid[:, None] | torch.eye(n, m, dtype=torch.bool, device=x.device).roll(m-n, 1))[:, None]
-        kw = dict(attention_mask=mask, position_ids=positions, position_embeddings=lm.rotary_emb(x, positions), past_key_values=cache)
+        kw = dict(attention_mask=mask, position_ids=positions,
+                  position_embeddings=lm.rotary_emb(x, positions),
+                  past_key_values=cache)
         for layer in lm.layers:
-            x = checkpoint(layer, x, use_reentrant=False, **kw) if self.gradient_checkpointing and torch.is_grad_enabled() else layer(x, **kw)
+            x = (checkpoint(layer, x, use_reentrant=False, **kw)
+                 if self.gradient_checkpointing and torch.is_grad_enabled()
+                 else layer(x, **kw))
         return lm.norm(x)
 
     def hidden(self, context:Tensor, cond:tuple) -> Tensor:
         "[N, T] context codes to [N, T, dim]; state t has seen the prompt and codes before t"
-        if context.shape[1] > self.num_tokens: raise ValueError(f"context: {context.shape[1]} codes, expected at most {self.num_tokens}; was it made by a tokenizer at another resolution?")
+        if context.shape[1] > self.num_tokens:
+            raise ValueError(f"context: {context.shape[1]} codes, expected at "
+                             f"most {self.num_tokens}; "
+                             "was it made by a tokenizer at another resolution?")
         _check_ids('context', context, self.vocab_size, 'vocab_size')
         self.check(cond)
-        if len(context) != len(cond[0]): raise ValueError(f"context: {len(context)} rows for {len(cond[0])} prompts")
+        if len(context) != len(cond[0]):
+            raise ValueError(f"context: {len(context)} rows for {len(cond[0])} prompts")
         ids, valid = cond[0], cond[1].bool()
-        x = torch.cat([self.language_model.embed_tokens(ids), self.embed_codes(context[:, :-1])], 1)
-        return self.trunk(x, torch.cat([valid, valid.new_ones(len(ids), context.shape[1]-1)], 1))[:, ids.shape[1]-1:]
+        x = torch.cat([self.language_model.embed_tokens(ids),
+                       self.embed_codes(context[:, :-1])], 1)
+        return self.trunk(x,
+                          torch.cat([valid,
+                                     valid.new_ones(len(ids), context.shape[1]-1)],
+                                    1))[:, ids.shape[1]-1:]
 
     def head(self, hidden:Tensor) -> Tensor:
         "[..., dim] to [..., V] float32"
@@ -194,17 +233,23 @@ def generate(policy:JanusPolicy, # in eval mode
             ) -> Tensor: # [N, T] int64
     "Draw image codes free-running through a key/value cache"
     policy.check(cond)
-    if len(cond[0]) != len(streams): raise ValueError(f"streams: {len(streams)} random streams for {len(cond[0])} prompts, expected one per prompt")
+    if len(cond[0]) != len(streams):
+        raise ValueError(f"streams: {len(streams)} random streams for {len(cond[0])} "
+                         "prompts, expected one per prompt")
     guided, steps, codes = cfg_scale != 1, policy.num_tokens, []
     u = None if greedy else streams.uniform(steps, device=cond[0].device)
     ids, valid = map(torch.cat, zip(cond, policy.null_cond(cond))) if guided else cond
-    x, valid, cache = policy.language_model.embed_tokens(ids), valid.bool(), Cache(ids.shape[1] + steps - 1)
-    with packed_weights(policy, len(x) if len(x) > 3 and steps > 8 else 0): # rearranging pays from a few rows and codes on
+    x, valid, cache = (policy.language_model.embed_tokens(ids), valid.bool(),
+                       Cache(ids.shape[1] + steps - 1))
+    # rearranging pays from a few rows and codes on
+    with packed_weights(policy, len(x) if len(x) > 3 and steps > 8 else 0):
         for t in range(steps):
             logits = policy.head(policy.trunk(x, valid, cache)[:, -1])
             if guided: logits = guide(*logits.chunk(2), cfg_scale)
-            codes.append(sample_token(logits, None if greedy else u[:, t], temperature, top_k, top_p, greedy))
-            cache.start, x = valid.shape[1], policy.embed_codes(codes[-1].repeat(1 + guided))[:, None]
+            codes.append(sample_token(logits, None if greedy else u[:, t],
+                                      temperature, top_k, top_p, greedy))
+            cache.start, x = (valid.shape[1],
+                              policy.embed_codes(codes[-1].repeat(1 + guided))[:, None])
             valid = torch.cat([valid, valid.new_ones(len(valid), 1)], 1)
             if progress: progress()
     return torch.stack(codes, 1)
@@ -213,21 +258,29 @@ JanusPolicy.generate = generate
 
 # %% ../../nbs/39_janus.ipynb #8702764c
 def format_prompt(prompt:str, # what to draw
-                  roles:tuple=('<|User|>', '<|Assistant|>'), # Janus-1.3B has 'User' and 'Assistant'
+                  # Janus-1.3B has 'User' and 'Assistant'
+                  roles:tuple=('<|User|>', '<|Assistant|>'),
                  ) -> str: # what the tokenizer gets
     "The string that asks Janus-Pro for a picture"
     user, assistant = roles
     text = prompt.strip()
-    return f"{user}: {text}\n\n{assistant}:<begin_of_image>" if text else f"{user}:{assistant}:<begin_of_image>"
+    return (f"{user}: {text}\n\n{assistant}:<begin_of_image>" if text
+            else f"{user}:{assistant}:<begin_of_image>")
 
-TAGS = dict(bos='<｜begin▁of▁sentence｜>', eos='<｜end▁of▁sentence｜>', boi='<begin_of_image>', pad_tag='<｜▁pad▁｜>') # how a tokenizer spells `SpecialIds`
+# how a tokenizer spells `SpecialIds`
+TAGS = dict(bos='<｜begin▁of▁sentence｜>', eos='<｜end▁of▁sentence｜>',
+            boi='<begin_of_image>', pad_tag='<｜▁pad▁｜>')
 
 def special_ids(tokenizer) -> SpecialIds:
     "The special ids of a text tokenizer"
     ids = {k: tokenizer.convert_tokens_to_ids(t) for k, t in TAGS.items()}
     lost = [TAGS[k] for k, v in ids.items() if v is None or v == tokenizer.unk_token_id]
-    if lost: raise ValueError(f"tokenizer: has no id for {', '.join(lost)}, so it is not Janus-Pro's; load the one that lies beside the weights")
-    return SpecialIds(**ids, **({} if tokenizer.pad_token_id is None else dict(pad=tokenizer.pad_token_id)))
+    if lost:
+        raise ValueError(f"tokenizer: has no id for {', '.join(lost)}, so it is not "
+                         "Janus-Pro's; load the one that lies beside the weights")
+    return SpecialIds(**ids,
+                      **({} if tokenizer.pad_token_id is None
+                         else dict(pad=tokenizer.pad_token_id)))
 
 def _begun(tokenizer, text, ids):
     "Ids of a text, begin of sentence first"
@@ -237,22 +290,38 @@ def _begun(tokenizer, text, ids):
 def encode_prompts(prompts:list, # N strings
                    tokenizer, # transformers' tokenizer of the model
                    ids:SpecialIds=SpecialIds(), # what the model expects
-                   max_length:int=0, # longest prompt in tokens, 0 for no limit of its own
+                   # longest prompt in tokens, 0 for no limit of its own
+                   max_length:int=0,
                   ) -> tuple: # ids [N, L] and mask [N, L], padded on the left
     "Prompts as the policy's condition"
     if not len(prompts): raise ValueError("prompts: none given; expected at least one")
     rows = [_begun(tokenizer, format_prompt(p), ids) for p in prompts]
     for p, row in zip(prompts, rows):
-        if row[-1] != ids.boi: raise ValueError(f"tokenizer: {p[:40]!r} became {row[:3]} ... {row[-2:]}, expected {ids.boi} (begin of image) last; it is another model's tokenizer")
-        if 0 < max_length < len(row): raise ValueError(f"prompts: {p[:40]!r}... has {len(row)} tokens, more than {max_length}; shorten it")
+        if row[-1] != ids.boi:
+            raise ValueError(f"tokenizer: {p[:40]!r} became {row[:3]} ... "
+                             f"{row[-2:]}, expected "
+                             f"{ids.boi} (begin of image) last; it is "
+                             "another model's tokenizer")
+        if 0 < max_length < len(row):
+            raise ValueError(f"prompts: {p[:40]!r}... has {len(row)} tokens, more "
+                             f"than {max_length}; shorten it")
     length = max(map(len, rows))
-    pad = lambda row, filler, value: [filler]*(length - len(row)) + (row if value is None else [value]*len(row))
-    return torch.tensor([pad(r, ids.pad, None) for r in rows]), torch.tensor([pad(r, 0, 1) for r in rows])
+    pad = lambda row, filler, value: [filler]*(length - len(row)) + (row
+                                                                     if value is None
+                                                                     else [
+                                                                         value]*len(
+                                                                             row))
+    return torch.tensor([pad(r, ids.pad, None)
+                         for r in rows]), torch.tensor([pad(r, 0, 1) for r in rows])
 
 class PromptEncoder:
     "`encode_prompts` as `System.encode_prompts` and `captions.text_batches` want it"
-    def __init__(self, tokenizer, cfg:JanusConfig): self.tokenizer, self.ids, self.longest = tokenizer, cfg.ids, cfg.max_positions - cfg.num_tokens + 1
-    def __call__(self, texts:list) -> tuple: return encode_prompts(texts, self.tokenizer, self.ids, self.longest)
+    def __init__(self, tokenizer, cfg:JanusConfig):
+        self.tokenizer, self.ids, self.longest = (tokenizer, cfg.ids,
+                                                  cfg.max_positions - cfg.num_tokens
+                                                  + 1)
+    def __call__(self, texts:list) -> tuple:
+        return encode_prompts(texts, self.tokenizer, self.ids, self.longest)
 
 # %% ../../nbs/39_janus.ipynb #f8e0d5e0
 def _mlp(m): return 'fc1' if m[1] == '0' else f'hidden_layers.{int(m[1])//2 - 1}'
@@ -431,9 +500,13 @@ def load_text_head(model:str='janus_pro_1b', # key of CONFIGS
     return load_strict(head, {'weight': weight.to(dtype, copy=True)}, path, describe, assign=True).requires_grad_(False)
 
 # %% ../../nbs/39_janus.ipynb #d749a02a
-QUESTIONS = [('What colour is a ripe banana?', 'yellow'), ('How many legs does a spider have?', 'eight'), ('What is the capital of France?', 'Paris'),
-             ('What do bees make?', 'honey'), ('Is ice colder than steam?', 'yes'), ('What is two plus three?', 'five'),
-             ('Which animal barks, a dog or a cat?', 'a dog'), ('What falls from clouds as white flakes?', 'snow')]
+QUESTIONS = [('What colour is a ripe banana?', 'yellow'),
+             ('How many legs does a spider have?', 'eight'),
+             ('What is the capital of France?', 'Paris'),
+             ('What do bees make?', 'honey'), ('Is ice colder than steam?', 'yes'),
+             ('What is two plus three?', 'five'),
+             ('Which animal barks, a dog or a cat?', 'a dog'),
+             ('What falls from clouds as white flakes?', 'snow')]
 
 @torch.no_grad()
 def answer_logps(policy:JanusPolicy, # in eval mode
@@ -444,11 +517,19 @@ def answer_logps(policy:JanusPolicy, # in eval mode
     "Log-probabilities of fixed answers to fixed questions"
     out = []
     for question, answer in pairs:
-        asked = _begun(tokenizer, f'<|User|>: {question}\n\n<|Assistant|>:', policy.cfg.ids)
-        said = [*tokenizer(f' {answer}', add_special_tokens=False)['input_ids'], policy.cfg.ids.eos]
-        ids = torch.tensor([asked + said], device=policy.generation_embeddings.weight.device)
-        states = policy.trunk(policy.language_model.embed_tokens(ids), torch.ones_like(ids, dtype=torch.bool))[0, len(asked)-1:-1]
-        out.append(text_head(states).float().log_softmax(-1).gather(1, ids[0, len(asked):, None]).sum())
+        asked = _begun(tokenizer, f'<|User|>: {question}\n\n<|Assistant|>:',
+                       policy.cfg.ids)
+        said = [*tokenizer(f' {answer}', add_special_tokens=False)['input_ids'],
+                policy.cfg.ids.eos]
+        ids = torch.tensor([asked + said],
+                           device=policy.generation_embeddings.weight.device)
+        states = policy.trunk(policy.language_model.embed_tokens(ids),
+                              torch.ones_like(ids, dtype=torch.bool))[0,
+                                                                      len(asked)-1:-1]
+        out.append(text_head(states).float().log_softmax(-1).gather(1,
+                                                                    ids[0,
+                                                                        len(asked):,
+                                                                        None]).sum())
     return torch.stack(out)
 
 class Answers:
@@ -463,4 +544,5 @@ class Answers:
 
 def understanding_change(before:Tensor, after:Tensor) -> dict:
     "How far the answers moved, in nats per answer; negative means less likely than before"
-    return dict(mean=(after - before).mean().item(), worst=(after - before).min().item())
+    return dict(mean=(after - before).mean().item(),
+                worst=(after - before).min().item())

@@ -19,8 +19,10 @@ from .llamagen import GPT, GPTConfig
 from .tokenizers import VQConfig, VQModel
 
 # %% ../../nbs/35_toy.ipynb #9e4f81e8
-ASSETS = Path(__file__).parent.parent/'assets' if '__file__' in globals() else Path('../arpo_nb/assets')
-CLASSES = ['T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot']
+ASSETS = (Path(__file__).parent.parent/'assets' if '__file__' in globals()
+          else Path('../arpo_nb/assets'))
+CLASSES = ['T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal',
+           'shirt', 'sneaker', 'bag', 'ankle boot']
 
 # %% ../../nbs/35_toy.ipynb #0471ee03
 def read_idx(path:str|Path, # an IDX file of unsigned bytes, gzipped or not
@@ -28,17 +30,25 @@ def read_idx(path:str|Path, # an IDX file of unsigned bytes, gzipped or not
     "Read an IDX file"
     raw = Path(path).read_bytes()
     if raw[:2] == b'\x1f\x8b': raw = gzip.decompress(raw)
-    if raw[:3] != b'\0\0\x08': raise ValueError(f"{path}: not an IDX file of unsigned bytes (starts with {raw[:4]!r})")
+    if raw[:3] != b'\0\0\x08':
+        raise ValueError(f"{path}: not an IDX file of unsigned bytes "
+                         f"(starts with {raw[:4]!r})")
     shape = np.frombuffer(raw, '>i4', raw[3], 4).astype(int)
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4*raw[3]).reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(raw, np.uint8,
+                                          offset=4 + 4*raw[3]).reshape(shape).copy())
 
 def read_fashion_mnist(folder:str|Path, # holds train-images-idx3-ubyte and the other three, gzipped or not
-                       train:bool=True, # the 60,000 training images, or the 10,000 test images
+                       # the 60,000 training images, or the 10,000 test images
+                       train:bool=True,
                       ) -> tuple: # images [N, 28, 28] uint8, labels [N] int64
     "The full Fashion-MNIST from a local folder"
     split = 'train' if train else 't10k'
-    found = [sorted(Path(folder).rglob(f'{split}-{kind}-ubyte*')) for kind in ('images-idx3', 'labels-idx1')]
-    if not all(found): raise FileNotFoundError(f"folder={str(folder)!r}: no {split}-images-idx3-ubyte(.gz) with its labels below it")
+    found = [sorted(Path(folder).rglob(f'{split}-{kind}-ubyte*'))
+             for kind in ('images-idx3', 'labels-idx1')]
+    if not all(found):
+        raise FileNotFoundError(f"folder={str(folder)!r}: no "
+                                f"{split}-images-idx3-ubyte(.gz) "
+                                "with its labels below it")
     images, labels = (read_idx(f[0]) for f in found)
     return images, labels.long()
 
@@ -53,9 +63,13 @@ class ToyNet(nn.Module):
     def __init__(self, widths:tuple, # channels at 32², 16² and 8² pixels; the last is the feature length D
                  num_classes:int=10):
         super().__init__()
-        conv = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+        conv = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride,
+                                                            1, bias=False),
+                                                  nn.BatchNorm2d(b), nn.ReLU())
         a, b, c = widths
-        self.stages = nn.ModuleList([conv(3, a, 1), nn.Sequential(conv(a, b, 2), conv(b, b, 1)), nn.Sequential(conv(b, c, 2), conv(c, c, 1))])
+        self.stages = nn.ModuleList([conv(3, a, 1),
+                                     nn.Sequential(conv(a, b, 2), conv(b, b, 1)),
+                                     nn.Sequential(conv(b, c, 2), conv(c, c, 1))])
         self.fc = nn.Linear(c, num_classes)
 
     def maps(self, images:Tensor) -> list:
@@ -78,9 +92,14 @@ NET_A, NET_B = (16, 32, 64), (24, 48, 64)
 # %% ../../nbs/35_toy.ipynb #7f8c95ad
 def toy_vq_config(**kwargs) -> VQConfig:
     "The toy tokenizer: 32×32 pixels, 8×8 tokens, 256 codes"
-    return VQConfig(**{**dict(ch=8, encoder_ch_mult=(1, 2, 4), decoder_ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=32, codebook_size=256,
-                              codebook_embed_dim=8, num_groups=4, image_size=32, usage_window=4096), **kwargs})
+    return VQConfig(**{**dict(ch=8, encoder_ch_mult=(1, 2, 4),
+                              decoder_ch_mult=(1, 2, 4), num_res_blocks=1,
+                              z_channels=32, codebook_size=256, codebook_embed_dim=8,
+                              num_groups=4, image_size=32, usage_window=4096),
+                       **kwargs})
 
 def toy_gpt_config(**kwargs) -> GPTConfig:
     "The toy policy: 64 tokens, 10 classes and a null class"
-    return GPTConfig(**{**dict(dim=64, n_layer=3, n_head=4, vocab_size=256, block_size=64, num_classes=10, multiple_of=32), **kwargs})
+    return GPTConfig(**{**dict(dim=64, n_layer=3, n_head=4, vocab_size=256,
+                               block_size=64, num_classes=10, multiple_of=32),
+                        **kwargs})

@@ -36,12 +36,15 @@ class VARConfig:
     num_classes: int = 1000 # the null class has id num_classes
     patch_nums: tuple = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16) # sides of the token maps
     shared_aln: bool = False # one modulation for all blocks, with an offset each (d36)
-    attn_l2_norm: bool = True # queries and keys of unit length, with a learned factor per head
+    # queries and keys of unit length, with a learned factor per head
+    attn_l2_norm: bool = True
     norm_eps: float = 1e-6
 
     def __post_init__(self):
         check_patch_nums(self.patch_nums)
-        if self.width % self.heads: raise ValueError(f"embed_dim={self.width}, num_heads={self.heads}: the width must be a multiple of the number of heads")
+        if self.width % self.heads:
+            raise ValueError(f"embed_dim={self.width}, num_heads={self.heads}: "
+                             "the width " "must be a multiple of the number of heads")
 
     @property
     def width(self): return self.embed_dim or 64*self.depth
@@ -56,7 +59,8 @@ class Cache:
 
     def add(self, k:Tensor, v:Tensor) -> tuple:
         "Append [N, H, n, d] keys and values, and return all so far"
-        if self.kv is None: self.kv = k.new_empty(2, *k.shape[:2], self.length, k.shape[-1])
+        if self.kv is None:
+            self.kv = k.new_empty(2, *k.shape[:2], self.length, k.shape[-1])
         start, self.end = self.end, self.end + k.shape[2]
         self.kv[0, :, :, start:self.end], self.kv[1, :, :, start:self.end] = k, v
         return self.kv[0, :, :, :self.end], self.kv[1, :, :, :self.end]
@@ -67,10 +71,14 @@ class SelfAttention(nn.Module):
         super().__init__()
         c, self.heads = cfg.width, cfg.heads
         self.mat_qkv, self.proj = nn.Linear(c, 3*c, bias=False), nn.Linear(c, c)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(c)), nn.Parameter(torch.zeros(c))
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(c)),
+                                    nn.Parameter(torch.zeros(c)))
         self.register_buffer('zero_k_bias', torch.zeros(c))
-        if cfg.attn_l2_norm: self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4)))
-        self.l2, self.scale = cfg.attn_l2_norm, 1. if cfg.attn_l2_norm else .25/(c//self.heads)**.5
+        if cfg.attn_l2_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1),
+                                                          math.log(4)))
+        self.l2, self.scale = (cfg.attn_l2_norm, 1. if cfg.attn_l2_norm
+                               else .25/(c//self.heads)**.5)
 
     def q_scale(self) -> Tensor:
         "The factor of every head, [1, H, 1, 1]"
@@ -78,8 +86,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, mask=None, cache=None):
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        q, k, v = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.l2: q, k = (F.normalize(q, dim=-1)*self.q_scale()).type_as(v), F.normalize(k, dim=-1).type_as(v)
+        q, k, v = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1,
+                                                                   (3,
+                                                                    self.heads,
+                                                                    -1)).permute(2,
+                                                                                 0,
+                                                                                 3,
+                                                                                 1, 4)
+        if self.l2:
+            q, k = ((F.normalize(q, dim=-1)*self.q_scale()).type_as(v),
+                    F.normalize(k, dim=-1).type_as(v))
         if cache is not None: k, v = cache.add(k, v)
         return self.proj(F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale).transpose(1, 2).flatten(2))
 
@@ -96,7 +112,8 @@ def modulation(c:int, n:int) -> nn.Sequential:
     "SiLU and a linear layer, from a condition to `n` vectors"
     return nn.Sequential(nn.SiLU(), nn.Linear(c, n*c))
 
-def _norm(x, scale, shift, eps): return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+def _norm(x, scale, shift, eps):
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 class Block(nn.Module):
     "Attention and MLP under adaptive layer norm"
@@ -109,12 +126,14 @@ class Block(nn.Module):
 
     def modulate(self, cond:Tensor, shared:Tensor|None) -> tuple:
         "The six vectors, each [N, 1, C], from a condition [N, C] or from what all blocks share [N, 1, 6, C]"
-        six = self.ada_lin(cond).view(len(cond), 1, 6, -1) if shared is None else shared + self.ada_gss
+        six = (self.ada_lin(cond).view(len(cond), 1, 6, -1) if shared is None
+               else shared + self.ada_gss)
         return six.unbind(2)
 
     def forward(self, x, six, mask=None, cache=None):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = six
-        x = torch.addcmul(x, gamma1, self.attn(_norm(x, scale1, shift1, self.eps), mask, cache))
+        x = torch.addcmul(x, gamma1,
+                          self.attn(_norm(x, scale1, shift1, self.eps), mask, cache))
         return torch.addcmul(x, gamma2, self.ffn(_norm(x, scale2, shift2, self.eps)))
 
 class OutputNorm(nn.Module):
@@ -131,24 +150,34 @@ class Float32Linear(nn.Linear):
     def forward(self, x): return super().forward(x).float()
 
 # %% ../../nbs/33_var.ipynb #c7b1f34e
-def _exact(device): return torch.autocast('cpu' if device.type == 'meta' else device.type, enabled=False) # meta has no autocast
+# meta has no autocast
+def _exact(device):
+    return torch.autocast('cpu' if device.type == 'meta' else device.type,
+                          enabled=False)
 
 class VAR(nn.Module):
     "VAR's transformer behind the `Policy` protocol; parameter names are the official ones"
     has_sampler_logps = True # `generate` can return them
     def __init__(self, cfg:VARConfig, quantizer:MultiScaleQuantizer):
         super().__init__()
-        self.cfg, self.sizes, self.vocab_size, c = cfg, scale_sizes(cfg.patch_nums), cfg.vocab_size, cfg.width
+        self.cfg, self.sizes, self.vocab_size, c = (cfg, scale_sizes(cfg.patch_nums),
+                                                    cfg.vocab_size, cfg.width)
         self.num_tokens = length = sum(self.sizes)
         _check_quantizer(cfg, quantizer)
         object.__setattr__(self, 'quantizer', quantizer) # borrowed: not a submodule
-        self.word_embed, self.class_emb = nn.Linear(cfg.z_channels, c), nn.Embedding(cfg.num_classes + 1, c)
-        self.pos_start, self.pos_1LC = nn.Parameter(torch.empty(1, self.sizes[0], c)), nn.Parameter(torch.empty(1, length, c))
+        self.word_embed, self.class_emb = (nn.Linear(cfg.z_channels, c),
+                                           nn.Embedding(cfg.num_classes + 1, c))
+        self.pos_start, self.pos_1LC = (nn.Parameter(torch.empty(1, self.sizes[0], c)),
+                                        nn.Parameter(torch.empty(1, length, c)))
         self.lvl_embed = nn.Embedding(len(self.sizes), c)
         self.shared_ada_lin = modulation(c, 6) if cfg.shared_aln else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.register_buffer('lvl_1L', scale_index(self.sizes)[None])
-        self.register_buffer('attn_bias_for_masking', torch.zeros(1, 1, length, length).masked_fill(~block_causal_mask(self.sizes), -torch.inf))
+        self.register_buffer('attn_bias_for_masking',
+                             torch.zeros(1, 1, length,
+                                         length).masked_fill(
+                                             ~block_causal_mask(self.sizes),
+                                             -torch.inf))
         self.head_nm, self.head = OutputNorm(cfg), Float32Linear(c, cfg.vocab_size)
         self.gradient_checkpointing = False
         self.init_weights()
@@ -156,13 +185,16 @@ class VAR(nn.Module):
     def _apply(self, fn, *args, **kwargs):
         "Take the quantiser along to another device, but keep it in float32"
         super()._apply(fn, *args, **kwargs)
-        if not (self.pos_start.is_meta or self.quantizer.embedding.weight.is_meta): self.quantizer.to(self.pos_start.device)
+        if not (self.pos_start.is_meta or self.quantizer.embedding.weight.is_meta):
+            self.quantizer.to(self.pos_start.device)
         return self
 
     def modulations(self, cond:Tensor) -> tuple:
         "From embedded labels [N, C]: six vectors for every block, two for the output norm"
-        shared = self.shared_ada_lin(cond).view(len(cond), 1, 6, -1) if self.cfg.shared_aln else None
-        return [b.modulate(cond, shared) for b in self.blocks], self.head_nm.modulate(cond)
+        shared = (self.shared_ada_lin(cond).view(len(cond), 1, 6, -1)
+                  if self.cfg.shared_aln else None)
+        return [b.modulate(cond, shared)
+                for b in self.blocks], self.head_nm.modulate(cond)
 
     def positions(self) -> Tensor:
         "Position plus level embedding, [1, T, C]"
@@ -171,22 +203,32 @@ class VAR(nn.Module):
     @torch.no_grad()
     def seen(self, context:Tensor) -> Tensor:
         "Tokens [N, T] to what scales 2, 3, ... see, [N, T - T_1, z]"
-        with _exact(context.device): return self.quantizer.inputs(context).to(self.word_embed.weight.dtype)
+        with _exact(context.device):
+            return self.quantizer.inputs(context).to(self.word_embed.weight.dtype)
 
     def embed(self, context:Tensor, cond:Tensor) -> Tensor:
         "Tokens [N, T] and embedded labels [N, C] to the input of the first block, [N, T, C]"
-        return torch.cat([cond[:, None] + self.pos_start, self.word_embed(self.seen(context))], 1) + self.positions()
+        return (torch.cat([cond[:, None] + self.pos_start,
+                           self.word_embed(self.seen(context))], 1) + self.positions())
 
     def hidden(self, context:Tensor, cond:Tensor) -> Tensor:
         "[N, T] context tokens and [N] class ids to [N, T, C]; the states of a scale have seen the label and earlier scales"
         self.check_cond(cond, null=True)
-        if context.shape != (len(cond), self.num_tokens): raise ValueError(f"context: shape {list(context.shape)}, expected [{len(cond)}, {self.num_tokens}], the maps of sides {self.cfg.patch_nums} one after the other; was it made by a tokenizer at another resolution?")
+        if context.shape != (len(cond), self.num_tokens):
+            raise ValueError(f"context: shape {list(context.shape)}, "
+                             f"expected [{len(cond)}, "
+                             f"{self.num_tokens}], the maps of sides "
+                             f"{self.cfg.patch_nums} one "
+                             "after the other; was it made by a tokenizer "
+                             "at another resolution?")
         _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
         cond, mask = self.class_emb(cond), self.attn_bias_for_masking == 0
         sixes, two = self.modulations(cond)
         x = self.embed(context, cond)
         for block, six in zip(self.blocks, sixes):
-            x = checkpoint(block, x, six, mask, use_reentrant=False) if self.gradient_checkpointing and torch.is_grad_enabled() else block(x, six, mask)
+            x = (checkpoint(block, x, six, mask, use_reentrant=False)
+                 if self.gradient_checkpointing and torch.is_grad_enabled()
+                 else block(x, six, mask))
         return self.head_nm(x, two)
 
     def forward(self, context:Tensor, cond:Tensor) -> Tensor:
@@ -208,27 +250,40 @@ class VAR(nn.Module):
     def check_cond(self, cond, null:bool=False):
         "Refuse what is not a batch of class ids"
         n = self.cfg.num_classes
-        if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point(): raise ValueError(f"cond: expected class ids, a [N] tensor of integers, got {_what(cond)}")
-        _check_ids('cond', cond, n + null, f"num_classes={n}" + (f", null class {n}" if null else "; the null class is for guidance alone"))
+        if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
+            raise ValueError("cond: expected class ids, a [N] tensor of "
+                             f"integers, got {_what(cond)}")
+        _check_ids('cond', cond, n + null,
+                   f"num_classes={n}" + (f", null class {n}" if null
+                                         else "; the null class is for guidance alone"))
 
     @torch.no_grad()
     def decode(self,
                cond:Tensor, # [N] class ids, the null class allowed
-               choose, # scale k and its logits [N, n, V] to the codes [N, n, z] that are fed back
-               cfg_scale:float=1., # guidance at the last scale; 1 or less runs no unconditional half
+               # scale k and its logits [N, n, V] to the codes [N, n, z] that are fed
+               # back
+               choose,
+               # guidance at the last scale; 1 or less runs no unconditional half
+               cfg_scale:float=1.,
               ) -> Tensor: # [N, z, h, w], the latents of the picture
         "Scale by scale through a key/value cache"
         guided, f_hat, last = cfg_scale > 1, 0., len(self.sizes) - 1
-        cond = self.class_emb(torch.cat([cond, self.null_cond(cond)]) if guided else cond)
-        (sixes, two), caches = self.modulations(cond), [Cache(self.num_tokens) for _ in self.blocks]
+        cond = self.class_emb(torch.cat([cond, self.null_cond(cond)]) if guided
+                              else cond)
+        (sixes, two), caches = (self.modulations(cond),
+                                [Cache(self.num_tokens) for _ in self.blocks])
         x = cond[:, None] + self.pos_start
         for k, place in enumerate(self.positions().split(self.sizes, 1)):
             x = x + place
-            for block, six, cache in zip(self.blocks, sixes, caches): x = block(x, six, cache=cache)
+            for block, six, cache in zip(self.blocks, sixes, caches):
+                x = block(x, six, cache=cache)
             logits = self.head(self.head_nm(x, two))
-            if guided: logits = guide(*logits.chunk(2), 1 + (cfg_scale - 1)*k/max(last, 1))
-            with _exact(x.device): f_hat, seen = self.quantizer.step(k, f_hat, choose(k, logits))
-            if k < last: x = self.word_embed(seen.to(self.word_embed.weight.dtype)).repeat(1 + guided, 1, 1)
+            if guided:
+                logits = guide(*logits.chunk(2), 1 + (cfg_scale - 1)*k/max(last, 1))
+            with _exact(x.device):
+                f_hat, seen = self.quantizer.step(k, f_hat, choose(k, logits))
+            if k < last:
+                x = self.word_embed(seen.to(self.word_embed.weight.dtype)).repeat(1 + guided, 1, 1)
         return f_hat
 
     @torch.no_grad()
@@ -236,28 +291,40 @@ class VAR(nn.Module):
         "VAR's initialisation: small gates and a small head, so a fresh model is almost the identity with flat logits"
         c, depth = self.cfg.width, self.cfg.depth
         for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=(3*c)**-.5)
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=(3*c)**-.5)
             if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
         for p in (self.pos_start, self.pos_1LC): nn.init.normal_(p, std=(3*c)**-.5)
         for b in self.blocks:
             b.attn.proj.weight.div_((2*depth)**.5), b.ffn.fc2.weight.div_((2*depth)**.5)
-            rows = b.ada_gss.view(6, c) if self.cfg.shared_aln else b.ada_lin[1].weight.view(6, c, c)
+            rows = (b.ada_gss.view(6, c) if self.cfg.shared_aln
+                    else b.ada_lin[1].weight.view(6, c, c))
             rows[:2].mul_(gamma), rows[2:].mul_(.5)
         self.head.weight.mul_(head), self.head_nm.ada_lin[1].weight.mul_(.5)
 
 def _check_quantizer(cfg, quantizer):
     "The transformer and the tokenizer must agree"
-    want = dict(patch_nums=tuple(cfg.patch_nums), vocab_size=cfg.vocab_size, z_channels=cfg.z_channels)
-    got = dict(patch_nums=tuple(quantizer.patch_nums), vocab_size=quantizer.embedding.num_embeddings, z_channels=quantizer.embedding.embedding_dim)
+    want = dict(patch_nums=tuple(cfg.patch_nums), vocab_size=cfg.vocab_size,
+                z_channels=cfg.z_channels)
+    got = dict(patch_nums=tuple(quantizer.patch_nums),
+               vocab_size=quantizer.embedding.num_embeddings,
+               z_channels=quantizer.embedding.embedding_dim)
     if bad := [k for k in want if want[k] != got[k]]:
-        scales = '' if len(want['patch_nums']) == len(got['patch_nums']) else f" (that is {len(got['patch_nums'])} scales instead of {len(want['patch_nums'])})"
-        raise ValueError("quantizer: made for another model, " + ', '.join(f"{k}={got[k]}, expected {want[k]}" for k in bad) + scales + "; build the tokenizer with the transformer's patch_nums")
+        scales = ('' if len(want['patch_nums']) == len(got['patch_nums'])
+                  else f" (that is {len(got['patch_nums'])} scales instead "
+                  f"of {len(want['patch_nums'])})")
+        raise ValueError("quantizer: made for another model, "
+                         + ', '.join(f"{k}={got[k]}, expected {want[k]}" for k in bad)
+                         + scales
+                         + "; build the tokenizer with the transformer's patch_nums")
 
 @torch.no_grad()
 def randomise(policy:VAR) -> VAR: # the same
     "Draw all weights at a scale where every part of the model matters, for tests, rehearsals and benchmarks"
     for name, p in policy.named_parameters():
-        if p.ndim > 1 and 'scale_mul' not in name: nn.init.normal_(p, std=p.shape[-1]**-.5 if name.endswith('weight') and 'emb.' not in name else 1.)
+        if p.ndim > 1 and 'scale_mul' not in name:
+            nn.init.normal_(p, std=p.shape[-1]**-.5 if name.endswith('weight')
+                            and 'emb.' not in name else 1.)
     return policy
 
 # %% ../../nbs/33_var.ipynb #cb3d437b
@@ -266,23 +333,32 @@ def generate(policy:VAR,
              cond:Tensor, # [N] class ids
              streams:Streams, # one random stream per sample
              *, temperature:float=1., top_k:int=0, top_p:float=1.,
-             cfg_scale:float=1., # guidance at the last scale, 1 + VAR's cfg; 1 or less runs the conditional model alone
+             # guidance at the last scale, 1 + VAR's cfg; 1 or less runs the conditional
+             # model alone
+             cfg_scale:float=1.,
              greedy:bool=False, # most probable tokens, no randomness
-             return_logps:bool=False, # also log π of the drawn tokens as the sampler saw it, without truncation
+             # also log π of the drawn tokens as the sampler saw it, without truncation
+             return_logps:bool=False,
             ) -> Tensor: # [N, T] int64; with `return_logps` a pair, the second [N, T] in nats
     "Draw token maps free-running, a scale at a time"
     policy.check_cond(cond)
-    if len(cond) != len(streams): raise ValueError(f"streams: {len(streams)} random streams for {_what(cond)}, expected one per condition")
-    tokens, logps, u = [], [], None if greedy else streams.uniform(policy.num_tokens, device=cond.device).split(policy.sizes, 1)
+    if len(cond) != len(streams):
+        raise ValueError(f"streams: {len(streams)} random streams for {_what(cond)}, "
+                         "expected one per condition")
+    tokens, logps, u = ([], [], None if greedy
+                        else streams.uniform(policy.num_tokens,
+                                             device=cond.device).split(policy.sizes, 1))
     def choose(k, logits):
-        flat = sample_token(logits.flatten(0, 1), None if greedy else u[k].flatten(), temperature, top_k, top_p, greedy)
+        flat = sample_token(logits.flatten(0, 1), None if greedy else u[k].flatten(),
+                            temperature, top_k, top_p, greedy)
         tokens.append(flat.view(logits.shape[:2]))
         if return_logps:
             l = logits/max(temperature, 1e-5)
             logps.append(l.gather(-1, tokens[-1][..., None])[..., 0] - l.logsumexp(-1))
         return policy.quantizer.embedding(tokens[-1])
     policy.decode(cond, choose, cfg_scale)
-    return (torch.cat(tokens, 1), torch.cat(logps, 1)) if return_logps else torch.cat(tokens, 1)
+    return ((torch.cat(tokens, 1), torch.cat(logps, 1)) if return_logps
+            else torch.cat(tokens, 1))
 
 VAR.generate = generate
 
@@ -311,26 +387,31 @@ def smooth_weights(logits:Tensor, # [..., V] filtered
 
 # %% ../../nbs/33_var.ipynb #dee43df7
 @torch.no_grad()
-def generate_smooth(policy:VAR, cond:Tensor, streams:Streams, *, temperature:float=1., top_k:int=0, top_p:float=1.,
-                    cfg_scale:float=1.) -> Tensor: # latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
+# latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
+def generate_smooth(policy:VAR, cond:Tensor, streams:Streams, *, temperature:float=1.,
+                    top_k:int=0, top_p:float=1., cfg_scale:float=1.) -> Tensor:
     "Smooth pictures: latents instead of tokens; arguments as in `generate`"
     policy.check_cond(cond)
-    noise = -streams.bulk_uniform(policy.num_tokens, policy.vocab_size, device=cond.device).neg().log1p().clamp(max=-1e-30)
+    noise = -streams.bulk_uniform(policy.num_tokens, policy.vocab_size,
+                                  device=cond.device).neg().log1p().clamp(max=-1e-30)
     noise, codes = noise.split(policy.sizes, 1), policy.quantizer.embedding.weight
     def choose(k, logits):
-        return smooth_weights(filter_logits(logits, temperature, top_k, top_p), noise[k], k/max(len(policy.sizes) - 1, 1)) @ codes
+        return smooth_weights(filter_logits(logits, temperature, top_k, top_p),
+                              noise[k], k/max(len(policy.sizes) - 1, 1)) @ codes
     return policy.decode(cond, choose, cfg_scale)
 
 # %% ../../nbs/33_var.ipynb #c0470ec4
 PATCHES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-VARS = dict(var_d16=dict(depth=16), var_d20=dict(depth=20), var_d24=dict(depth=24), var_d30=dict(depth=30),
+VARS = dict(var_d16=dict(depth=16), var_d20=dict(depth=20), var_d24=dict(depth=24),
+            var_d30=dict(depth=30),
             var_d36=dict(depth=36, shared_aln=True, patch_nums=PATCHES_512))
 
 def var_config(model:str, # key of `VARS`
                **kwargs, # overrides
               ) -> VARConfig:
     "Configuration of a published VAR transformer"
-    if model not in VARS: raise ValueError(f"model={model!r}: choose one of {', '.join(VARS)}")
+    if model not in VARS:
+        raise ValueError(f"model={model!r}: choose one of {', '.join(VARS)}")
     return VARConfig(**{**VARS[model], **kwargs})
 
 # %% ../../nbs/33_var.ipynb #fc8d60f4
@@ -341,21 +422,33 @@ def load_var(policy:VAR, # filled in place
     state = read_state_dict(path, key='var_wo_ddp')
     wrong = policy.state_dict().keys() ^ state.keys()
     if 'pos_1LC' in state and wrong and policy.cfg.attn_l2_norm and all('scale_mul_1H11' in k for k in wrong):
-        raise ValueError(f"{path}: no scale_mul_1H11 in it, so it was made before April 2024, when VAR's attention was not yet L2-normalised and the published files were replaced. "
-                         f"Download the present file from {FILES['var_d16'].repo}, or build the old model with VARConfig(attn_l2_norm=False)")
+        raise ValueError(f"{path}: no scale_mul_1H11 in it, so it "
+                         "was made before April "
+                         "2024, when VAR's attention was not yet L2-normalised and "
+                         "the published files were replaced. "
+                         "Download the present file from "
+                         f"{FILES['var_d16'].repo}, or build "
+                         "the old model with VARConfig(attn_l2_norm=False)")
     return load_strict(policy, state, path)
 
 def build_var(model:str, # key of `VARS`
               weights=None, # None for the published file, 'random', or a local file
-              tokenizer_weights=None, # the same for the tokenizer; 'random' follows `weights`
+              # the same for the tokenizer; 'random' follows `weights`
+              tokenizer_weights=None,
               cache_dir=None, offline:bool|None=None, # see `locate`
              ) -> tuple: # policy, tokenizer; both on the CPU in float32 and eval mode
     "A VAR transformer and its tokenizer, with their weights"
     cfg, random = var_config(model), weights == 'random'
-    wanted = [(model, weights), ('var_vae', 'random' if random and tokenizer_weights is None else tokenizer_weights)]
-    paths = [None if w == 'random' else locate(n, w, cache_dir, offline) for n, w in wanted] # both, before building anything
-    vq = MultiScaleVQ(MultiScaleConfig(patch_nums=cfg.patch_nums, image_size=16*cfg.patch_nums[-1]))
+    wanted = [(model, weights),
+              ('var_vae', 'random' if random and tokenizer_weights is None
+               else tokenizer_weights)]
+    # both, before building anything
+    paths = [None if w == 'random' else locate(n, w, cache_dir, offline) for n,
+             w in wanted]
+    vq = MultiScaleVQ(MultiScaleConfig(patch_nums=cfg.patch_nums,
+                                       image_size=16*cfg.patch_nums[-1]))
     if paths[1]: load_weights(vq, paths[1], key='vae_local')
     else: nn.init.normal_(vq.quantize.embedding.weight, std=.5)
     policy = VAR(cfg, vq.quantize)
-    return (load_var(policy, paths[0]) if paths[0] else randomise(policy)).eval(), vq.eval()
+    return (load_var(policy, paths[0]) if paths[0]
+            else randomise(policy)).eval(), vq.eval()

@@ -16,20 +16,27 @@ TOY_PATCHES = (1, 2, 3, 4)
 
 def toy_multiscale_config(**kwargs) -> MultiScaleConfig:
     "The toy's multi-scale tokenizer: 32×32 pixels, four maps, 256 codes"
-    return MultiScaleConfig(**{**dict(ch=8, ch_mult=(1, 2, 4, 4), num_res_blocks=1, z_channels=16, codebook_size=256, patch_nums=TOY_PATCHES, num_groups=4, image_size=32), **kwargs})
+    return MultiScaleConfig(**{**dict(ch=8, ch_mult=(1, 2, 4, 4), num_res_blocks=1,
+                                      z_channels=16, codebook_size=256,
+                                      patch_nums=TOY_PATCHES, num_groups=4,
+                                      image_size=32), **kwargs})
 
 def toy_var_config(**kwargs) -> VARConfig:
     "The toy's next-scale policy: 30 tokens, 10 classes and a null class"
-    return VARConfig(**{**dict(depth=4, embed_dim=64, num_heads=4, vocab_size=256, z_channels=16, num_classes=10, patch_nums=TOY_PATCHES), **kwargs})
+    return VARConfig(**{**dict(depth=4, embed_dim=64, num_heads=4, vocab_size=256,
+                               z_channels=16, num_classes=10, patch_nums=TOY_PATCHES),
+                        **kwargs})
 
 def build_toy_var(weights=None, # None for the shipped ones, 'random', or a file of the transformer
                  ) -> tuple: # policy, tokenizer; in eval mode
     "The toy's VAR and its tokenizer, with their weights"
-    vq = load_weights(MultiScaleVQ(toy_multiscale_config()), ASSETS/'var_vq.safetensors')
+    vq = load_weights(MultiScaleVQ(toy_multiscale_config()),
+                      ASSETS/'var_vq.safetensors')
     policy = VAR(toy_var_config(), vq.quantize)
     if weights == 'random': randomise(policy)
     else: load_var(policy, weights or ASSETS/'var_policy.safetensors')
     return policy.eval(), vq.eval()
 
 # %% ../../nbs/34_var_toy.ipynb #cd5fddc7
-TOY_BRIGHT, TOY_DARK = .3, .15 # thresholds of the brightness rewards that suit Fashion-MNIST
+# thresholds of the brightness rewards that suit Fashion-MNIST
+TOY_BRIGHT, TOY_DARK = .3, .15

@@ -32,7 +32,8 @@ from ..weights import locate
 class VQGANConfig:
     "Shape of a VQGAN tokenizer; the defaults are ImageNet's with 16384 codes"
     ch: int = 128 # base width, a multiple of 32
-    ch_mult: tuple = (1, 1, 2, 2, 4) # width multiplier per level, highest resolution first
+    # width multiplier per level, highest resolution first
+    ch_mult: tuple = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2 # per level; the decoder has one more
     attn_resolutions: tuple = (16,) # levels with attention
     resolution: int = 256 # what the levels are counted from
@@ -48,7 +49,8 @@ class Middle(nn.Module):
     "Residual block, attention, residual block"
     def __init__(self, c:int):
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResBlock(c, c, 32), AttnBlock(c, 32), ResBlock(c, c, 32)
+        self.block_1, self.attn_1, self.block_2 = (ResBlock(c, c, 32),
+                                                   AttnBlock(c, 32), ResBlock(c, c, 32))
 
     def forward(self, x): return self.block_2(self.attn_1(self.block_1(x)))
 
@@ -56,9 +58,14 @@ class Level(nn.Module):
     "Residual blocks of one resolution, each followed by attention if there is any, then a change of resolution"
     def __init__(self, c_in:int, c_out:int, n:int, attn:bool, resize:str|None):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, 32) for i in range(n))
-        self.attn, self.resize = nn.ModuleList(AttnBlock(c_out, 32) for _ in range(n if attn else 0)), resize
-        if resize: self.add_module(resize, (Downsample if resize == 'downsample' else Upsample)(c_out))
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, 32)
+                                   for i in range(n))
+        self.attn, self.resize = (nn.ModuleList(AttnBlock(c_out, 32)
+                                                for _ in range(n if attn else 0)),
+                                  resize)
+        if resize:
+            self.add_module(resize,
+                            (Downsample if resize == 'downsample' else Upsample)(c_out))
 
     def forward(self, x):
         for i, block in enumerate(self.block):
@@ -71,8 +78,10 @@ def _levels(cfg, extra, resize):
     "Widths and levels from the highest resolution down; `resize` names the change and the level without one"
     widths, (name, without) = [cfg.ch*m for m in cfg.ch_mult], resize
     into = [cfg.ch, *widths] if name == 'downsample' else [*widths[1:], widths[-1]]
-    return widths, nn.ModuleList(Level(into[i], w, cfg.num_res_blocks + extra, cfg.resolution >> i in cfg.attn_resolutions,
-                                       None if i == without else name) for i, w in enumerate(widths))
+    return widths, nn.ModuleList(Level(into[i], w, cfg.num_res_blocks + extra,
+                                       cfg.resolution >> i in cfg.attn_resolutions,
+                                       None if i == without else name) for i,
+                                 w in enumerate(widths))
 
 class Encoder(nn.Module):
     "Pixels in [-1, 1] to latents, [B, 3, H, W] to [B, z, h, w]"
@@ -80,7 +89,9 @@ class Encoder(nn.Module):
         super().__init__()
         widths, self.down = _levels(cfg, 0, ('downsample', len(cfg.ch_mult)-1))
         self.conv_in, self.mid = nn.Conv2d(3, cfg.ch, 3, padding=1), Middle(widths[-1])
-        self.norm_out, self.conv_out = nn.GroupNorm(32, widths[-1], 1e-6), nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
+        self.norm_out, self.conv_out = (nn.GroupNorm(32, widths[-1], 1e-6),
+                                        nn.Conv2d(widths[-1], cfg.z_channels,
+                                                  3, padding=1))
 
     def forward(self, x):
         for block in (self.conv_in, *self.down, self.mid): x = block(x)
@@ -91,8 +102,10 @@ class Decoder(nn.Module):
     def __init__(self, cfg:VQGANConfig):
         super().__init__()
         widths, self.up = _levels(cfg, 1, ('upsample', 0))
-        self.conv_in, self.mid = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1), Middle(widths[-1])
-        self.norm_out, self.conv_out = nn.GroupNorm(32, widths[0], 1e-6), nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_in, self.mid = (nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1),
+                                  Middle(widths[-1]))
+        self.norm_out, self.conv_out = (nn.GroupNorm(32, widths[0], 1e-6),
+                                        nn.Conv2d(widths[0], 3, 3, padding=1))
 
     def forward(self, z):
         for block in (self.conv_in, self.mid, *reversed(self.up)): z = block(z)
@@ -109,14 +122,17 @@ class Codebook(nn.Module):
     def nearest(self, z:Tensor) -> Tensor:
         "Latents [B, C, h, w] to ids [B, h*w], row by row"
         z, codes = z.flatten(2).transpose(1, 2), self.embedding.weight
-        return (z.pow(2).sum(-1, keepdim=True) + codes.pow(2).sum(1) - 2*z @ codes.T).argmin(-1)
+        return (z.pow(2).sum(-1, keepdim=True) + codes.pow(2).sum(1)
+                - 2*z @ codes.T).argmin(-1)
 
     def forward(self, z:Tensor, beta:float=.25, legacy:bool=True) -> tuple:
         "Straight-through codes [B, C, h, w], loss, and ids [B, h*w] of latents [B, C, h, w]"
         ids = self.nearest(z)
         e = self.embedding(ids).transpose(1, 2).reshape(z.shape)
-        commit, codebook = (e.detach() - z).pow(2).mean(), (e - z.detach()).pow(2).mean()
-        return z + (e - z).detach(), commit + beta*codebook if legacy else beta*commit + codebook, ids
+        commit, codebook = ((e.detach() - z).pow(2).mean(),
+                            (e - z.detach()).pow(2).mean())
+        return (z + (e - z).detach(), commit + beta*codebook if legacy
+                else beta*commit + codebook, ids)
 
 # %% ../../nbs/34_vqgan.ipynb #242bb915
 def remap(ids:Tensor, # ids of the full codebook
@@ -138,11 +154,17 @@ class VQGAN(nn.Module):
     "The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
     def __init__(self, cfg:VQGANConfig):
         super().__init__()
-        self.cfg, self.image_size, self.codebook_size = cfg, cfg.image_size, cfg.codebook_size
+        self.cfg, self.image_size, self.codebook_size = (cfg, cfg.image_size,
+                                                         cfg.codebook_size)
         side = cfg.image_size//cfg.downsample
         self.token_grid, self.num_tokens = (side, side), side*side
-        self.encoder, self.decoder, self.quantize = Encoder(cfg), Decoder(cfg), Codebook(cfg.codebook_size, cfg.embed_dim)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.embed_dim, 1), nn.Conv2d(cfg.embed_dim, cfg.z_channels, 1)
+        self.encoder, self.decoder, self.quantize = (Encoder(cfg), Decoder(cfg),
+                                                     Codebook(cfg.codebook_size,
+                                                              cfg.embed_dim))
+        self.quant_conv, self.post_quant_conv = (nn.Conv2d(cfg.z_channels,
+                                                           cfg.embed_dim, 1),
+                                                 nn.Conv2d(cfg.embed_dim,
+                                                           cfg.z_channels, 1))
 
     def latents(self, images:Tensor) -> Tensor:
         "[B, 3, H, W] in [0, 1] to latents [B, C, h, w]"
@@ -162,7 +184,9 @@ class VQGAN(nn.Module):
     def decode(self, tokens:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
         "Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped; `grid` (h, w) if it is not a square"
         if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
-            raise ValueError(f"tokens: ids from {tokens.min().item()} to {tokens.max().item()}, expected 0 ... {self.codebook_size-1} (codebook_size)")
+            raise ValueError(f"tokens: ids from {tokens.min().item()} to "
+                             f"{tokens.max().item()}, "
+                             f"expected 0 ... {self.codebook_size-1} (codebook_size)")
         return self._decode_rows(self.quantize.embedding(tokens), clamp, grid)
 
     def decode_probs(self, probs:Tensor, clamp:bool=True) -> Tensor:
@@ -171,7 +195,10 @@ class VQGAN(nn.Module):
 
     def _decode_rows(self, codes, clamp, grid=None):
         h, w = grid or (int(codes.shape[1]**.5),)*2
-        if h*w != codes.shape[1]: raise ValueError(f"tokens: {codes.shape[1]} of them do not fill {f'the grid {grid}' if grid else 'a square'}; pass grid=(h, w)")
+        if h*w != codes.shape[1]:
+            raise ValueError(f"tokens: {codes.shape[1]} of them do not fill "
+                             f"{f'the grid {grid}' if grid else 'a square'}; "
+                             "pass grid=(h, w)")
         return self.decode_map(codes.transpose(1, 2).unflatten(2, (h, w)), clamp)
 
     def decoder_parameters(self):
@@ -200,30 +227,41 @@ class CINConfig:
     num_classes: int = 1000 # labels are rows of the token table, so at most V
 
     def __post_init__(self):
-        if self.n_embd % self.n_head: raise ValueError(f"n_head={self.n_head}: n_embd={self.n_embd} must be a multiple of it")
-        if self.num_classes > self.vocab_size: raise ValueError(f"num_classes={self.num_classes}: labels are looked up in the token table, which has vocab_size={self.vocab_size} rows")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head={self.n_head}: n_embd={self.n_embd} "
+                             "must be a multiple of it")
+        if self.num_classes > self.vocab_size:
+            raise ValueError(f"num_classes={self.num_classes}: labels "
+                             "are looked up in the " "token table, which has "
+                             f"vocab_size={self.vocab_size} rows")
 
 class Attention(nn.Module):
     "Causal self-attention with biases"
     def __init__(self, cfg:CINConfig):
         super().__init__()
-        self.key, self.query, self.value, self.proj = (nn.Linear(cfg.n_embd, cfg.n_embd) for _ in range(4))
+        self.key, self.query, self.value, self.proj = (nn.Linear(cfg.n_embd, cfg.n_embd)
+                                                       for _ in range(4))
         self.n_head = cfg.n_head
 
     def forward(self, x, cache=None, pos=0):
-        q, k, v = (f(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        q, k, v = (f(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+                   for f in (self.query, self.key, self.value))
         if cache is not None:
             end = pos + x.shape[1]
             cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
             k, v = cache[0][:, :, :end], cache[1][:, :, :end]
-        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v,
+                                                        is_causal=x.shape[1]
+                                                        > 1).transpose(1, 2).flatten(2))
 
 class Block(nn.Module):
     "Pre-norm attention and MLP"
     def __init__(self, cfg:CINConfig):
         super().__init__()
-        self.ln1, self.ln2, self.attn = nn.LayerNorm(cfg.n_embd), nn.LayerNorm(cfg.n_embd), Attention(cfg)
-        self.mlp = nn.Sequential(nn.Linear(cfg.n_embd, 4*cfg.n_embd), nn.GELU(), nn.Linear(4*cfg.n_embd, cfg.n_embd))
+        self.ln1, self.ln2, self.attn = (nn.LayerNorm(cfg.n_embd),
+                                         nn.LayerNorm(cfg.n_embd), Attention(cfg))
+        self.mlp = nn.Sequential(nn.Linear(cfg.n_embd, 4*cfg.n_embd), nn.GELU(),
+                                 nn.Linear(4*cfg.n_embd, cfg.n_embd))
 
     def forward(self, x, cache=None, pos=0):
         x = x + self.attn(self.ln1(x), cache, pos)
@@ -239,32 +277,45 @@ class CINTransformer(nn.Module):
     def __init__(self, cfg:CINConfig):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size, self.gradient_checkpointing = cfg, cfg.block_size, cfg.vocab_size, False
-        self.tok_emb, self.pos_emb = nn.Embedding(cfg.vocab_size, cfg.n_embd), nn.Parameter(torch.zeros(1, cfg.block_size, cfg.n_embd))
+        self.tok_emb, self.pos_emb = (nn.Embedding(cfg.vocab_size, cfg.n_embd),
+                                      nn.Parameter(torch.zeros(1, cfg.block_size,
+                                                               cfg.n_embd)))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.ln_f, self.head = nn.LayerNorm(cfg.n_embd), Head(cfg.n_embd, cfg.vocab_size, bias=False) # [..., D] to [..., V] float32
+        # [..., D] to [..., V] float32
+        self.ln_f, self.head = (nn.LayerNorm(cfg.n_embd),
+                                Head(cfg.n_embd, cfg.vocab_size, bias=False))
         for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=.02)
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=.02)
             if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
 
     def check(self, cond):
         "Refuse what is not a batch of class ids"
         if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
-            raise ValueError(f"cond: expected class ids, a [N] tensor of integers, got {_what(cond)}")
-        _check_ids('cond', cond, self.cfg.num_classes, 'num_classes; there is no null class')
+            raise ValueError("cond: expected class ids, a [N] tensor of "
+                             f"integers, got {_what(cond)}")
+        _check_ids('cond', cond, self.cfg.num_classes,
+                   'num_classes; there is no null class')
 
     def trunk(self, ids:Tensor, cache=None, pos:int=0) -> Tensor:
         "States [N, L, D] of ids [N, L], the label or tokens, at positions from `pos`"
         x = self.tok_emb(ids) + self.pos_emb[:, pos:pos+ids.shape[1]]
         for i, block in enumerate(self.blocks):
-            if self.gradient_checkpointing and torch.is_grad_enabled(): x = checkpoint(block, x, use_reentrant=False)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
             else: x = block(x, cache and cache[i], pos)
         return self.ln_f(x)
 
     def hidden(self, context:Tensor, cond) -> Tensor:
         "[N, T] context tokens to [N, T, D]; state t has seen the label and tokens before t"
-        if context.shape[1] > self.num_tokens: raise ValueError(f"context: {context.shape[1]} tokens, expected at most {self.num_tokens} (block_size); was it made by a tokenizer at another resolution?")
+        if context.shape[1] > self.num_tokens:
+            raise ValueError(f"context: {context.shape[1]} tokens, expected "
+                             f"at most {self.num_tokens} "
+                             "(block_size); was it made by a tokenizer "
+                             "at another resolution?")
         self.check(cond)
-        if len(context) != len(cond): raise ValueError(f"context: {len(context)} rows for {len(cond)} conditions")
+        if len(context) != len(cond):
+            raise ValueError(f"context: {len(context)} rows for {len(cond)} conditions")
         _check_ids('context', context, self.vocab_size, 'vocab_size')
         return self.trunk(torch.cat([cond[:, None], context[:, :-1]], 1))
 
@@ -274,7 +325,11 @@ class CINTransformer(nn.Module):
 
     def null_cond(self, cond):
         "There is none"
-        raise ValueError("cfg_scale: this model has no null class and was trained without label dropout, so there is nothing to guide away from; use cfg_scale=1 (guidance 1 in run_eval, rollout_cfg_scale=1 in a configuration)")
+        raise ValueError("cfg_scale: this model has no null class and "
+                         "was trained without "
+                         "label dropout, so there is nothing to guide away from; use "
+                         "cfg_scale=1 (guidance 1 in run_eval, rollout_cfg_scale=1 "
+                         "in a configuration)")
 
     def example_cond(self, n:int) -> Tensor:
         "`n` conditions of the right shape, without content"
@@ -283,23 +338,32 @@ class CINTransformer(nn.Module):
     def new_cache(self, n:int) -> list:
         "Room for the keys and values of `n` sequences"
         c = self.cfg
-        return [self.pos_emb.new_zeros(2, n, c.n_head, c.block_size, c.n_embd//c.n_head) for _ in self.blocks]
+        return [self.pos_emb.new_zeros(2, n, c.n_head, c.block_size, c.n_embd//c.n_head)
+                for _ in self.blocks]
 
 # %% ../../nbs/34_vqgan.ipynb #0602c494
 def taming_filters(top_k:int|None, # None: no filter at all; 0: no top-k
                    top_p:float, # ignored when top_k is None
                   ) -> tuple: # top_k, top_p for `filter_logits`
     "What the original's sampler makes of its two settings"
-    if top_k == 0 and top_p < 1: warnings.warn(f"top_p={top_p} without top_k: the original ignores it then; here it is applied, so the distribution is another one than the original's")
+    if top_k == 0 and top_p < 1:
+        warnings.warn(f"top_p={top_p} without top_k: the original "
+                      "ignores it then; here "
+                      "it is applied, so the distribution is another "
+                      "one than the original's")
     if top_k is not None: return top_k, top_p
-    if top_p < 1: warnings.warn(f"top_p={top_p} without top_k: the original applies top-p only when top-k is given, so it is ignored here; pass top_k=0 to have it applied")
+    if top_p < 1:
+        warnings.warn(f"top_p={top_p} without top_k: the original applies top-p only "
+                      "when top-k is given, so it is ignored here; pass "
+                      "top_k=0 to have it applied")
     return 0, 1.
 
 @torch.no_grad()
 def generate(policy:CINTransformer, # in eval mode
              cond:Tensor, # [N] class ids
              streams:Streams, # one random stream per sample
-             *, temperature:float=1., top_k:int|None=0, top_p:float=1., # see `taming_filters`
+             # see `taming_filters`
+             *, temperature:float=1., top_k:int|None=0, top_p:float=1.,
              cfg_scale:float=1., # must be 1
              greedy:bool=False, # most probable tokens, no randomness
              given:Tensor|None=None, # [N, t] first tokens, to be completed
@@ -308,17 +372,25 @@ def generate(policy:CINTransformer, # in eval mode
     "Draw token sequences free-running through a key/value cache"
     if cfg_scale != 1: policy.null_cond(cond)
     policy.check(cond)
-    if len(cond) != len(streams): raise ValueError(f"streams: {len(streams)} random streams for {len(cond)} class ids, expected one per condition")
+    if len(cond) != len(streams):
+        raise ValueError(f"streams: {len(streams)} random streams for {len(cond)} "
+                         "class ids, expected one per condition")
     top_k, top_p = taming_filters(top_k, top_p)
     tokens = cond.new_empty(len(cond), 0) if given is None else given
-    if tokens.dim() != 2 or len(tokens) != len(cond) or tokens.shape[1] > policy.num_tokens or tokens.is_floating_point(): raise ValueError(f"given: {_what(tokens)}, expected ids [{len(cond)}, t] with t at most {policy.num_tokens}")
+    if tokens.dim() != 2 or len(tokens) != len(cond) or tokens.shape[
+        1] > policy.num_tokens or tokens.is_floating_point():
+        raise ValueError(f"given: {_what(tokens)}, expected ids [{len(cond)}, t] "
+                         f"with t at most {policy.num_tokens}")
     _check_ids('given', tokens, policy.vocab_size, 'vocab_size')
     u = None if greedy else streams.uniform(policy.num_tokens, device=cond.device)
-    cache, pos, x = policy.new_cache(len(cond)), 0, torch.cat([cond[:, None], tokens], 1)
+    cache, pos, x = (policy.new_cache(len(cond)), 0,
+                     torch.cat([cond[:, None], tokens], 1))
     with packed_weights(policy, len(cond) if len(cond) > 3 else 0): # see llamagen
         for t in range(tokens.shape[1], policy.num_tokens):
             logits = policy.head(policy.trunk(x, cache, pos)[:, -1])
-            pos, x = pos + x.shape[1], sample_token(logits, None if greedy else u[:, t], temperature, top_k, top_p, greedy)[:, None]
+            pos, x = (pos + x.shape[1],
+                      sample_token(logits, None if greedy else u[:, t],
+                                   temperature, top_k, top_p, greedy)[:, None])
             tokens = torch.cat([tokens, x], 1)
             if progress: progress()
     return tokens
@@ -360,16 +432,25 @@ def read_lightning(path, # a checkpoint, Lightning's or any that `read_state_dic
 def split_state(state:dict, # name → tensor, of a transformer with its tokenizer or of either alone
                ) -> tuple: # transformer's and tokenizer's state, each empty if not there
     "Sort a state dict by the published prefixes, without masks and training leftovers"
-    state = {k: v for k, v in state.items() if not re.match(r'(first_stage_model\.)?loss\.', k)}
+    state = {k: v for k, v in state.items()
+             if not re.match(r'(first_stage_model\.)?loss\.', k)}
     for k in [k for k in state if k.endswith('.attn.mask')]:
         mask = state.pop(k)[0, 0]
         if not torch.equal(mask, torch.ones_like(mask).tril()):
-            raise ValueError(f"{k}: not a causal mask, so this is no class-conditional model (a visible prefix is used for segmentation or depth); use the c-IN transformer")
-    under = lambda prefix: {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+            raise ValueError(f"{k}: not a causal mask, so this is no "
+                             "class-conditional model "
+                             "(a visible prefix is used for segmentation or "
+                             "depth); use the c-IN transformer")
+    under = lambda prefix: {k[len(prefix):]: v for k, v in state.items()
+                            if k.startswith(prefix)}
     transformer, tokenizer = under('transformer.'), under('first_stage_model.')
     if transformer or tokenizer:
-        rest = [k for k in state if not k.startswith(('transformer.', 'first_stage_model.'))]
-        if rest: raise ValueError(f"tensors of unknown use: {', '.join(rest[:6])}; expected those under transformer. and first_stage_model.")
+        rest = [k for k in state
+                if not k.startswith(('transformer.', 'first_stage_model.'))]
+        if rest:
+            raise ValueError(f"tensors of unknown use: {', '.join(rest[:6])}; "
+                             "expected those "
+                             "under transformer. and first_stage_model.")
         return transformer, tokenizer
     return (state, {}) if 'tok_emb.weight' in state else ({}, state)
 
@@ -379,54 +460,84 @@ def describe(state:dict # name → tensor
     shape = {k: list(v.shape) for k, v in state.items()}
     depth = len({k.split('.')[1] for k in shape if k.startswith('blocks.')})
     if 'tok_emb.weight' in shape and 'pos_emb' in shape:
-        return f"a VQGAN transformer of {depth} layers, width {shape['tok_emb.weight'][1]}, {shape['tok_emb.weight'][0]} codes, context {shape['pos_emb'][1]}"
+        return (f"a VQGAN transformer of {depth} layers, width "
+                f"{shape['tok_emb.weight'][1]}, "
+                f"{shape['tok_emb.weight'][0]} codes, context {shape['pos_emb'][1]}")
     levels = len({k.split('.')[2] for k in shape if k.startswith('encoder.down.')})
     if levels and 'quantize.embedding.weight' in shape:
         k, c = shape['quantize.embedding.weight']
         return f"a VQGAN tokenizer that shrinks {2**(levels-1)}-fold, {k} codes of {c}"
-    return f"an unknown model with {len(shape)} tensors, first {', '.join(list(shape)[:3])}"
+    return (f"an unknown model with {len(shape)} tensors, first "
+            f"{', '.join(list(shape)[:3])}")
 
 # %% ../../nbs/34_vqgan.ipynb #bf6b9474
-TOKENIZERS = dict(vqgan_f16_16384=VQGANConfig(), vqgan_f16_1024=VQGANConfig(codebook_size=1024))
+TOKENIZERS = dict(vqgan_f16_16384=VQGANConfig(),
+                  vqgan_f16_1024=VQGANConfig(codebook_size=1024))
 MODELS = dict(vqgan_cin=(CINConfig(), 'vqgan_f16_16384'))
 
 def find_n_head(path, # of last.ckpt
                ) -> int|None: # None if there is no settings file, or none that names it
     "Number of heads in the settings that come with a checkpoint"
     folder = Path(path).absolute().parent
-    for p in sorted([*folder.glob('*.yaml'), *(folder.parent/'configs').glob('*.yaml')]):
-        if found := re.search(r'^\s*n_head:\s*(\d+)', p.read_text(), re.M): return int(found[1])
+    for p in sorted([*folder.glob('*.yaml'),
+                     *(folder.parent/'configs').glob('*.yaml')]):
+        if found := re.search(r'^\s*n_head:\s*(\d+)', p.read_text(), re.M):
+            return int(found[1])
 
 def build_vqgan_tokenizer(name:str='vqgan_f16_16384', # key of TOKENIZERS
-                          weights=None, # None for the published file, any file with a tokenizer in it, or 'random'
+                          # None for the published file, any file with a tokenizer in
+                          # it, or 'random'
+                          weights=None,
                           cache_dir=None, offline:bool|None=None, # see `weights.locate`
                          ) -> VQGAN: # on the CPU in float32 and eval mode
     "A VQGAN tokenizer with its weights"
-    if name not in TOKENIZERS: raise ValueError(f"name={name!r}: choose one of {', '.join(TOKENIZERS)}")
+    if name not in TOKENIZERS:
+        raise ValueError(f"name={name!r}: choose one of {', '.join(TOKENIZERS)}")
     if weights == 'random': return VQGAN(TOKENIZERS[name]).eval()
     path = locate(name, weights, cache_dir, offline)
     transformer, state = split_state(read_lightning(path))
-    if not state: raise ValueError(f"{path}: holds {describe(transformer)}, but no tokenizer")
+    if not state:
+        raise ValueError(f"{path}: holds {describe(transformer)}, but no tokenizer")
     return load_strict(VQGAN(TOKENIZERS[name]), state, path, describe).eval()
 
 def build_vqgan(model:str='vqgan_cin', # key of MODELS
-                weights=None, # None for the published file, a local one or its folder, a transformer alone, or 'random'
-                tokenizer_weights=None, # None for the tokenizer in the same file, or the published one where that holds a transformer alone; a file of its own; 'random' follows `weights`
+                # None for the published file, a local one or its folder, a transformer
+                # alone, or 'random'
+                weights=None,
+                # None for the tokenizer in the same file, or the published one where
+                # that holds a transformer alone; a file of its own; 'random' follows
+                # `weights`
+                tokenizer_weights=None,
                 n_head:int|None=None, # None reads it from the settings beside the file
                 cache_dir=None, offline:bool|None=None, # see `weights.locate`
                ) -> tuple: # policy, tokenizer; both on the CPU in float32 and eval mode
     "A class-conditional VQGAN transformer and its tokenizer, with their weights"
-    if model not in MODELS: raise ValueError(f"model={model!r}: choose one of {', '.join(MODELS)}")
+    if model not in MODELS:
+        raise ValueError(f"model={model!r}: choose one of {', '.join(MODELS)}")
     cfg, name = MODELS[model]
     cfg = replace(cfg, n_head=n_head or cfg.n_head)
-    if weights == 'random': return CINTransformer(cfg).eval(), build_vqgan_tokenizer(name, tokenizer_weights or 'random')
+    if weights == 'random':
+        return CINTransformer(cfg).eval(), build_vqgan_tokenizer(name,
+                                                                 tokenizer_weights
+                                                                 or 'random')
     path = Path(locate(model, weights, cache_dir, offline))
-    if (path/'checkpoints'/'last.ckpt').exists(): path = path/'checkpoints'/'last.ckpt' # the published folder
+    # the published folder
+    if (path/'checkpoints'/'last.ckpt').exists(): path = path/'checkpoints'/'last.ckpt'
     ours, tok = split_state(read_lightning(path))
-    if not ours: raise ValueError(f"weights={str(path)!r}: holds {describe(tok)}, but no transformer; pass the c-IN transformer's file here, and this one as tokenizer_weights")
-    if tokenizer_weights is None and tok: vq = load_strict(VQGAN(TOKENIZERS[name]), tok, path, describe).eval()
+    if not ours:
+        raise ValueError(f"weights={str(path)!r}: holds {describe(tok)}, "
+                         "but no transformer; "
+                         "pass the c-IN transformer's file here, and this "
+                         "one as tokenizer_weights")
+    if tokenizer_weights is None and tok:
+        vq = load_strict(VQGAN(TOKENIZERS[name]), tok, path, describe).eval()
     else: vq = build_vqgan_tokenizer(name, tokenizer_weights, cache_dir, offline)
     if n_head is None:
         if found := find_n_head(path): cfg = replace(cfg, n_head=found)
-        else: warnings.warn(f"n_head: no settings file beside {path} names it and shapes do not show it; assuming {cfg.n_head}. Pass n_head, or keep the folder's configs/ next to checkpoints/")
+        else:
+            warnings.warn(f"n_head: no settings file beside {path} "
+                          "names it and shapes do "
+                          f"not show it; assuming {cfg.n_head}. Pass "
+                          "n_head, or keep the "
+                          "folder's configs/ next to checkpoints/")
     return load_strict(CINTransformer(cfg), ours, path, describe).eval(), vq
