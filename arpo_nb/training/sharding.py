@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['shard_units', 'doors', 'is_sharded', 'shard', 'fill', 'open_doors', 'give_back', 'gathered', 'follow', 'Sharded',
-           'shard_options', 'prepare', 'sharding_asked', 'check_layout', 'identity', 'check_same', 'agree',
-           'save_parts', 'numbered', 'named', 'load_parts']
+           'shard_options', 'prepare', 'sharding_asked', 'shard_count', 'check_layout', 'identity', 'check_same',
+           'agree', 'save_parts', 'numbered', 'named', 'load_parts']
 
 # %% ../../nbs/48_sharding.ipynb #17918d03
 import functools
@@ -166,6 +166,12 @@ def sharding_asked() -> bool:
     "Whether the launcher's configuration says FSDP"
     return os.environ.get('ACCELERATE_USE_FSDP', 'false').lower() in ('true', '1', 'yes')
 
+def shard_count(cfg:Config) -> int:
+    "Parts that the launcher of this process asks for; 1 without FSDP"
+    if not sharding_asked(): return 1
+    split = os.environ.get('ACCELERATE_USE_PARALLELISM_CONFIG', 'false').lower() == 'true'
+    return int(os.environ.get('PARALLELISM_CONFIG_DP_SHARD_SIZE', 1)) if split else cfg.num_processes
+
 def check_layout(acc:Accelerator, cfg:Config):
     "Raise for a layout that can't be had, or that does not do what it says"
     if acc.distributed_type == DistributedType.DEEPSPEED:
@@ -179,6 +185,10 @@ def check_layout(acc:Accelerator, cfg:Config):
                          "a word; choose distributed_type: MULTI_CPU or MULTI_GPU")
     if not acc.is_fsdp2: raise ValueError(f"{asked}: fsdp_version 1 wraps modules and hides our doors; set fsdp_version: 2")
     if acc.state.fsdp_plugin.activation_checkpointing: raise ValueError("fsdp_activation_checkpointing: true: it is a setting of the run; use gradient_checkpointing=True")
+    layout = acc.parallelism_config
+    if layout is not None and layout.total_size != layout.dp_replicate_size*layout.dp_shard_size:
+        raise ValueError(f"parallelism_config {layout}: policies are sharded and replicated, not split within a layer or a sequence; use "
+                         "parallelism_config_dp_shard_size and parallelism_config_dp_replicate_size alone")
     if cfg.method == 'tokenizer':
         raise ValueError("method='tokenizer' under FSDP: it trains the decoder, which is small and entered through none of a policy's doors, while the "
                          "policy it would shard stands still; start it without FSDP (distributed_type: MULTI_GPU)")
