@@ -10,14 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser, prepare_multi_gpu_env
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
 from arpo_nb import systems
-from arpo_nb.config import Config, uses_perceptual
+from arpo_nb.config import Config
 from arpo_nb.systems import load_data, load_reward, load_system
-from arpo_nb.training.trainer import train
+from arpo_nb.training.processes import load_once
+from arpo_nb.training.trainer import accelerator, train
 
+ROOT = Path(__file__).parent.parent
 BASE = dict(steps=2, batch_size=2, num_generations=2, learning_rate=1e-4, save_steps=100)
 VAPI, GRPO = dict(BASE, noise_rate=.5), dict(BASE, method='grpo', rewards='loo_fid')
 SETTINGS = dict(vapi=VAPI, grpo_micro=dict(GRPO, batch_size=4, micro_batch_size=2), kl_two_iterations=dict(VAPI, beta=.1, num_iterations=2),
@@ -41,6 +44,12 @@ def pretend_accelerator():
     AcceleratorState.__init__ = patched
 
 
+def environment(file):
+    "What accelerate launch tells the processes it starts with one of our configurations"
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(['--config_file', str(ROOT/'accelerate'/file), 'program']))
+    return {k: v for k, v in prepare_multi_gpu_env(args).items() if k.startswith(('ACCELERATE_USE', 'FSDP_', 'PARALLELISM_'))}
+
+
 class Cut:
     "Data that send SIGTERM to their own process with a given batch"
     def __init__(self, data, after): self.data, self.left = data, after
@@ -55,9 +64,9 @@ class Cut:
 def run(setting, out, sharded='', cut=0):
     "Metrics of a run in this process group; `sharded` is the kind of its checkpoints, '' for none"
     os.environ.pop('ACCELERATE_USE_FSDP', None)
-    if sharded: os.environ |= dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_STATE_DICT_TYPE=f'{sharded}_STATE_DICT')
+    if sharded: os.environ |= environment('fsdp2.yaml') | dict(FSDP_STATE_DICT_TYPE=f'{sharded}_STATE_DICT')
     cfg = Config(**setting, num_processes=int(os.environ.get('WORLD_SIZE', 1)))
-    system = load_system(cfg.model, cfg.weights, cfg.seed, uses_perceptual(cfg))
+    system = load_once(cfg, accelerator(cfg), say=lambda _: None)
     data = load_data(cfg, system)
     try: return train(system, Cut(data, cut) if cut else data, cfg, out, reward=load_reward(cfg, system), progress=False)
     except SystemExit: return None

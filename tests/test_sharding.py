@@ -6,10 +6,13 @@ import sys
 
 import pytest
 import torch
-from sharding_worker import RESUMED, SETTINGS, run
+from accelerate import FullyShardedDataParallelPlugin
+from sharding_worker import RESUMED, ROOT, SETTINGS, environment, run
 
+from arpo_nb.config import Config
 from arpo_nb.models.checkpoints import read_state_dict
-from arpo_nb.training.launch import free_port
+from arpo_nb.training.processes import free_port, read_launcher
+from arpo_nb.training.sharding import shard_count
 
 TIMES = ('time/', 'sampling/')
 
@@ -58,6 +61,17 @@ def test_continues_across_layouts(found, tmp_path):
         state = read_state_dict(out/name/'checkpoint') # those of FSDP in parts
         assert state.keys() == want.keys() and all(torch.allclose(state[k], want[k], rtol=0, atol=1e-6) for k in state), name
     assert (out/'sharded_fsdp'/'checkpoint'/'sharded').is_dir() and not (out/'sharded_ddp'/'checkpoint'/'sharded').exists()
+
+
+@pytest.mark.parametrize('file, processes, shards', [('ddp.yaml', 8, 1), ('fsdp2.yaml', 8, 8), ('multi_node.yaml', 16, 8)])
+def test_configurations_that_come_along(file, processes, shards, monkeypatch):
+    "accelerate reads them without a doubt, and means what read_launcher says"
+    path, env = ROOT/'accelerate'/file, environment(file)
+    assert read_launcher(f'accelerate launch --config_file {path}') == dict(processes=processes, shards=shards)
+    assert env.get('ACCELERATE_USE_FSDP', 'false') == str(shards > 1).lower()
+    for k, v in env.items(): monkeypatch.setenv(k, v)
+    assert shard_count(Config(num_processes=processes, batch_size=16)) == shards
+    if shards > 1: assert FullyShardedDataParallelPlugin().fsdp_version == 2
 
 
 def test_refused_on_every_process(found):
