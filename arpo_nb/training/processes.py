@@ -26,7 +26,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..config import Config, uses_perceptual
-from ..systems import System, load_system
+from ..protocols import System
+from ..systems import load_shapes, load_system
 
 # %% ../../nbs/44_processes.ipynb #9a0c06b1
 ENGINES = {'accelerate launch': 'accelerate.commands.launch', 'torchrun': 'torch.distributed.run'}
@@ -148,9 +149,9 @@ def _share(cfg, acc, system, box):
     broadcast_object_list(box)
     if box[2] is not None: raise box[2] if acc.is_main_process else RuntimeError(f'process 0 could not load {cfg.model}: {box[2]}')
     if system is None:
-        with warnings.catch_warnings(), torch.device('meta'):
+        with warnings.catch_warnings():
             warnings.simplefilter('ignore') # that weights read into shapes are lost
-            system = load_system(cfg.model, 'random', cfg.seed, uses_perceptual(cfg)).to('meta')
+            system = load_shapes(cfg.model, uses_perceptual(cfg))
         system.encode_prompts, system.answers = box[:2]
         torch.set_rng_state(box[3]) # random networks of a rehearsal are drawn from here
     for m in system.modules():
