@@ -15,8 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from ..config import Config, from_json
-from ..models.checkpoints import SHARDED
-from .sharding import is_sharded, load_parts, save_parts
+from .sharding import SHARDED, is_sharded, load_parts, save_parts
 
 # %% ../../nbs/47_run_folder.ipynb #dc75efee
 SAME_RUN = ('num_processes', 'micro_batch_size', 'generate_batch_size', 'decode_batch_size', 'logps_chunk',
