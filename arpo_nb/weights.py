@@ -105,11 +105,16 @@ def table(names=None, # which; None for all
     rows = [('name', 'size', 'SHA-256', 'licence', 'what for', 'file')]
     for n in names or FILES:
         f = FILES[n]
-        where = f'[{f.file}]({f.address})' if markdown and not f.package else f'{f.file}, {f.address}'
-        rows.append((f'`{n}`' if markdown else n, human_size(f.size), f.sha256[:8] or '–', f.licence, f.purpose, where))
-    if markdown: return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [rows[0], ('---',)*6, *rows[1:]])
+        where = (f'[{f.file}]({f.address})' if markdown and not f.package
+                 else f'{f.file}, {f.address}')
+        rows.append((f'`{n}`' if markdown else n, human_size(f.size),
+                     f.sha256[:8] or '–', f.licence, f.purpose, where))
+    if markdown:
+        return '\n'.join('| ' + ' | '.join(r) + ' |'
+                         for r in [rows[0], ('---',)*6, *rows[1:]])
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
-    return '\n'.join('  '.join([*(c.ljust(w) for c, w in zip(r, widths)), r[5]]) for r in rows)
+    return '\n'.join('  '.join([*(c.ljust(w) for c, w in zip(r, widths)), r[5]])
+                     for r in rows)
 
 # %% ../nbs/08_weights.ipynb #d49ca2e5
 def _hub():

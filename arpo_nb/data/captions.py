@@ -29,12 +29,16 @@ from ..weights import import_transformers
 
 # %% ../../nbs/09_text_data.ipynb #ec0f9dd5
 _FILES = '(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)'
-_ADDRESS = r'\b(?:%s:(?:/{1,3}|[a-zA-Z0-9%%])|[a-zA-Z0-9.-]+\.(?:com?|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))' # up to a query
-_BEFORE = [('<person>', 'person'), (_ADDRESS % 'https?', ''), (_ADDRESS % 'www', ''), (r'&(?=[a-z]\Z)', '')] # pattern, replacement: on the text as typed, in lower case
+# up to a query
+_ADDRESS = r'\b(?:%s:(?:/{1,3}|[a-zA-Z0-9%%])|[a-zA-Z0-9.-]+\.(?:com?|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))'
+# pattern, replacement: on the text as typed, in lower case
+_BEFORE = [('<person>', 'person'), (_ADDRESS % 'https?', ''), (_ADDRESS % 'www', ''),
+           (r'&(?=[a-z]\Z)', '')]
 _MIDDLE = [ # on the text without tags
     (r'@\w+\b', ''), # handles
     ('[\u31c0-\u4dff\u4e00-\u9fff]+', ''), # Chinese, Japanese and Korean signs
-    ('[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+', '-'), # dashes
+    # dashes
+    ('[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+', '-'),
     ('[`´«»“”¨]', '"'), ('[‘’]', "'"), # quotes
     ('&quot;?', ''), ('&amp', ''),
     (r'\d{1,3}(?:\.\d{1,3}){3}', ' '), # IP addresses
@@ -44,12 +48,17 @@ _MIDDLE = [ # on the text without tags
     ('["\']{2,}', '"'), (r'\.{2,}', ' '),
     (r'[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+', ' '), (r'\s+\.\s+', ' ')]
 _AFTER = [ # on repaired Unicode
-    (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''), (r'\b\d+[a-zA-Z]+\d+\b', ''), # model numbers
-    (r'(?:worldwide\s+)?(?:free\s+)?shipping', ''), (r'(?:free\s)?download(?:\sfree)?', ''), (r'\bclick\b\s(?:for|on)\s\w+', ''), # shop talk
+    # model numbers
+    (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''), (r'\b\d+[a-zA-Z]+\d+\b', ''),
+    # shop talk
+    (r'(?:worldwide\s+)?(?:free\s+)?shipping', ''), (r'(?:free\s)?download(?:\sfree)?', ''), (r'\bclick\b\s(?:for|on)\s\w+', ''),
     (rf'\b{_FILES}(?:\simages?)?', ''), (r'\bpage\s+\d+\b', ''),
-    (r'\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b', ' '), (r'\b\d+\.?\d*[xх×]\d+\.?\d*\b', ''), # codes, and sizes like 4x6
+    # codes, and sizes like 4x6
+    (r'\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b', ' '), (r'\b\d+\.?\d*[xх×]\d+\.?\d*\b', ''),
     (r'\b\s+:\s+', ': '), (r'(\D[,./])\b', r'\1 '), (r'\s+', ' ')]
-_ENDS = [(r'^["\'](.+)["\']$', r'\1'), (r"^['_,\-:;]", ''), (r"['_,\-:+]$", ''), (r'^\.\S+$', '')] # quotes around, punctuation at the ends
+# quotes around, punctuation at the ends
+_ENDS = [(r'^["\'](.+)["\']$', r'\1'), (r"^['_,\-:;]", ''), (r"['_,\-:+]$", ''),
+         (r'^\.\S+$', '')]
 
 def _apply(rules, text):
     for pattern, new in rules: text = re.sub(pattern, new, text, flags=re.DOTALL)
@@ -57,10 +66,14 @@ def _apply(rules, text):
 
 class _Text(HTMLParser):
     "Collects the text between tags; an unknown &name; loses its semicolon, a known one may lack it"
-    def __init__(self): super().__init__(convert_charrefs=False); self.parts, self.inside = [], 0
+    def __init__(self):
+        super().__init__(convert_charrefs=False)
+        self.parts, self.inside = [], 0
     def handle_starttag(self, tag, attrs): self.inside += tag in ('script', 'style')
-    def handle_endtag(self, tag): self.inside -= tag in ('script', 'style') and self.inside > 0
-    def handle_entityref(self, name): self.handle_data(html5.get(f'{name};', f'&{name}'))
+    def handle_endtag(self, tag):
+        self.inside -= tag in ('script', 'style') and self.inside > 0
+    def handle_entityref(self, name):
+        self.handle_data(html5.get(f'{name};', f'&{name}'))
     def handle_charref(self, name): self.handle_data(html.unescape(f'&#{name};'))
     def handle_data(self, data):
         if not self.inside: self.parts.append(data)
@@ -72,10 +85,13 @@ def _strip_tags(text):
 
 def _clean_once(text):
     try: import ftfy
-    except ImportError as e: raise ImportError("clean_prompt needs ftfy: pip install ftfy, or arpo_nb[t2i]") from e
+    except ImportError as e:
+        raise ImportError("clean_prompt needs ftfy: pip install "
+                          "ftfy, or arpo_nb[t2i]") from e
     text = _strip_tags(_apply(_BEFORE, unquote_plus(str(text)).strip().lower()))
     text = _apply(_MIDDLE, text)
-    if len(re.findall('[-_]', text)) > 3: text = re.sub('[-_]', ' ', text) # many of them: a file name, not a text
+    # many of them: a file name, not a text
+    if len(re.findall('[-_]', text)) > 3: text = re.sub('[-_]', ' ', text)
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return _apply(_ENDS, _apply(_AFTER, text)).strip()
 
@@ -89,16 +105,21 @@ def left_pad(feats:Tensor, # [B, L, D] features, valid rows first
              mask:Tensor, # [B, L], 1 for valid rows
             ) -> tuple: # features [B, L, D] and mask [B, L], valid rows last and all others zero
     "Move valid rows to the end and zero the rest"
-    order = mask.sort(dim=1, stable=True).indices # zeros first, both kinds in their old order
+    # zeros first, both kinds in their old order
+    order = mask.sort(dim=1, stable=True).indices
     mask = mask.gather(1, order)
-    return feats.gather(1, order[..., None].expand_as(feats))*mask[..., None].to(feats.dtype), mask
+    return (feats.gather(1, order[..., None].expand_as(feats))*mask[...,
+                                                                    None].to(
+                                                                        feats.dtype),
+            mask)
 
 def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each caption
                    length:int=120, # rows after padding
                   ) -> tuple: # features [B, length, D] float32, mask [B, length], and how many captions were too long
     "Right-align features of different lengths; longer ones lose their tail, as LlamaGen truncates"
     rows = [torch.as_tensor(np.asarray(r, np.float32)) for r in rows]
-    feats, mask = torch.zeros(len(rows), length, rows[0].shape[-1]), torch.zeros(len(rows), length, dtype=torch.long)
+    feats, mask = (torch.zeros(len(rows), length, rows[0].shape[-1]),
+                   torch.zeros(len(rows), length, dtype=torch.long))
     for i, r in enumerate(rows):
         n = min(len(r), length)
         feats[i, length-n:], mask[i, length-n:] = r[:n], 1
@@ -357,11 +378,12 @@ class TextImages:
                  start:int=0, # number of the first record wanted: (epoch << 40) + place, as in a record's `index`
                  endless:bool=False, # begin again after the last record
                  shuffle:int|None=None, # seed for the order of shards, None keeps it
+                 crop:str='adm', # key of `image_io.CROPS`
                  captions:str='whole', # which of several captions, see `choose_caption`
                 ):
         self.sources, self.size, self.rank, self.world_size, self.start, self.shuffle = _sources(path), size, rank, world_size, start, shuffle
         self.epoch, self.endless, self.truncated, self.skipped = start >> 40, endless, 0, Counter() # features cut, and broken records by reason
-        self.before, self.captions = None, captions # records of all earlier epochs
+        self.before, self.crop, self.captions = None, crop, captions # records of all earlier epochs
         if captions not in ('whole', 'first', 'turn'): raise ValueError(f"captions={captions!r}: choose whole, first or turn")
 
     def skip(self, reason:str, what, why=''):
@@ -375,7 +397,7 @@ class TextImages:
         if not r['image']: raise ValueError('no picture')
         text = choose_caption(r['text'], self.captions, r['index'] >> 40)
         feats, name = r['feats'], r.get('where') or f"record {r['key']}"
-        out = dict(index=r['index'], key=r['key'], image=read_image(r['image'], self.size, name), text=text)
+        out = dict(index=r['index'], key=r['key'], image=read_image(r['image'], self.size, name, self.crop), text=text)
         return out if feats is None else dict(out, feats=check_rows(read_npy(io.BytesIO(feats), len(feats), name, 'features'), f'{name}, features'))
 
     def __iter__(self):
@@ -457,8 +479,9 @@ class TextData:
                  size:int, # side in pixels
                  features=None, # see `text_batches`
                  length:int=120, # rows of stored features
+                 crop:str='adm', # key of `image_io.CROPS`
                  captions:str='whole'): # which of several captions, see `choose_caption`
-        self.path, self.size, self.features, self.length, self.captions = path, size, features, length, captions
+        self.path, self.size, self.features, self.length, self.crop, self.captions = path, size, features, length, crop, captions
         self.seen = dict(skipped=0, truncated=0, emptied=0)
         probe = TextImages(path, size, captions=captions)
         if next(text_batches(probe, 1, features, length=length), None) is None:
@@ -467,7 +490,7 @@ class TextData:
 
     def batches(self, batch_size:int, seed:int, start:int, stop:int, rank:int=0, world_size:int=1, position:int=0):
         "`Batch`es of this process, from record `position` on"
-        self.stream = TextImages(self.path, self.size, rank, world_size, position, endless=True, shuffle=seed, captions=self.captions)
+        self.stream = TextImages(self.path, self.size, rank, world_size, position, endless=True, shuffle=seed, crop=self.crop, captions=self.captions)
         steps, before = text_batches(self.stream, batch_size//world_size, self.features, seed, self.length), self._of_features()
         def load():
             batch, now = next(steps), self._of_features()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .image_io import SUFFIXES, center_crop, folder_files, is_hidden, only_pictures, open_picture, to_tensor
+from .image_io import CROPS, SUFFIXES, folder_files, is_hidden, only_pictures, open_picture, to_tensor
 from ..files import BadFile, inside, read_text, reading, user_path
 from ..protocols import EPOCH, Batch, Streams
 
@@ -28,7 +28,11 @@ def step_rows(n:int, # images in the data set
              ) -> np.ndarray: # [batch_size] row numbers
     "The rows of one step"
     at = np.arange(step*batch_size, (step+1)*batch_size)
-    perms = {e: np.random.Generator(np.random.Philox(key=seed, counter=[0, EPOCH, 0, int(e)])).permutation(n) for e in np.unique(at//n)}
+    perms = {e: np.random.Generator(np.random.Philox(key=seed,
+                                                     counter=[0, EPOCH,
+                                                              0,
+                                                              int(e)])).permutation(n)
+             for e in np.unique(at//n)}
     return np.array([perms[e][i] for e, i in zip(at//n, at%n)])
 
 # %% ../../nbs/04_data.ipynb #0dcc2d3f
@@ -52,9 +56,10 @@ class ArrayData:
 def read_image(file, # path, or bytes
                size:int, # side in pixels
                name='', # of bytes, for messages
+               crop:str='adm', # key of `image_io.CROPS`
               ) -> Tensor: # [3, size, size] in [0, 1]
     "A picture as a tensor"
-    return to_tensor(center_crop(open_picture(file, name), size))
+    return to_tensor(CROPS[crop](open_picture(file, name), size))
 
 # %% ../../nbs/04_data.ipynb #3e8878cb
 class Pictures:
@@ -231,7 +236,12 @@ class LabelData:
                  split:float=1., # share of the classes that is used, chosen by `seed`
                  seed:int=0):
         n = max(1, round(split*num_classes))
-        self.labels = torch.from_numpy(np.sort(np.random.Generator(np.random.Philox(key=seed, counter=[1, EPOCH, 0, 0])).permutation(num_classes)[:n]))
+        self.labels = torch.from_numpy(
+            np.sort(np.random.Generator(np.random.Philox(key=seed,
+                                                         counter=[1, EPOCH,
+                                                                  0,
+                                                                  0])).permutation(
+                                                                      num_classes)[:n]))
 
     def __len__(self): return len(self.labels)
 
@@ -252,10 +262,13 @@ def batches(data, # has a length and `load(rows)`
     "The batches of steps `start` to `stop-1`"
     mine = slice(rank, None, world_size)
     def load(step):
-        images, cond, *prompts = data.load(step_rows(len(data), batch_size, step, seed)[mine])
-        return Batch(cond, Streams.range(seed, step*batch_size, batch_size).take(mine), images, *prompts)
+        images, cond, *prompts = data.load(step_rows(len(data), batch_size,
+                                                     step, seed)[mine])
+        return Batch(cond, Streams.range(seed, step*batch_size, batch_size).take(mine),
+                     images, *prompts)
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(load, start) if start < stop else None
         for step in range(start, stop):
-            batch, ahead = ahead.result(), reader.submit(load, step+1) if step+1 < stop else None
+            batch, ahead = (ahead.result(), reader.submit(load, step+1)
+                            if step+1 < stop else None)
             yield batch

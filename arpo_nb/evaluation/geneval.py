@@ -147,14 +147,16 @@ def iou(a, b) -> float: # boxes x1, y1, x2, y2
 
 def keep_found(found:list, # of `Found`, one class
                threshold:float=.3, # scores must be above it
-               max_overlap:float=1., # drop boxes that overlap a better one this much; 1 keeps all
+               # drop boxes that overlap a better one this much; 1 keeps all
+               max_overlap:float=1.,
                most:int=16, # per class
               ) -> list:
     "The detections that count, most confident first"
     ranked = sorted(reversed(found), key=lambda f: -f.score)
     kept = []
     for f in [f for f in ranked if f.score > threshold][:most]:
-        if max_overlap == 1 or all(iou(f.box, g.box) < max_overlap for g in kept): kept.append(f)
+        if max_overlap == 1 or all(iou(f.box, g.box) < max_overlap for g in kept):
+            kept.append(f)
     return kept
 
 # %% ../../nbs/55_geneval.ipynb #677316c8
@@ -165,34 +167,45 @@ def relations(a, b, # boxes x1, y1, x2, y2
     a, b = (np.reshape(x, (2, 2)) for x in (a, b))
     offset = a.mean(0) - b.mean(0)
     length = np.linalg.norm(offset)
-    short = np.sign(offset)*np.maximum(np.abs(offset) - slack*(np.ptp(a, 0) + np.ptp(b, 0)), 0)
+    short = np.sign(offset)*np.maximum(np.abs(offset)
+                                       - slack*(np.ptp(a, 0) + np.ptp(b, 0)), 0)
     dx, dy = short/length if length else (0, 0)
-    holds = {'left of': dx < -.5, 'right of': dx > .5, 'above': dy < -.5, 'below': dy > .5}
+    holds = {'left of': dx < -.5, 'right of': dx > .5, 'above': dy < -.5,
+             'below': dy > .5}
     return {k for k, v in holds.items() if v}
 
 # %% ../../nbs/55_geneval.ipynb #1fbe2f67
 def judge(prompt:dict, # metadata, see `read_prompts`
           detections:dict, # class to list of `Found`
           color_of=None, # (`Found`, class) to one of COLORS
-          *, threshold:float=.3, counting_threshold:float=.9, max_overlap:float=1., max_objects:int=16, # see `keep_found`
+          # see `keep_found`
+          *, threshold:float=.3, counting_threshold:float=.9, max_overlap:float=1., max_objects:int=16,
          position_threshold:float=.1, # see `relations`
          ) -> tuple: # right or wrong, and why
     "GenEval's verdict on one picture"
     least = counting_threshold if prompt['tag'] == 'counting' else threshold
-    kept = {c: keep_found(f, least, max_overlap, max_objects) for c, f in detections.items()}
+    kept = {c: keep_found(f, least, max_overlap, max_objects) for c,
+            f in detections.items()}
     groups, faults = [], []
     for r in prompt['include']:
         found, fault = kept.get(r['class'], [])[:r['count']], None
         if len(found) < r['count']: fault = f"{len(found)} of {r['count']} {r['class']}"
-        elif 'color' in r and any(color_of(f, r['class']) != r['color'] for f in found): fault = f"{r['class']} not {r['color']}"
+        elif 'color' in r and any(color_of(f, r['class']) != r['color'] for f in found):
+            fault = f"{r['class']} not {r['color']}"
         elif 'position' in r:
             relation, target = r['position']
-            if groups[target] is None: fault = f"nothing for {r['class']} to be {relation}"
-            elif not all(relation in relations(f.box, g.box, position_threshold) for f in found for g in groups[target]): fault = f"{r['class']} not {relation} {prompt['include'][target]['class']}"
+            if groups[target] is None:
+                fault = f"nothing for {r['class']} to be {relation}"
+            elif not all(relation in relations(f.box, g.box, position_threshold)
+                         for f in found for g in groups[target]):
+                fault = (f"{r['class']} not {relation} "
+                         f"{prompt['include'][target]['class']}")
         groups.append(None if fault else found)
         if fault: faults.append(fault)
     for r in prompt.get('exclude', []):
-        if len(kept.get(r['class'], [])) >= r['count']: faults.append(f"{len(kept[r['class']])} {r['class']}, fewer than {r['count']} wanted")
+        if len(kept.get(r['class'], [])) >= r['count']:
+            faults.append(f"{len(kept[r['class']])} {r['class']}, fewer "
+                          f"than {r['count']} wanted")
     return not faults, '; '.join(faults)
 
 # %% ../../nbs/55_geneval.ipynb #58415a64
@@ -201,14 +214,18 @@ def summarize(rows:list, # dicts with tag and correct
     "GenEval's summary of verdicts"
     if not rows: raise ValueError("no verdicts to summarise")
     tags = sorted({r['tag'] for r in rows}, key=TASKS.index)
-    tasks = {t: float(np.mean([r['correct'] for r in rows if r['tag'] == t])) for t in tags}
-    return dict(tasks=tasks, overall=float(np.mean(list(tasks.values()))), image_accuracy=float(np.mean([r['correct'] for r in rows])), images=len(rows), complete=len(tasks) == len(TASKS))
+    tasks = {t: float(np.mean([r['correct'] for r in rows if r['tag'] == t]))
+             for t in tags}
+    return dict(tasks=tasks, overall=float(np.mean(list(tasks.values()))),
+                image_accuracy=float(np.mean([r['correct'] for r in rows])),
+                images=len(rows), complete=len(tasks) == len(TASKS))
 
 # %% ../../nbs/55_geneval.ipynb #f4ec00a3
 def color_crop(image:Tensor, # [3, H, W] in [0, 1]
                found:Found) -> Tensor: # [3, h, w]
     "What the colour classifier sees of an object"
-    if found.mask is not None: image = torch.where(found.mask.to(image.device), image, image.new_tensor(.6))
+    if found.mask is not None:
+        image = torch.where(found.mask.to(image.device), image, image.new_tensor(.6))
     x1, y1, x2, y2 = (int(round(v)) for v in found.box)
     return image[:, y1:max(y2, y1+1), x1:max(x2, x1+1)]
 
@@ -222,14 +239,20 @@ class ColorClassifier:
     def texts(self, name:str) -> Tensor: # [10, D]
         "Unit vectors of the ten colours of a class, kept"
         if name not in self.cache:
-            phrase = lambda c: [f'a photo of a {c} {name}', f'a photo of a {c}-colored {name}', f'a photo of a {c} object']
+            phrase = lambda c: [f'a photo of a {c} {name}',
+                                f'a photo of a {c}-colored {name}',
+                                f'a photo of a {c} object']
             mean = lambda t: F.normalize(F.normalize(t, dim=-1).mean(0), dim=-1)
-            self.cache[name] = torch.stack([mean(self.embed_text(phrase(c))) for c in COLORS])
+            self.cache[name] = torch.stack([mean(self.embed_text(phrase(c)))
+                                            for c in COLORS])
         return self.cache[name]
 
     def __call__(self, image:Tensor, found:Found, name:str) -> str:
         "The colour of one object"
-        return COLORS[(self.texts(name)@F.normalize(self.embed_image(color_crop(image, found)[None]), dim=-1)[0]).argmax()]
+        return COLORS[
+            (self.texts(name)@F.normalize(self.embed_image(color_crop(image,
+                                                                      found)[None]),
+                                          dim=-1)[0]).argmax()]
 
 # %% ../../nbs/55_geneval.ipynb #17c880bb
 def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
@@ -240,7 +263,8 @@ def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
     "Objects from one picture's queries"
     scores, flat = class_logits.softmax(-1)[:, :-1].flatten().topk(min(top, class_logits[:, :-1].numel()))
     query, label = flat//(class_logits.shape[1] - 1), flat % (class_logits.shape[1] - 1)
-    mask_logits = F.interpolate(mask_logits[None], size, mode='bilinear', align_corners=False)[0]
+    mask_logits = F.interpolate(mask_logits[None], size, mode='bilinear',
+                                align_corners=False)[0]
     inside = mask_logits > 0
     area = inside.flatten(1).sum(1)
     quality = (mask_logits.sigmoid()*inside).flatten(1).sum(1)/(area + 1e-6)
@@ -248,7 +272,10 @@ def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
     for s, q, c in zip(scores, query, label):
         if not area[q]: continue
         y, x = inside[q].any(1).nonzero(), inside[q].any(0).nonzero()
-        out.setdefault(CLASSES[c], []).append(Found((x.min().item(), y.min().item(), x.max().item() + 1, y.max().item() + 1), (s*quality[q]).item(), inside[q]))
+        out.setdefault(CLASSES[c],
+                       []).append(Found((x.min().item(), y.min().item(),
+                                         x.max().item() + 1, y.max().item() + 1),
+                                        (s*quality[q]).item(), inside[q]))
     return out
 
 class StandInDetector:
@@ -258,23 +285,38 @@ class StandInDetector:
                  model=hub, # name on the hub, folder, or a model
                  size:int=800, # side the pictures are resized to
                  device='cpu'):
-        self.name, self.size, self.device = f'stand-in: {model}' if isinstance(model, (str, Path)) else 'stand-in: a model passed in', size, device
+        self.name, self.size, self.device = (f'stand-in: {model}'
+                                             if isinstance(model, (str, Path))
+                                             else 'stand-in: a model passed in',
+                                             size, device)
         if isinstance(model, (str, Path)):
             import_torchvision()
             try: from transformers import Mask2FormerForUniversalSegmentation
-            except ImportError as e: raise ImportError("the stand-in detector needs transformers: pip install 'arpo_nb[t2i]'") from e
+            except ImportError as e:
+                raise ImportError("the stand-in detector needs transformers: pip "
+                                  "install 'arpo_nb[t2i]'") from e
             try: model = Mask2FormerForUniversalSegmentation.from_pretrained(model)
-            except OSError as e: raise FileNotFoundError(f"model={str(model)!r}: config.json and model.safetensors of the stand-in detector are neither in such a folder nor in the cache of the hub, and could not be had from there. Where there is a network: hf download {self.hub} --local-dir FOLDER; then pass the folder") from e
-        if model.config.num_labels != 80: raise ValueError(f"the detector has {model.config.num_labels} classes, expected COCO's 80 of instance segmentation")
+            except OSError as e:
+                raise FileNotFoundError(f"model={str(model)!r}: config.json and model.safetensors of the stand-in detector are neither in such a folder nor in the cache of the hub, and could not be had from there. Where there is a network: hf download {self.hub} --local-dir FOLDER; then pass the folder") from e
+        if model.config.num_labels != 80:
+            raise ValueError(f"the detector has {model.config.num_labels} "
+                             "classes, expected " "COCO's 80 of instance segmentation")
         self.model = model.eval().to(device)
 
     @torch.no_grad()
-    def __call__(self, image:Tensor) -> dict: # [3, H, W] in [0, 1] to class: list of `Found`
+    # [3, H, W] in [0, 1] to class: list of `Found`
+    def __call__(self, image:Tensor) -> dict:
         "Detect the objects in a picture"
-        mean, std = image.new_tensor([.485, .456, .406]), image.new_tensor([.229, .224, .225])
-        x = F.interpolate(image[None], (self.size, self.size), mode='bilinear', antialias=True)
-        out = self.model(pixel_values=((x - mean[:, None, None])/std[:, None, None]).to(self.device))
-        return instances(out.class_queries_logits[0].float().cpu(), out.masks_queries_logits[0].float().cpu(), image.shape[-2:])
+        mean, std = (image.new_tensor([.485, .456, .406]),
+                     image.new_tensor([.229, .224, .225]))
+        x = F.interpolate(image[None], (self.size, self.size), mode='bilinear',
+                          antialias=True)
+        out = self.model(pixel_values=((x - mean[:, None, None])/std[:,
+                                                                     None,
+                                                                     None]).to(
+                                                                         self.device))
+        return instances(out.class_queries_logits[0].float().cpu(),
+                         out.masks_queries_logits[0].float().cpu(), image.shape[-2:])
 
 # %% ../../nbs/55_geneval.ipynb #60a239fc
 def read_folder(folder, classes=CLASSES): # yields metadata and the paths of the samples, prompt by prompt

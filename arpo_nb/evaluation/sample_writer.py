@@ -29,25 +29,34 @@ def random_labels(num_classes:int=1000, # classes 0 ... num_classes-1
                   seed:int=0,
                  ): # function of an array of image indices, returns class ids
     "Classes drawn uniformly, one per image"
-    def labels(index): return (Streams(seed, np.stack([index, np.zeros_like(index)], 1)).uniform(purpose=LABEL)*num_classes).long()
+    def labels(index):
+        return (Streams(seed,
+                        np.stack([index, np.zeros_like(index)],
+                                 1)).uniform(purpose=LABEL)*num_classes).long()
     return labels
 
-def balanced_labels(num_classes:int=1000): # function of an array of image indices, returns class ids
+# function of an array of image indices, returns class ids
+def balanced_labels(num_classes:int=1000):
     "Every class in turn"
     return lambda index: torch.as_tensor(np.asarray(index) % num_classes)
 
 def choose_labels(labels:str, # balanced, random, seen or unseen
                   num_classes:int=1000,
                   seed:int=0, # of random labels
-                  class_split:float=.5, class_seed:int=0, # of the training run, which decide what it has seen
+                  # of the training run, which decide what it has seen
+                  class_split:float=.5, class_seed:int=0,
                  ): # function of an array of image indices, returns class ids
     "Labels by name"
     if labels == 'balanced': return balanced_labels(num_classes)
     if labels == 'random': return random_labels(num_classes, seed)
-    if labels not in ('seen', 'unseen'): raise ValueError(f"labels={labels!r}: choose balanced, random, seen or unseen")
+    if labels not in ('seen', 'unseen'):
+        raise ValueError(f"labels={labels!r}: choose balanced, random, seen or unseen")
     seen = LabelData(num_classes, class_split, class_seed).labels
-    ids = seen if labels == 'seen' else torch.tensor(sorted({*range(num_classes)} - {*seen.tolist()}))
-    if not len(ids): raise ValueError(f"labels='unseen': class_split={class_split} leaves none of {num_classes} classes unseen; pass the run's own split")
+    ids = (seen if labels == 'seen'
+           else torch.tensor(sorted({*range(num_classes)} - {*seen.tolist()})))
+    if not len(ids):
+        raise ValueError(f"labels='unseen': class_split={class_split} leaves none of "
+                         f"{num_classes} classes unseen; pass the run's own split")
     return lambda index: ids[torch.as_tensor(np.asarray(index) % len(ids))]
 
 # %% ../../nbs/51_sample_writer.ipynb #69931fb9
@@ -155,13 +164,19 @@ def _pack(f, folder, n, shape, compress):
 # %% ../../nbs/51_sample_writer.ipynb #15e3684b
 def speed_options(policy, # cast in place; its tokenizer stays in float32
                   dtype:str='float32', # or 'bfloat16'
-                  compile:bool=False, # fixed shapes through `torch.compile`, where `policy.generate` takes it
+                  # fixed shapes through `torch.compile`, where `policy.generate` takes
+                  # it
+                  compile:bool=False,
                  ) -> dict: # for `write_samples`
     "Cast a policy, and say how its sampler is to be compiled"
-    if dtype not in ('float32', 'bfloat16'): raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
-    if compile and 'compile' not in inspect.signature(policy.generate).parameters: raise ValueError(f"compile=True: {type(policy).__name__}.generate does not take compile, only LlamaGen's does; leave it out")
+    if dtype not in ('float32', 'bfloat16'):
+        raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
+    if compile and 'compile' not in inspect.signature(policy.generate).parameters:
+        raise ValueError(f"compile=True: {type(policy).__name__}.generate "
+                         "does not take " "compile, only LlamaGen's does; leave it out")
     policy.to(getattr(torch, dtype))
-    return dict(compile=partial(torch.compile, mode='reduce-overhead')) if compile else {}
+    return (dict(compile=partial(torch.compile, mode='reduce-overhead'))
+            if compile else {})
 
 # %% ../../nbs/51_sample_writer.ipynb #30b633ef
 def sampling_note(model, weights, checkpoint, part, labels='', class_split=.5, class_seed=0, prompts='') -> dict:
@@ -191,7 +206,7 @@ def _options():
 def main(argv=None):
     "Command line: python -m arpo_nb.evaluation.sample_writer, or torchrun -m arpo_nb.evaluation.sample_writer"
     from arpo_nb.models.checkpoints import load_weights
-    from arpo_nb.systems import imagenet_classes, load_system, prompt_encoder, usual_guidance
+    from arpo_nb.systems import load_system, name_classes, prompt_encoder, usual_guidance
     plain_terminal()
     a = _options().parse_args(argv)
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
@@ -201,8 +216,7 @@ def main(argv=None):
     if a.checkpoint: load_weights(getattr(system, a.part), a.checkpoint)
     if not (system.num_classes or a.prompts): raise ValueError(f"--prompts: {a.model} needs a file of prompts")
     if a.prompts:
-        if system.num_classes == 1000: system.class_names = imagenet_classes()
-        prompts, encode = read_prompts(a.prompts), prompt_encoder(system, a.text_features)
+        prompts, encode = read_prompts(a.prompts), prompt_encoder(name_classes(system), a.text_features)
         conditions = lambda index: encode([prompts[i % len(prompts)] for i in index])
     else: conditions = choose_labels(a.labels, system.num_classes, a.seed, a.class_split, a.class_seed)
     sampling = dict(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, cfg_scale=a.guidance or usual_guidance(a.model)) | speed_options(system.policy, a.dtype, a.compile)

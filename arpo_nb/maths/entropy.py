@@ -31,7 +31,8 @@ C_MIN, C_MAX = 7e-5, 4e-3  # bounds of appendix C
 def check_unit(name, value):
     "Raise unless `value` is in [0, 1]"
     if not -1e-6 <= value <= 1 + 1e-6:
-        hint = "divide entropies in nats by log K, see normalized_entropy" if name == 'entropy' else "pass step / total steps"
+        hint = ("divide entropies in nats by log K, see normalized_entropy"
+                if name == 'entropy' else "pass step / total steps")
         raise ValueError(f"{name} must lie in [0, 1], got {value:.4g}; {hint}")
 
 def entropy_schedule(progress:float, # p in [0, 1], steps done over all steps
@@ -68,9 +69,9 @@ def stepped_coef(coef:float, # c_k
                  entropy:float, # current entropy, same unit as `target`
                  target:float, # where it should be
                  step:float, # Δ
-                 low:float=0., # floor of the coefficient
+                 low:float=0., high:float=math.inf, # bounds of the coefficient
                 ) -> tuple: # weight of the bonus now, and c_{k+1}
     "Step the coefficient up below the target and down above it (Skywork-OR1)"
     weight = coef if entropy <= target else 0.
     move = step if entropy < target else -step if entropy > target else 0.
-    return weight, max(coef + move, low)
+    return weight, min(max(coef + move, low), high)

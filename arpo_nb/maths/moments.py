@@ -24,13 +24,16 @@ def fid_diag(mean:Tensor, # [..., D]
              std_ref:Tensor, # [D]
             ) -> Tensor: # [...]
     "Squared Fréchet distance of axis-aligned Gaussians (LOO-FID Eq. 5, 14)"
-    return torch.linalg.vector_norm(mean - mean_ref, dim=-1)**2 + torch.linalg.vector_norm(std - std_ref, dim=-1)**2
+    return (torch.linalg.vector_norm(mean - mean_ref, dim=-1)**2
+            + torch.linalg.vector_norm(std - std_ref, dim=-1)**2)
 
 # %% ../../nbs/15_moments.ipynb #585b903f
 def wide(x:Tensor) -> Tensor:
     "Detached float64, on the CPU where the device has no float64"
     x = torch.as_tensor(x).detach()
-    if not x.is_floating_point(): raise ValueError(f"expected a floating tensor of features or moments, got {x.dtype}; convert it with .float()")
+    if not x.is_floating_point():
+        raise ValueError("expected a floating tensor of features or moments, got "
+                         f"{x.dtype}; convert it with .float()")
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
 @dataclass(frozen=True)
@@ -48,12 +51,23 @@ class Reference:
         for name, shape in (('mean', (D,)), ('std', (D,)), ('cov', (D, D))):
             t = getattr(self, name)
             if t is None: continue
-            if t.shape != shape: raise ValueError(f"reference.{name} has shape {tuple(t.shape)}, expected {shape}: a [D] mean with a [D] std or a [D, D] covariance")
-            if not t.isfinite().all(): raise ValueError(f"reference.{name} holds values that are not finite; recompute it from clean features")
+            if t.shape != shape:
+                raise ValueError(f"reference.{name} has shape {tuple(t.shape)}, "
+                                 f"expected {shape}: "
+                                 "a [D] mean with a [D] std or a [D, D] covariance")
+            if not t.isfinite().all():
+                raise ValueError(f"reference.{name} holds values that are not finite; "
+                                 "recompute it from clean features")
         if (self.std < 0).any():
-            raise ValueError(f"reference.std has a negative entry ({self.std.min():.3g}); pass standard deviations or a covariance matrix")
-        if self.cov is not None and not torch.allclose(self.cov, self.cov.T, rtol=1e-6, atol=1e-9*float(self.cov.abs().max())):
-            raise ValueError("reference.cov is not symmetric; expected a covariance matrix, e.g. from Reference.from_features")
+            raise ValueError("reference.std has a negative entry "
+                             f"({self.std.min():.3g}); pass "
+                             "standard deviations or a covariance matrix")
+        if self.cov is not None and not torch.allclose(self.cov, self.cov.T,
+                                                       rtol=1e-6,
+                                                       atol=1e-9*float(
+                                                           self.cov.abs().max())):
+            raise ValueError("reference.cov is not symmetric; expected a covariance "
+                             "matrix, e.g. from Reference.from_features")
 
     @classmethod
     def from_features(cls, x:Tensor, unbiased:bool=False):
@@ -67,21 +81,30 @@ class Reference:
     @cached_property
     def root(self) -> Tensor: # [D, D]
         "Symmetric square root of the covariance"
-        if self.cov is None: raise ValueError("covariance='full' needs a reference covariance, got standard deviations only; use Reference.from_features or a (mean, covariance) pair")
+        if self.cov is None:
+            raise ValueError("covariance='full' needs a reference "
+                             "covariance, got standard "
+                             "deviations only; use Reference.from_features or "
+                             "a (mean, covariance) pair")
         lam, U = torch.linalg.eigh(self.cov)
-        if lam[0] < -1e-6*lam[-1].abs(): raise ValueError(f"reference.cov is not positive semi-definite: smallest eigenvalue {lam[0]:.3g}, largest {lam[-1]:.3g}")
+        if lam[0] < -1e-6*lam[-1].abs():
+            raise ValueError("reference.cov is not positive semi-definite: "
+                             "smallest eigenvalue "
+                             f"{lam[0]:.3g}, largest {lam[-1]:.3g}")
         return (U*lam.clamp(min=0).sqrt())@U.T
 
     @cached_property
     def fingerprint(self) -> Tensor: # [2]
         "Two numbers that tell references apart, so that a state can't be used with the wrong one"
-        w = torch.arange(len(self.mean), dtype=torch.float64, device=self.mean.device).cos()
+        w = torch.arange(len(self.mean), dtype=torch.float64,
+                         device=self.mean.device).cos()
         return torch.stack([self.mean@w, self.std@w])
 
     def to(self, device):
         "The same reference on `device`, square root included"
         if self.mean.device == torch.device(device): return self
-        new = replace(self, mean=self.mean.to(device), std=self.std.to(device), cov=None if self.cov is None else self.cov.to(device))
+        new = replace(self, mean=self.mean.to(device), std=self.std.to(device),
+                      cov=None if self.cov is None else self.cov.to(device))
         if 'root' in self.__dict__: new.__dict__['root'] = self.root.to(device)
         return new
 
@@ -91,7 +114,9 @@ def as_reference(reference) -> Reference:
     mean, sigma = map(wide, reference)
     if sigma.ndim < 2: return Reference(mean, sigma)
     var = sigma.diagonal()
-    if (var < 0).any(): raise ValueError(f"reference covariance has a negative variance ({var.min():.3g}) and is not positive semi-definite")
+    if (var < 0).any():
+        raise ValueError("reference covariance has a negative variance "
+                         f"({var.min():.3g}) " "and is not positive semi-definite")
     return Reference(mean, var.sqrt(), sigma)
 
 # %% ../../nbs/15_moments.ipynb #c3b91b59
@@ -104,12 +129,22 @@ class Moments(NamedTuple):
 
 def check_features(x:Tensor, D:int|None=None, name:str='features'):
     "Raise unless `x` is a finite [N, D] with N >= 2"
-    if x.ndim != 2: raise ValueError(f"{name} must be an [N, D] tensor, got shape {tuple(x.shape)}; flatten images and groups into rows")
-    if len(x) < 2: raise ValueError(f"{name} has N = {len(x)} row: leaving one out needs at least 2; gather over processes or sample more images")
-    if D is not None and x.shape[1] != D: raise ValueError(f"{name} has D = {x.shape[1]} columns but the reference has {D}; use the same feature extractor for both")
+    if x.ndim != 2:
+        raise ValueError(f"{name} must be an [N, D] tensor, got shape "
+                         f"{tuple(x.shape)}; " "flatten images and groups into rows")
+    if len(x) < 2:
+        raise ValueError(f"{name} has N = {len(x)} row: leaving one "
+                         "out needs at least 2; "
+                         "gather over processes or sample more images")
+    if D is not None and x.shape[1] != D:
+        raise ValueError(f"{name} has D = {x.shape[1]} columns but "
+                         f"the reference has {D}; "
+                         "use the same feature extractor for both")
     if not x.sum(0).isfinite().all():
         bad = (~x.isfinite()).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"{name} holds values that are not finite in rows {bad[:8]}; check the images and the extractor's precision")
+        raise ValueError(f"{name} holds values that are not finite in "
+                         f"rows {bad[:8]}; check "
+                         "the images and the extractor's precision")
 
 def batch_moments(x:Tensor, # [N, D] features
                   ref:Reference, # only the full form reads its root
@@ -117,7 +152,9 @@ def batch_moments(x:Tensor, # [N, D] features
                  ) -> Moments:
     "Moments of a batch (LOO-FID Eq. 11, 12)"
     x = wide(x); n = len(x)
-    if not full: return Moments(x.mean(0), sum(rows.square().sum(0) for rows in x.split(32))/n, ref.fingerprint)
+    if not full:
+        return Moments(x.mean(0), sum(rows.square().sum(0) for rows in x.split(32))/n,
+                       ref.fingerprint)
     y = x@ref.root
     return Moments(x.mean(0), x.T@x/n, ref.fingerprint, y.T@y/n)
 
@@ -129,7 +166,8 @@ def moments_std(m:Moments, eps:float=1e-6) -> Tensor: # [D]
 def ema_update(old:Moments, new:Moments, ema_weight:float) -> Moments:
     "Blend moments, `ema_weight` is the share of the new ones (LOO-FID Eq. 7, 8)"
     mix = lambda a, b: None if a is None or b is None else torch.lerp(a, b, ema_weight)
-    return Moments(mix(old.mean, new.mean), mix(old.second, new.second), new.reference, mix(old.mapped, new.mapped))
+    return Moments(mix(old.mean, new.mean), mix(old.second, new.second),
+                   new.reference, mix(old.mapped, new.mapped))
 
 # %% ../../nbs/15_moments.ipynb #14e94450
 def first_moments(first_step:str, # adopt, blend, zero or reference
@@ -139,10 +177,14 @@ def first_moments(first_step:str, # adopt, blend, zero or reference
     "Four readings of the initial state"
     if first_step == 'adopt': return None
     if first_step == 'blend': return batch
-    if first_step == 'zero': return Moments(*(None if t is None else torch.zeros_like(t) for t in batch))
-    if first_step != 'reference': raise ValueError(f"first_step must be adopt, blend, zero or reference, got {first_step!r}")
+    if first_step == 'zero':
+        return Moments(*(None if t is None else torch.zeros_like(t) for t in batch))
+    if first_step != 'reference':
+        raise ValueError("first_step must be adopt, blend, zero or "
+                         f"reference, got {first_step!r}")
     if batch.second.ndim == 1: return Moments(ref.mean, ref.std**2 + ref.mean**2)
-    return Moments(ref.mean, second := ref.cov + torch.outer(ref.mean, ref.mean), None, ref.root@second@ref.root)
+    return Moments(ref.mean, second := ref.cov + torch.outer(ref.mean, ref.mean),
+                   None, ref.root@second@ref.root)
 
 # %% ../../nbs/15_moments.ipynb #970bd03f
 def leave_one_out(old:Moments|None, # state before this step, None at an adopted first step
@@ -155,7 +197,9 @@ def leave_one_out(old:Moments|None, # state before this step, None at an adopted
     share = lambda o, b: b*(a*n) if o is None else torch.add(b*(a*n), o, alpha=1-w)
     pick = batch.mapped is not None
     old = old or Moments(None, None)
-    return a, share(old.mean, batch.mean), share(old.mapped, batch.mapped) if pick else share(old.second, batch.second)
+    return a, share(old.mean, batch.mean), share(old.mapped,
+                                                 batch.mapped) if pick else share(
+                                                     old.second, batch.second)
 
 # %% ../../nbs/15_moments.ipynb #3ac043bf
 def loo_diag(x:Tensor, # [n, D] features to be judged, among those of the batch
@@ -169,7 +213,8 @@ def loo_diag(x:Tensor, # [n, D] features to be judged, among those of the batch
     "Diagonal leave-one-out rewards (LOO-FID Eq. 9, 10, 25-27)"
     y, v1 = x - m0/(1+a), B - m0**2/(1+a)
     std = torch.addcmul(v1 + eps, y, y, value=-(a + a*a)).clamp_(min=eps).sqrt_()
-    return fid_diag(torch.add(m0, x, alpha=-a), std, ref.mean, ref.std) - fid_diag(new.mean, moments_std(new, eps), ref.mean, ref.std)
+    return (fid_diag(torch.add(m0, x, alpha=-a), std, ref.mean, ref.std)
+            - fid_diag(new.mean, moments_std(new, eps), ref.mean, ref.std))
 
 # %% ../../nbs/15_moments.ipynb #a897afd2
 @lru_cache
@@ -205,7 +250,8 @@ def root_drop_all(lam:Tensor, # [D] eigenvalues of M₁
                  ) -> Tensor: # tr (M₁ - ZᵀZ)^½ - tr M₁^½
     "The same for all rows at once: a determinant of size m, or eigenvalues where D is small"
     if 4*len(z) >= len(lam): 
-        return torch.linalg.eigvalsh(torch.diag(lam) - z.T@z).clamp(min=0).sqrt().sum() - lam.sqrt().sum()
+        return (torch.linalg.eigvalsh(torch.diag(lam) - z.T@z).clamp(min=0).sqrt().sum()
+                - lam.sqrt().sum())
     I = torch.eye(len(z), dtype=z.dtype, device=z.device)
     s, w = root_quadrature(lam, nodes)
     return torch.stack([torch.linalg.slogdet(I - z/(lam + si)@z.T)[1] for si in s])@w
@@ -226,11 +272,15 @@ def loo_full(x:Tensor, # [n, D] features to be judged
     lam, V = torch.linalg.eigh(torch.addr(B, R@m0, R@m0, alpha=-1/(1+a)).add_(ref.cov, alpha=eps))
     lam = lam.clamp(min=0)
     project = lambda rows: (rows - centre)@R@V  # y in the eigenbasis of M₁
-    def spread(y): return torch.cat([(y - y.mean(0))*math.sqrt(a/len(y)), y.mean(0, keepdim=True)*math.sqrt(c)])
+    def spread(y):
+        return torch.cat([(y - y.mean(0))*math.sqrt(a/len(y)),
+                          y.mean(0, keepdim=True)*math.sqrt(c)])
     z = project(everyone)
     gone = spread(everyone - centre).square().sum()  # tr Σ₁ - tr Σ of the full state
-    fid = lambda mean, gone, drop: (mean - ref.mean).square().sum(-1) - gone - 2*drop  # up to what all share
-    without = fid(m0 - a*x, c*(x - centre).square().sum(1), root_drop(lam, c*(z if x is everyone else project(x))**2, nodes))
+    # up to what all share
+    fid = lambda mean, gone, drop: (mean - ref.mean).square().sum(-1) - gone - 2*drop
+    without = fid(m0 - a*x, c*(x - centre).square().sum(1),
+                  root_drop(lam, c*(z if x is everyone else project(x))**2, nodes))
     return without - fid(new.mean, gone, root_drop_all(lam, spread(z), nodes))
 
 # %% ../../nbs/15_moments.ipynb #e02a5972
@@ -239,18 +289,32 @@ def check_state(state, ref:Reference, full:bool) -> Moments:
     old = Moments(*(None if t is None else wide(t).to(ref.mean.device) for t in state))
     D = len(ref.mean); shape = (D, D) if full else (D,)
     if old.mean.shape != (D,) or old.second.shape != shape:
-        raise ValueError(f"state holds moments of shape {tuple(old.mean.shape)} and {tuple(old.second.shape)}, expected {(D,)} and {shape}: it comes from another extractor or another `covariance`; start with state=None")
-    if not (old.mean.isfinite().all() and old.second.isfinite().all()): raise ValueError("state holds values that are not finite; start with state=None")
-    if old.reference is not None and not torch.allclose(old.reference, ref.fingerprint, rtol=1e-7, atol=1e-9):
-        raise ValueError("state was collected against another reference; resume with the reference it was made with, or start with state=None")
-    if full and old.mapped is None: old = old._replace(mapped=ref.root@old.second@ref.root)
+        raise ValueError(f"state holds moments of shape {tuple(old.mean.shape)} and "
+                         f"{tuple(old.second.shape)}, expected {(D,)} "
+                         f"and {shape}: it comes "
+                         "from another extractor or another `covariance`; "
+                         "start with state=None")
+    if not (old.mean.isfinite().all() and old.second.isfinite().all()):
+        raise ValueError("state holds values that are not finite; "
+                         "start with state=None")
+    if old.reference is not None and not torch.allclose(old.reference,
+                                                        ref.fingerprint,
+                                                        rtol=1e-7, atol=1e-9):
+        raise ValueError("state was collected against another reference; "
+                         "resume with the "
+                         "reference it was made with, or start with state=None")
+    if full and old.mapped is None:
+        old = old._replace(mapped=ref.root@old.second@ref.root)
     return old
 
 @torch.no_grad()
 def loo_rewards(features:Tensor, # [n, D] of this process
                 reference, # `Reference`, or a pair (mean, std) or (mean, covariance)
-                state=None, # `Moments`, or a pair (mean, raw second moment), or None at the first step
-                *, ema_weight:float=.5, # α, weight of the new batch, in (0, 1]; 1 is the batch reward of Eq. 6
+                # `Moments`, or a pair (mean, raw second moment), or None at the first
+                # step
+                state=None,
+                # α, weight of the new batch, in (0, 1]; 1 is the batch reward of Eq. 6
+                *, ema_weight:float=.5,
                 eps:float=1e-6, # added to generated variances
                 covariance:str='diag', # diag or full
                 first_step:str='adopt', # adopt, blend, zero or reference
@@ -258,19 +322,25 @@ def loo_rewards(features:Tensor, # [n, D] of this process
                 nodes:int=64, # quadrature nodes of the full form
                ) -> tuple: # rewards [n] float64 and the new `Moments`
     "Leave-one-out Fréchet rewards and the new state (LOO-FID Eq. 5-10, 21-27)"
-    if not 0 < ema_weight <= 1: raise ValueError(f"ema_weight is the share of the new batch and must lie in (0, 1], got {ema_weight}")
-    if covariance not in ('diag', 'full'): raise ValueError(f"covariance must be 'diag' or 'full', got {covariance!r}")
+    if not 0 < ema_weight <= 1:
+        raise ValueError("ema_weight is the share of the new batch and must "
+                         f"lie in (0, 1], got {ema_weight}")
+    if covariance not in ('diag', 'full'):
+        raise ValueError(f"covariance must be 'diag' or 'full', got {covariance!r}")
     full, x = covariance == 'full', wide(features)
     ref = as_reference(reference).to(x.device)
     everyone = x if gather is None else wide(gather(features))
     check_features(everyone, len(ref.mean))
     batch = batch_moments(everyone, ref, full)
-    old = first_moments(first_step, batch, ref) if state is None else check_state(state, ref, full)
+    old = (first_moments(first_step, batch, ref) if state is None
+           else check_state(state, ref, full))
     w = 1. if old is None else ema_weight
     new = batch if old is None else ema_update(old, batch, w)
     shared = leave_one_out(old, batch, len(everyone), w)
     if full: return loo_full(x, everyone, ref, new, *shared, eps, nodes), new
-    return torch.cat([loo_diag(rows, ref, new, *shared, eps) for rows in x.split(32)]), new  # blocks stay in the cache
+    # blocks stay in the cache
+    return torch.cat([loo_diag(rows, ref, new, *shared, eps)
+                      for rows in x.split(32)]), new
 
 # %% ../../nbs/15_moments.ipynb #8ad69171
 @torch.no_grad()
@@ -283,6 +353,7 @@ def state_fid(state, # `Moments`, or a pair (mean, raw second moment)
     m = check_state(state, ref, full)
     if not full: return fid_diag(m.mean, moments_std(m, eps), ref.mean, ref.std)
     root_mean = ref.root@m.mean
-    lam = torch.linalg.eigvalsh(m.mapped - torch.outer(root_mean, root_mean) + eps*ref.cov).clamp(min=0)
+    lam = torch.linalg.eigvalsh(m.mapped - torch.outer(root_mean, root_mean)
+                                + eps*ref.cov).clamp(min=0)
     trace = m.second.trace() - m.mean@m.mean + eps*len(m.mean) + ref.cov.trace()
     return (m.mean - ref.mean).square().sum() + trace - 2*lam.sqrt().sum()

@@ -25,22 +25,30 @@ from .maniqa import maniqa_reward
 from ..weights import FILES, require
 
 # %% ../../nbs/25_reward_factory.ipynb #99ca069c
-CLIP_OF = dict(clip='clip_l14', clip_b32='clip_b32', hps='hps_v2.1', aesthetic='clip_l14') | {f'hps_v2.{i}': f'hps_v2.{i}' for i in (0, 1)}
+CLIP_OF = dict(clip='clip_l14', clip_b32='clip_b32', hps='hps_v2.1',
+               aesthetic='clip_l14') | {f'hps_v2.{i}': f'hps_v2.{i}' for i in (0, 1)}
 REWARDS = *CLIP_OF, 'maniqa', 'brightness', 'darkness', 'loo_fid'
 
 def read_rewards(spec, # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict name → weight
                 ) -> dict: # name → weight
     "Names and weights, checked"
     text = spec
-    if isinstance(spec, str) and re.search('[:,]', spec): # the second form, written as the first
-        text = '+'.join('*'.join(reversed([w.strip() for w in part.split(':', 1)])) for part in spec.split(',') if part.strip())
+    # the second form, written as the first
+    if isinstance(spec, str) and re.search('[:,]', spec):
+        text = '+'.join('*'.join(reversed([w.strip() for w in part.split(':', 1)]))
+                        for part in spec.split(',') if part.strip())
     try: out = dict(spec) if isinstance(spec, dict) else parse_rewards(text)
-    except ValueError as e: raise ValueError(f"{e} (read from {spec!r})" if text != spec else str(e)) from None
+    except ValueError as e:
+        raise ValueError(f"{e} (read from {spec!r})" if text != spec
+                         else str(e)) from None
     for name in out:
         if name in REWARDS: continue
         near = difflib.get_close_matches(name, REWARDS, 1)
-        raise ValueError(f"rewards={spec!r}: no reward named {name!r}{f', did you mean {near[0]!r}?' if near else '.'} Known: {', '.join(REWARDS)}")
-    if not out: raise ValueError(f"rewards={spec!r}: empty; expected something like 'clip+hps'")
+        raise ValueError(f"rewards={spec!r}: no reward named "
+                         f"{name!r}{f', did you mean {near[0]!r}?' if near else '.'} "
+                         f"Known: {', '.join(REWARDS)}")
+    if not out:
+        raise ValueError(f"rewards={spec!r}: empty; expected something like 'clip+hps'")
     return out
 
 # %% ../../nbs/25_reward_factory.ipynb #5097d9b1
