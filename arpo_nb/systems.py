@@ -89,9 +89,9 @@ TOKENIZER_FILES = {m: 'var_vae' for m in VARS}
 BUILDERS = ((LLAMAGEN, build_llamagen), (VARS, build_var), (VQGANS, build_vqgan),
             (JANUS, build_janus))
 
-# pairs of a name in `weights.FILES` and a local path or None
 def model_files(model:str, weights:str='default', perceptual:bool=True,
-                tokenizer_weights:str='default') -> list:
+                tokenizer_weights:str='default',
+               ) -> list: # pairs of a name in `weights.FILES` and a local path or None
     "The files that a system is made of"
     if model.startswith('toy') or weights == 'random': return []
     given, own = (None if w == 'default' else w for w in (weights, tokenizer_weights))

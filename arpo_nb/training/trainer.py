@@ -185,8 +185,8 @@ class RollOut:
         for _, part in reward_parts(reward):
             if hasattr(part, 'gather'): part.gather = gather
 
-    # {prefix of its metrics: rollout}, new reward state, metrics
-    def __call__(self, batch:Batch, state=None) -> tuple:
+    def __call__(self, batch:Batch, state=None,
+                    ) -> tuple: # {prefix of its metrics: rollout}, new reward state, metrics
         "One step's rollouts"
         method, rollouts, stats = self.cfg.method, {}, {}
         if method != 'grpo':
@@ -240,8 +240,8 @@ class RollOut:
                                                  everyone)))).values
         return replace(r, mask=(r.entropy >= least).float())
 
-    # rollout with rewards, advantages and reference, new state
-    def judge(self, r:Rollout, reward, state, prefix:str, stats:dict) -> tuple:
+    def judge(self, r:Rollout, reward, state, prefix:str, stats:dict,
+                 ) -> tuple: # rollout with rewards, advantages and reference, new state
         "Score a rollout and compare within groups"
         c, free = self.cfg, r.targets is None
         rewards, state = score_groups(reward, self.system.tokenizer, r.tokens,
