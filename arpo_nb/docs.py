@@ -66,7 +66,8 @@ def field_table(cls) -> str: # Markdown: one table per group
     for f in field_notes(cls):
         if f.group != group:
             title = [f'**{f.group}**', ''] if f.group else []
-            lines += ['', *title, '| field | type | default | meaning |', '|---|---|---|---|']
+            head = '| field | type | default | meaning |'
+            lines += ['', *title, head, '|-----|---|---|---------|']
             group = f.group
         cells = (cell_text(f.name, True), cell_text(f.type, True),
                  cell_text(f.default, True), cell_text(f.meaning))
