@@ -120,8 +120,8 @@ class Rollout:
     advantages: Tensor|None = None # as rewards
     # [B, C, T] of the policy that sampled, in nats, where it was computed
     entropy: Tensor|None = None
-    # [B, G, T] 1 for tokens that the policy term counts; None for all
-    mask: Tensor|None = None
+    # [B, C, T] tokens whose entropy is among the highest: 0 elsewhere, mean 1; None for all
+    entropy_mask: Tensor|None = None
     # [B, G, T] log-probabilities the sampler itself saw, where it tells
     sampler_logps: Tensor|None = None
 
@@ -207,6 +207,7 @@ class System:
     # policy to log-probabilities of fixed answers, where the model also speaks and must
     # not forget how
     answers: Any = None
+    spec: Any = None # `ModelSpec` it was built from, see specs
 
     def modules(self) -> list:
         "The networks that are there"

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from ..config import RECIPES, VARIANTS, Config, from_json, override, preset, uses_perceptual
-from ..systems import MODELS, load_data, load_reward, load_system
+from ..specs import known_models
+from ..systems import load_data, load_reward, load_system
 from .plan import check_memory, describe, make_plan
 from .run_folder import claim_folder
 from .trainer import train
@@ -102,7 +103,7 @@ def main(argv=None):
     "python -m arpo_nb.training.launch FILE | --model NAME [...] [--dry-run]"
     p = argparse.ArgumentParser(prog='python -m arpo_nb.training.launch', description='Post-train an autoregressive image generator.')
     p.add_argument('file', type=Path, nargs='?', help='config.json of a run, or the launch.json a notebook wrote')
-    p.add_argument('--model', help=f"instead of a file: {', '.join(MODELS)}")
+    p.add_argument('--model', help=f"instead of a file: {', '.join(known_models())}")
     p.add_argument('--method', default='vapi', help=', '.join(RECIPES))
     p.add_argument('--variant', default='paper', help=', '.join(VARIANTS))
     p.add_argument('--set', default='', metavar='A=1,B=2', help='changed fields of the configuration')

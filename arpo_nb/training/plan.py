@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import FREE, SAMPLING, Config, contexts, uses_perceptual
 from ..protocols import map_cond
-from ..systems import check_data, load_system, model_files
+from ..systems import check_data, load_shapes, model_files
 from ..weights import _hub, plan_file, url_cache
 
 # %% ../../nbs/43_plan.ipynb #0f26d176
@@ -124,10 +124,9 @@ def make_plan(cfg:Config,
                                   cfg.tokenizer_weights):
         try: files.append(plan_file(name, path, cache_dir, offline))
         except (OSError, ImportError, ValueError) as e: missing.append(e)
-    with warnings.catch_warnings(), torch.device('meta'):
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore') # that weights read into shapes are lost
-        system = load_system(cfg.model, 'random',
-                             perceptual=uses_perceptual(cfg)).to('meta')
+        system = load_shapes(cfg.model, uses_perceptual(cfg))
     try: check_data(cfg, system)
     except (OSError, ImportError, ValueError) as e: missing.append(e)
     if len(missing) > 1 and not missing_ok:

@@ -99,6 +99,7 @@ def train(system:System, # what to train
     stream = getattr(data, 'batches', None) or partial(batches, data)
     batches_left = stream(cfg.batch_size, cfg.seed, run['step'], cfg.steps, acc.process_index, acc.num_processes,
                           position=run['position'])
+    tied = False
     with StopSignal() as stop:
         for step, batch in enumerate(batches_left, run['step']):
             # dropout; everything else has its own stream
@@ -114,9 +115,10 @@ def train(system:System, # what to train
                 stopping, t1 = stats.pop('stop') > 0, time.perf_counter()
                 bad = [k for k in stats if k.endswith('reward/mean') and not math.isfinite(stats[k])]
                 if bad: raise FloatingPointError(f"mean reward is {stats[bad[0]]}")
-                if stats.get('reward/tied_groups') == 1.:
+                if stats.get('reward/tied_groups') == 1. and not tied:
+                    tied = True
                     warnings.warn(f"step {step}: all rewards are equal within every group, so this step teaches "
-                                  "nothing; check the reward")
+                                  "nothing; check the reward. Said once: reward/tied_groups counts the later ones")
                 if cfg.entropy_coef:
                     entropy = normalized_entropy(stats.get('policy/rollout_entropy', 0.), system.policy.vocab_size)
                     if run['entropy'] is None: run['entropy'] = entropy
