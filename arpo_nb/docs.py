@@ -50,7 +50,7 @@ def field_notes(cls, # a class, or its source
         last = node.end_lineno
     return found
 
-# %% ../nbs/62_docs.ipynb #807b61df
+# %% ../nbs/62_docs.ipynb #911f035c
 def cell_text(text:str, code:bool=False) -> str: # for a cell of a Markdown table
     "Text, or code in backticks, that a pipe or a star cannot break"
     if code: return f"`{text.replace('|', ' or ')}`" if text else ''
@@ -59,7 +59,7 @@ def cell_text(text:str, code:bool=False) -> str: # for a cell of a Markdown tabl
     parts[::2] = plain
     return ''.join(parts)
 
-# %% ../nbs/62_docs.ipynb #3c74558b
+# %% ../nbs/62_docs.ipynb #9124d2f6
 def field_table(cls) -> str: # Markdown: one table per group
     "The fields of a dataclass, a named tuple or a protocol"
     lines, group = [], None
@@ -74,13 +74,13 @@ def field_table(cls) -> str: # Markdown: one table per group
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines).strip()
 
-# %% ../nbs/62_docs.ipynb #775f68bf
+# %% ../nbs/62_docs.ipynb #b74ec413
 def has_fields(cls) -> bool: # whether a table of fields says more than a signature
     "Dataclasses, named tuples, protocols"
     kinds = ('__dataclass_fields__', '_fields', '_is_protocol')
     return any(getattr(cls, k, False) for k in kinds) and bool(field_notes(cls))
 
-# %% ../nbs/62_docs.ipynb #70fc57e4
+# %% ../nbs/62_docs.ipynb #e357daad
 def public_methods(cls) -> list: # names, in the order of the source
     "Methods of a class that are meant to be called; `__call__` is one where it is explained"
     def shown(name, f):
@@ -89,7 +89,7 @@ def public_methods(cls) -> list: # names, in the order of the source
         return inspect.isfunction(f) and (name[0] != '_' or explained)
     return [name for name, f in vars(cls).items() if shown(name, f)]
 
-# %% ../nbs/62_docs.ipynb #7bdd0470
+# %% ../nbs/62_docs.ipynb #72329605
 def public_names(syms:dict) -> dict: # module: {name: 'page.html#anchor'}
     "Functions, classes and public methods that have an entry on a page"
     def entry(name): return not any(p.startswith('_') for p in name.split('.'))
@@ -97,7 +97,7 @@ def public_names(syms:dict) -> dict: # module: {name: 'page.html#anchor'}
                      in names.items() if entry(name.removeprefix(f'{module}.'))}
             for module, names in syms.items()}
 
-# %% ../nbs/62_docs.ipynb #a4f51a80
+# %% ../nbs/62_docs.ipynb #b56cc16f
 def link_table(syms:dict, # `_modidx.d['syms']`
                page:str='', # 'grpo.html'; names defined there come first
               ) -> dict: # what may stand in backticks: where it leads
@@ -110,7 +110,7 @@ def link_table(syms:dict, # `_modidx.d['syms']`
     calls = {f'{n}()': p for n, p in sure.items()}
     return {n: p for n, p in sure.items() if n not in words} | calls | here
 
-# %% ../nbs/62_docs.ipynb #401a8a12
+# %% ../nbs/62_docs.ipynb #038ab4e7
 LINK_OR_CODE = re.compile(r'!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\)|``.*?``|`[^`\n]+`')
 
 def link_names(text:str, table:dict) -> str: # Markdown
@@ -125,7 +125,7 @@ def link_names(text:str, table:dict) -> str: # Markdown
             lines[i] = LINK_OR_CODE.sub(link, line)
     return '\n'.join(lines)
 
-# %% ../nbs/62_docs.ipynb #923a038e
+# %% ../nbs/62_docs.ipynb #f1344b8c
 def source_of(cell) -> str: # as one string
     "The text of a cell"
     return cell['source'] if isinstance(cell['source'], str) else ''.join(cell['source'])
@@ -134,7 +134,7 @@ def page_name(path) -> str: # as nbdev names pages: without the number
     "The page of a notebook"
     return re.sub(r'^\d+[a-zA-Z0-9]*_', '', Path(path).stem.lower()) + '.html'
 
-# %% ../nbs/62_docs.ipynb #582e77ad
+# %% ../nbs/62_docs.ipynb #e077e331
 class Page(NamedTuple):
     "A notebook as the others see it"
     path: Path
@@ -156,7 +156,7 @@ def read_page(path, # of a notebook
     return Page(Path(path), title[1] if title else Path(path).stem, module,
                 list(dict.fromkeys(used)), not own)
 
-# %% ../nbs/62_docs.ipynb #60ce8ee3
+# %% ../nbs/62_docs.ipynb #3d4baf5e
 def reading_order(folder) -> list: # of notebook names
     "The notebooks as the sidebar has them"
     return re.findall(r'[\w-]+\.ipynb', (Path(folder)/'sidebar.yml').read_text())
@@ -175,7 +175,7 @@ def page_head(path) -> str: # Markdown
     lines += [f'**Next** {link(pages[n])}' for n in after]
     return '::: {.page-head}\n' + ' \\\n'.join(lines) + '\n:::' if lines else ''
 
-# %% ../nbs/62_docs.ipynb #cfb52a03
+# %% ../nbs/62_docs.ipynb #e311fc40
 class SitePage:
     "All of the above on one notebook (`procs` in settings.ini)"
     def __init__(self, nb): # as nbdev has read and processed it
@@ -197,7 +197,7 @@ class SitePage:
                 self.rewrite_entry(cell, visible)
         self.add_head(cells)
 
-# %% ../nbs/62_docs.ipynb #9ffc59c6
+# %% ../nbs/62_docs.ipynb #bf17af5a
 FOLDED = '#| code-fold: true\n#| code-summary: "Imports"\n'
 
 def is_import(source:str) -> bool: # whether a cell only imports
@@ -222,7 +222,7 @@ def defines(cell, name:str) -> bool: # whether it is the source of that name
     "Whether a cell is the source of a name"
     return cell.cell_type == 'code' and name in definitions(cell.source)
 
-# %% ../nbs/62_docs.ipynb #a887a231
+# %% ../nbs/62_docs.ipynb #f5826f52
 def patch_to(cls):
     "Add a function to a class as a method"
     def add(f): setattr(cls, f.__name__, f); return f
@@ -245,7 +245,7 @@ def sort_entries(self, cells) -> list: # the cells in a better order
         if cell is not None: out.append(cell)
     return out
 
-# %% ../nbs/62_docs.ipynb #00552b56
+# %% ../nbs/62_docs.ipynb #82a73480
 @patch_to(SitePage)
 def line_numbers(self) -> dict: # name: line
     "Where the names of this notebook's module stand in its source"
@@ -260,7 +260,7 @@ def find(self, name:str):
     module = importlib.import_module(self.page.module) if self.page.module else None
     return getattr(module, name, None)
 
-# %% ../nbs/62_docs.ipynb #4850178c
+# %% ../nbs/62_docs.ipynb #bfacfc8f
 SIGNATURE = re.compile(r'```python\n.*?\n```\n*', re.S)
 
 @patch_to(SitePage)
@@ -288,7 +288,7 @@ def method_entries(self, cls) -> list: # of Markdown
         entries.append(entry.removeprefix('---\n\n'))
     return entries
 
-# %% ../nbs/62_docs.ipynb #f6249ad3
+# %% ../nbs/62_docs.ipynb #e3f1d2c8
 @patch_to(SitePage)
 def add_head(self, cells):
     "The module under the title, and where the page stands"
