@@ -440,7 +440,7 @@ def check_state(state, ref:Reference, full:bool) -> Moments:
     if full and (old.mapped is None or old.mapped.shape != shape): old = old._replace(mapped=ref.root@old.second@ref.root)
     return old
 
-# %% ../../nbs/15_moments.ipynb #e9fb4f26
+# %% ../../nbs/15_moments.ipynb #0d08dbed
 @torch.no_grad()
 def loo_rewards(features, # [n, D] of this process, tensor or array
                 reference, # anything that `as_reference` takes
@@ -464,7 +464,8 @@ def loo_rewards(features, # [n, D] of this process, tensor or array
     new = batch if old is None else ema_update(old, batch, w)
     if full: return loo_full(x, everyone, ref, new, old, w, eps), new
     shared = leave_one_out(old, batch, len(everyone), w)
-    return torch.cat([loo_diag(rows, ref, new, *shared, eps) for rows in x.split(32)]), new  # blocks stay in the cache
+    blocks = x.split(max(32, 65536//len(ref.mean))) # which stay in the cache
+    return torch.cat([loo_diag(rows, ref, new, *shared, eps) for rows in blocks]), new
 
 # %% ../../nbs/15_moments.ipynb #e5b23ef1
 @torch.no_grad()
