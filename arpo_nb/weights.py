@@ -36,15 +36,22 @@ class Published:
     @property
     def address(self):
         "Where a person would look"
-        return self.url or (f'https://huggingface.co/{self.repo}/blob/main/{self.file}' if self.repo else f'inside the Python package {self.package}')
+        return (self.url or (f'https://huggingface.co/{self.repo}/blob/main/{self.file}'
+                             if self.repo
+                             else f'inside the Python package {self.package}'))
 
-_LLAMAGEN = dict(vq_ds16_c2i=71_948_939, vq_ds8_c2i=70_175_371, c2i_B_256=110_888_448, c2i_B_384=110_888_448, c2i_L_256=342_910_976,
-                 c2i_L_384=342_910_976, c2i_XL_384=774_699_520, c2i_XXL_384=1_410_972_672, c2i_3B_384=3_096_659_200)
-_LLAMAGEN_TEXT = dict(vq_ds16_t2i=71_948_939, t2i_XL_stage1_256=777_923_840, t2i_XL_stage2_512=777_923_840)
-_VAR = dict(d16=1_243_054_656, d20=2_405_625_984, d24=4_135_599_936, d30=8_042_166_864, d36=9_435_995_712)
+_LLAMAGEN = dict(vq_ds16_c2i=71_948_939, vq_ds8_c2i=70_175_371, c2i_B_256=110_888_448,
+                 c2i_B_384=110_888_448, c2i_L_256=342_910_976, c2i_L_384=342_910_976,
+                 c2i_XL_384=774_699_520, c2i_XXL_384=1_410_972_672,
+                 c2i_3B_384=3_096_659_200)
+_LLAMAGEN_TEXT = dict(vq_ds16_t2i=71_948_939, t2i_XL_stage1_256=777_923_840,
+                      t2i_XL_stage2_512=777_923_840)
+_VAR = dict(d16=1_243_054_656, d20=2_405_625_984, d24=4_135_599_936, d30=8_042_166_864,
+            d36=9_435_995_712)
 _JANUS_7B = tuple(f'pytorch_model-0000{i}-of-00002.bin' for i in (1, 2))
 _CODE = 'MIT (code repository)'
-_OPENAI, _HUB_HPS, _TORCH = 'https://openaipublic.azureedge.net/clip/models/', 'xswu/HPSv2', 'https://download.pytorch.org/models/'
+_OPENAI, _HUB_HPS, _TORCH = ('https://openaipublic.azureedge.net/clip/models/',
+                             'xswu/HPSv2', 'https://download.pytorch.org/models/')
 
 # %% ../nbs/08_weights.ipynb #3e6afec7
 FILES = {
@@ -102,38 +109,53 @@ def table(names=None, # which; None for all
     rows = [('name', 'size', 'SHA-256', 'licence', 'what for', 'file')]
     for n in names or FILES:
         f = FILES[n]
-        where = f'[{f.file}]({f.address})' if markdown and not f.package else f'{f.file}, {f.address}'
-        rows.append((f'`{n}`' if markdown else n, human_size(f.size), f.sha256[:8] or '–', f.licence, f.purpose, where))
-    if markdown: return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [rows[0], ('---',)*6, *rows[1:]])
+        where = (f'[{f.file}]({f.address})' if markdown and not f.package
+                 else f'{f.file}, {f.address}')
+        rows.append((f'`{n}`' if markdown else n, human_size(f.size),
+                     f.sha256[:8] or '–', f.licence, f.purpose, where))
+    if markdown:
+        return '\n'.join('| ' + ' | '.join(r) + ' |'
+                         for r in [rows[0], ('---',)*6, *rows[1:]])
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
-    return '\n'.join('  '.join([*(c.ljust(w) for c, w in zip(r, widths)), r[5]]) for r in rows)
+    return '\n'.join('  '.join([*(c.ljust(w) for c, w in zip(r, widths)), r[5]])
+                     for r in rows)
 
 # %% ../nbs/08_weights.ipynb #d49ca2e5
 def _hub():
-    try: import huggingface_hub, huggingface_hub.constants # the latter is not attached by itself
-    except ImportError as e: raise ImportError("huggingface_hub is needed to find published weights: pip install huggingface_hub") from e
+    # the latter is not attached by itself
+    try: import huggingface_hub, huggingface_hub.constants
+    except ImportError as e:
+        raise ImportError("huggingface_hub is needed to find published weights: "
+                          "pip install huggingface_hub") from e
     return huggingface_hub
 
 def url_cache() -> Path:
     "The folder of files that are not from the hub"
     return Path(os.environ.get('ARPO_WEIGHTS') or '~/.cache/arpo_nb').expanduser()
 
-def _torch_cache(): return Path(os.environ.get('TORCH_HOME') or '~/.cache/torch').expanduser()/'hub'/'checkpoints'
+def _torch_cache():
+    return Path(os.environ.get('TORCH_HOME')
+                or '~/.cache/torch').expanduser()/'hub'/'checkpoints'
 
 def _is_offline(offline, hub=None):
     "Whether the network may not be asked"
     if offline is not None: return offline
-    return hub.constants.HF_HUB_OFFLINE if hub else os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE')
+    return (hub.constants.HF_HUB_OFFLINE if hub
+            else os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1',
+                                                                  'ON', 'YES', 'TRUE'))
 
 def _known(name):
-    if name not in FILES: raise ValueError(f"name={name!r}: no published file of that name; known: {', '.join(FILES)}")
+    if name not in FILES:
+        raise ValueError(f"name={name!r}: no published file of that name; "
+                         f"known: {', '.join(FILES)}")
     return FILES[name]
 
 def _in_cache(name, cache_dir=None):
     "The path of a file that is already here, or None"
     f = _known(name)
     if f.repo:
-        found = [_hub().try_to_load_from_cache(f.repo, part, cache_dir=cache_dir) for part in (f.file, *f.parts)]
+        found = [_hub().try_to_load_from_cache(f.repo, part, cache_dir=cache_dir)
+                 for part in (f.file, *f.parts)]
         return Path(found[0]) if all(isinstance(p, str) for p in found) else None
     if f.package:
         spec = find_spec(f.package)
@@ -144,7 +166,9 @@ def _in_cache(name, cache_dir=None):
 def _what(f): return f"{f.file} ({human_size(f.size)}, {f.address})"
 
 def _plan(name, source, path=None, size=0, sha=None):
-    return dict(source=source, path=path, address=FILES[name].address if source != 'local' else str(path), size=size or (path.stat().st_size if path else 0), sha256=sha)
+    return dict(source=source, path=path, address=FILES[name].address
+                if source != 'local' else str(path),
+                size=size or (path.stat().st_size if path else 0), sha256=sha)
 
 # %% ../nbs/08_weights.ipynb #85a6675b
 def plan_file(name:str, # key of `FILES`
@@ -284,13 +308,19 @@ def locate(name:str, # key of `FILES`
     plan = plan_file(name, weights, cache_dir, offline)
     f, path = FILES.get(name), plan['path']
     if path: return path
-    if plan['source'] == 'url': return download(f.url, Path(cache_dir or url_cache()).expanduser()/f.file, f.sha256, progress)
-    paths = [Path(_hub().hf_hub_download(f.repo, part, cache_dir=cache_dir)) for part in (f.file, *f.parts)]
+    if plan['source'] == 'url':
+        return download(f.url, Path(cache_dir or url_cache()).expanduser()/f.file,
+                        f.sha256, progress)
+    paths = [Path(_hub().hf_hub_download(f.repo, part, cache_dir=cache_dir))
+             for part in (f.file, *f.parts)]
     want = plan['sha256'] or f.sha256
     if want and noted_sha256(paths[0]) != want:
         real = paths[0].resolve()
         paths[0].unlink(); real.unlink(missing_ok=True)
-        raise ValueError(f"{paths[0].name} from {f.address}: the SHA-256 differs from the published {want}; the download was damaged and is deleted. Run again")
+        raise ValueError(f"{paths[0].name} from {f.address}: the "
+                         "SHA-256 differs from the "
+                         f"published {want}; the download was damaged "
+                         "and is deleted. Run again")
     return paths[0]
 
 def require(names, # keys of `FILES`
@@ -299,7 +329,9 @@ def require(names, # keys of `FILES`
            ) -> dict: # name → path
     "Several files at once; all that cannot be had are named in one error, before anything is downloaded"
     names, weights, problems = list(names), weights or {}, {}
-    if not isinstance(weights, dict): raise ValueError(f"weights={weights!r}: expected a dict from names of files to local files")
+    if not isinstance(weights, dict):
+        raise ValueError(f"weights={weights!r}: expected a dict from names "
+                         "of files to local files")
     if bad := [n for n in weights if n not in names]:
         near = difflib.get_close_matches(str(bad[0]), names, 1, .4)
         raise ValueError(f"weights: no file named {', '.join(map(str, bad))} is needed here, only: {', '.join(names) or 'none'}{f'; did you mean {near[0]!r}?' if near else ''}")
@@ -307,9 +339,13 @@ def require(names, # keys of `FILES`
         try: plan_file(n, weights.get(n), cache_dir, offline)
         except (OSError, ImportError, ValueError) as e: problems[n] = e
     if problems:
-        absent = [n for n, e in problems.items() if not isinstance(e, ValueError)] # the others are here, but wrong
-        raise FileNotFoundError(f"{len(problems)} of {len(names)} files cannot be had:\n" + '\n'.join(f'- {n}: {e}' for n, e in problems.items())
-                                + (f"\nWith a network: python -m arpo_nb.weights --fetch {' '.join(absent)}" if absent else ''))
+        # the others are here, but wrong
+        absent = [n for n, e in problems.items() if not isinstance(e, ValueError)]
+        raise FileNotFoundError(f"{len(problems)} of {len(names)} files "
+                                "cannot be had:\n" + '\n'.join(f'- {n}: {e}' for n,
+                                                               e in problems.items())
+                                + ("\nWith a network: python -m arpo_nb.weights "
+                                   f"--fetch {' '.join(absent)}" if absent else ''))
     return {n: locate(n, weights.get(n), cache_dir, offline) for n in names}
 
 # %% ../nbs/08_weights.ipynb #bc649a5d

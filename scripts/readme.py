@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb: prose as it is, code and printed output fenced."
+"Write README.md from nbs/index.ipynb: prose as it is, code and printed output fenced, links from the repository's root."
 import json
 import re
 from pathlib import Path
@@ -6,18 +6,23 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+def from_root(text: str) -> str:
+    "The text of a notebook with its links to notebooks and pictures as seen from the repository's root"
+    return re.sub(r'(\]\(|src=")((?:images/)?[\w.-]+\.(?:ipynb|png|svg|jpg)(?:#[\w.-]*)?)(?=[)"])', r'\1nbs/\2', text)
+
+
 def readme() -> str:
     parts = []
-    for cell in json.loads((ROOT/'nbs/index.ipynb').read_text())['cells']:
+    for cell in json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'markdown':
-            source = source.replace('](images/', '](nbs/images/')
-            parts.append(re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', source))
+            parts.append(from_root(source))
             continue
+        source = '\n'.join(l for l in source.split('\n') if not l.startswith('#|'))
         parts.append(f'```python\n{source}\n```')
         text = ''.join(''.join(o['text']) for o in cell['outputs'] if o['output_type'] == 'stream' and o['name'] == 'stdout')
         if text: parts.append('```\n' + text.rstrip() + '\n```')
     return '\n\n'.join(parts) + '\n'
 
 
-if __name__ == '__main__': (ROOT/'README.md').write_text(readme())
+if __name__ == '__main__': (ROOT/'README.md').write_text(readme(), encoding='utf-8')

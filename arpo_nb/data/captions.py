@@ -27,12 +27,16 @@ from ..weights import import_transformers
 
 # %% ../../nbs/09_text_data.ipynb #ec0f9dd5
 _FILES = '(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)'
-_ADDRESS = r'\b(?:%s:(?:/{1,3}|[a-zA-Z0-9%%])|[a-zA-Z0-9.-]+\.(?:com?|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))' # up to a query
-_BEFORE = [('<person>', 'person'), (_ADDRESS % 'https?', ''), (_ADDRESS % 'www', ''), (r'&(?=[a-z]\Z)', '')] # pattern, replacement: on the text as typed, in lower case
+# up to a query
+_ADDRESS = r'\b(?:%s:(?:/{1,3}|[a-zA-Z0-9%%])|[a-zA-Z0-9.-]+\.(?:com?|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))'
+# pattern, replacement: on the text as typed, in lower case
+_BEFORE = [('<person>', 'person'), (_ADDRESS % 'https?', ''), (_ADDRESS % 'www', ''),
+           (r'&(?=[a-z]\Z)', '')]
 _MIDDLE = [ # on the text without tags
     (r'@\w+\b', ''), # handles
     ('[\u31c0-\u4dff\u4e00-\u9fff]+', ''), # Chinese, Japanese and Korean signs
-    ('[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+', '-'), # dashes
+    # dashes
+    ('[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+', '-'),
     ('[`´«»“”¨]', '"'), ('[‘’]', "'"), # quotes
     ('&quot;?', ''), ('&amp', ''),
     (r'\d{1,3}(?:\.\d{1,3}){3}', ' '), # IP addresses
@@ -42,12 +46,17 @@ _MIDDLE = [ # on the text without tags
     ('["\']{2,}', '"'), (r'\.{2,}', ' '),
     (r'[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+', ' '), (r'\s+\.\s+', ' ')]
 _AFTER = [ # on repaired Unicode
-    (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''), (r'\b\d+[a-zA-Z]+\d+\b', ''), # model numbers
-    (r'(?:worldwide\s+)?(?:free\s+)?shipping', ''), (r'(?:free\s)?download(?:\sfree)?', ''), (r'\bclick\b\s(?:for|on)\s\w+', ''), # shop talk
+    # model numbers
+    (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''), (r'\b\d+[a-zA-Z]+\d+\b', ''),
+    # shop talk
+    (r'(?:worldwide\s+)?(?:free\s+)?shipping', ''), (r'(?:free\s)?download(?:\sfree)?', ''), (r'\bclick\b\s(?:for|on)\s\w+', ''),
     (rf'\b{_FILES}(?:\simages?)?', ''), (r'\bpage\s+\d+\b', ''),
-    (r'\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b', ' '), (r'\b\d+\.?\d*[xх×]\d+\.?\d*\b', ''), # codes, and sizes like 4x6
+    # codes, and sizes like 4x6
+    (r'\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b', ' '), (r'\b\d+\.?\d*[xх×]\d+\.?\d*\b', ''),
     (r'\b\s+:\s+', ': '), (r'(\D[,./])\b', r'\1 '), (r'\s+', ' ')]
-_ENDS = [(r'^["\'](.+)["\']$', r'\1'), (r"^['_,\-:;]", ''), (r"['_,\-:+]$", ''), (r'^\.\S+$', '')] # quotes around, punctuation at the ends
+# quotes around, punctuation at the ends
+_ENDS = [(r'^["\'](.+)["\']$', r'\1'), (r"^['_,\-:;]", ''), (r"['_,\-:+]$", ''),
+         (r'^\.\S+$', '')]
 
 def _apply(rules, text):
     for pattern, new in rules: text = re.sub(pattern, new, text, flags=re.DOTALL)
@@ -55,10 +64,14 @@ def _apply(rules, text):
 
 class _Text(HTMLParser):
     "Collects the text between tags; an unknown &name; loses its semicolon, a known one may lack it"
-    def __init__(self): super().__init__(convert_charrefs=False); self.parts, self.inside = [], 0
+    def __init__(self):
+        super().__init__(convert_charrefs=False)
+        self.parts, self.inside = [], 0
     def handle_starttag(self, tag, attrs): self.inside += tag in ('script', 'style')
-    def handle_endtag(self, tag): self.inside -= tag in ('script', 'style') and self.inside > 0
-    def handle_entityref(self, name): self.handle_data(html5.get(f'{name};', f'&{name}'))
+    def handle_endtag(self, tag):
+        self.inside -= tag in ('script', 'style') and self.inside > 0
+    def handle_entityref(self, name):
+        self.handle_data(html5.get(f'{name};', f'&{name}'))
     def handle_charref(self, name): self.handle_data(html.unescape(f'&#{name};'))
     def handle_data(self, data):
         if not self.inside: self.parts.append(data)
@@ -70,10 +83,13 @@ def _strip_tags(text):
 
 def _clean_once(text):
     try: import ftfy
-    except ImportError as e: raise ImportError("clean_prompt needs ftfy: pip install ftfy, or arpo_nb[t2i]") from e
+    except ImportError as e:
+        raise ImportError("clean_prompt needs ftfy: pip install "
+                          "ftfy, or arpo_nb[t2i]") from e
     text = _strip_tags(_apply(_BEFORE, unquote_plus(str(text)).strip().lower()))
     text = _apply(_MIDDLE, text)
-    if len(re.findall('[-_]', text)) > 3: text = re.sub('[-_]', ' ', text) # many of them: a file name, not a text
+    # many of them: a file name, not a text
+    if len(re.findall('[-_]', text)) > 3: text = re.sub('[-_]', ' ', text)
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return _apply(_ENDS, _apply(_AFTER, text)).strip()
 
@@ -87,16 +103,21 @@ def left_pad(feats:Tensor, # [B, L, D] features, valid rows first
              mask:Tensor, # [B, L], 1 for valid rows
             ) -> tuple: # features [B, L, D] and mask [B, L], valid rows last and all others zero
     "Move valid rows to the end and zero the rest"
-    order = mask.sort(dim=1, stable=True).indices # zeros first, both kinds in their old order
+    # zeros first, both kinds in their old order
+    order = mask.sort(dim=1, stable=True).indices
     mask = mask.gather(1, order)
-    return feats.gather(1, order[..., None].expand_as(feats))*mask[..., None].to(feats.dtype), mask
+    return (feats.gather(1, order[..., None].expand_as(feats))*mask[...,
+                                                                    None].to(
+                                                                        feats.dtype),
+            mask)
 
 def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each caption
                    length:int=120, # rows after padding
                   ) -> tuple: # features [B, length, D] float32, mask [B, length], and how many captions were too long
     "Right-align features of different lengths; longer ones lose their tail, as LlamaGen truncates"
     rows = [torch.as_tensor(np.asarray(r, np.float32)) for r in rows]
-    feats, mask = torch.zeros(len(rows), length, rows[0].shape[-1]), torch.zeros(len(rows), length, dtype=torch.long)
+    feats, mask = (torch.zeros(len(rows), length, rows[0].shape[-1]),
+                   torch.zeros(len(rows), length, dtype=torch.long))
     for i, r in enumerate(rows):
         n = min(len(r), length)
         feats[i, length-n:], mask[i, length-n:] = r[:n], 1
@@ -105,7 +126,9 @@ def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each capti
 # %% ../../nbs/09_text_data.ipynb #50cbd42e
 def _cut(counter, what, tokens, length):
     "Count a caption that is cut, and warn of the first"
-    if not counter.truncated: warnings.warn(f"{what}: {tokens} tokens, cut to {length}; further ones are only counted, in data/truncated")
+    if not counter.truncated:
+        warnings.warn(f"{what}: {tokens} tokens, cut to {length}; further ones "
+                      "are only counted, in data/truncated")
     counter.truncated += 1
 
 def _stack(counter, keys, rows, length):
@@ -127,7 +150,8 @@ class T5Features:
             transformers = import_transformers()
             tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model)
             model = transformers.T5EncoderModel.from_pretrained(model, dtype=dtype)
-        self.model, self.tokenizer, self.length, self.device, self.clean = model.eval().to(device), tokenizer, length, device, clean
+        self.model, self.tokenizer, self.length, self.device, self.clean = (
+            model.eval().to(device), tokenizer, length, device, clean)
         self.truncated = 0 # captions cut so far
 
     @torch.no_grad()
@@ -135,25 +159,41 @@ class T5Features:
         "Features [B, length, D] in float32 and mask [B, length], left-padded"
         texts = [clean_prompt(p) for p in prompts] if self.clean else list(prompts)
         for p, ids in zip(prompts, self.tokenizer(texts)['input_ids']):
-            if len(ids) > self.length: _cut(self, f"prompt {p[:60]!r}{'…' if len(p) > 60 else ''}", len(ids), self.length)
-        enc = self.tokenizer(texts, max_length=self.length, padding='max_length', truncation=True, return_attention_mask=True, return_tensors='pt')
-        ids, mask = enc['input_ids'].to(self.device), enc['attention_mask'].to(self.device)
-        return left_pad(self.model(input_ids=ids, attention_mask=mask)['last_hidden_state'].float(), mask)
+            if len(ids) > self.length:
+                _cut(self, f"prompt {p[:60]!r}{'…' if len(p) > 60 else ''}",
+                     len(ids), self.length)
+        enc = self.tokenizer(texts, max_length=self.length, padding='max_length',
+                             truncation=True, return_attention_mask=True,
+                             return_tensors='pt')
+        ids, mask = (enc['input_ids'].to(self.device),
+                     enc['attention_mask'].to(self.device))
+        return left_pad(self.model(input_ids=ids,
+                                   attention_mask=mask)['last_hidden_state'].float(),
+                        mask)
 
 class DiskFeatures:
     "Left-padded features of captions by their key, from a folder of .npy files or one .npz"
     def __init__(self, path, length:int=120):
         path = Path(path)
-        if not path.exists(): raise FileNotFoundError(f"features path={str(path)!r}: no such file or folder; give a folder of KEY.npy or one .npz")
+        if not path.exists():
+            raise FileNotFoundError(f"features path={str(path)!r}: no such "
+                                    "file or folder; "
+                                    "give a folder of KEY.npy or one .npz")
         self.path, self.length, self.truncated = path, length, 0
         self.data = np.load(path) if path.is_file() else None
 
     def rows(self, key):
         "The valid rows [n, D] of a caption"
-        try: a = self.data[key] if self.data is not None else np.load(self.path/f'{key}.npy')
-        except (KeyError, FileNotFoundError) as e: raise KeyError(f"no features for key={key!r} in {self.path}; store them as {key}.npy, [n, D]") from e
+        try:
+            a = (self.data[key] if self.data is not None
+                 else np.load(self.path/f'{key}.npy'))
+        except (KeyError, FileNotFoundError) as e:
+            raise KeyError(f"no features for key={key!r} in {self.path}; store "
+                           f"them as {key}.npy, [n, D]") from e
         a = a[0] if a.ndim == 3 and len(a) == 1 else a
-        if a.ndim != 2: raise ValueError(f"features of key={key!r}: shape {a.shape}, expected [n, D] with the valid rows of one caption")
+        if a.ndim != 2:
+            raise ValueError(f"features of key={key!r}: shape {a.shape}, "
+                             "expected [n, D] " "with the valid rows of one caption")
         return a
 
     def __call__(self, keys:list) -> tuple:
@@ -255,17 +295,23 @@ class TextImages:
                  path, # folder, .tar, .parquet, or a pattern of those
                  size:int=256, # side after the centre crop
                  rank:int=0, world_size:int=1, # this process and how many there are
-                 start:int=0, # number of the first record wanted: (epoch << 40) + place, as in a record's `index`
+                 # number of the first record wanted: (epoch << 40) + place, as in a
+                 # record's `index`
+                 start:int=0,
                  endless:bool=False, # begin again after the last record
                  shuffle:int|None=None, # seed for the order of shards, None keeps it
                 ):
         self.sources, self.size, self.rank, self.world_size, self.start, self.shuffle = _sources(path), size, rank, world_size, start, shuffle
-        self.epoch, self.endless, self.truncated, self.skipped = start >> 40, endless, 0, Counter() # features cut, and broken records by reason
+        # features cut, and broken records by reason
+        self.epoch, self.endless, self.truncated, self.skipped = (start >> 40,
+                                                                  endless, 0, Counter())
         self.before = None # records of all earlier epochs
 
     def skip(self, reason:str, what):
         "Count a record or shard that cannot be used, and warn of the first"
-        if not self.skipped: warnings.warn(f"data: skipped {what}: {reason}; further ones are only counted, in data/skipped")
+        if not self.skipped:
+            warnings.warn(f"data: skipped {what}: {reason}; further ones are "
+                          "only counted, in data/skipped")
         self.skipped[reason] += 1
 
     def _decode(self, record):
@@ -273,7 +319,9 @@ class TextImages:
         r = {k: v() if callable(v) else v for k, v in record.items()}
         for k, what in dict(image='no picture', text='no caption').items():
             if not r[k]: raise ValueError(what)
-        r['image'], r['text'] = to_tensor(center_crop(Image.open(io.BytesIO(r['image'])), self.size)), r['text'].strip()
+        r['image'], r['text'] = (
+            to_tensor(center_crop(Image.open(io.BytesIO(r['image'])), self.size)),
+            r['text'].strip())
         feats = r.pop('feats')
         return r if feats is None else dict(r, feats=np.load(io.BytesIO(feats)))
 
@@ -284,21 +332,29 @@ class TextImages:
                 found = True
                 yield record
             if not self.endless: return
-            if not found and (self.epoch - 1) << 40 >= self.start: raise ValueError(f"data: no usable record in a whole epoch; skipped {dict(self.skipped) or 'none'}")
+            if not found and (self.epoch - 1) << 40 >= self.start:
+                raise ValueError("data: no usable record in a whole epoch; skipped "
+                                 f"{dict(self.skipped) or 'none'}")
 
     def _one_epoch(self):
         sources, epoch, seen = list(self.sources), self.epoch, 0
-        if self.before is None: self.before = epoch*self._count() if epoch and self.world_size > 1 else 0
-        if self.shuffle is not None: np.random.default_rng([self.shuffle, epoch]).shuffle(sources)
+        if self.before is None:
+            self.before = epoch*self._count() if epoch and self.world_size > 1 else 0
+        if self.shuffle is not None:
+            np.random.default_rng([self.shuffle, epoch]).shuffle(sources)
         self.epoch += 1
         def number(): # of the next record, None if it is not ours
             nonlocal seen
             seen += 1
             index = (epoch << 40) + seen-1
-            return index if (self.before + seen-1) % self.world_size == self.rank and index >= self.start else None
+            return (index if (self.before + seen-1) % self.world_size == self.rank
+                    and index >= self.start else None)
         for record in self._records(sources, number, self.skip):
             try: decoded = self._decode(record)
-            except Exception as e: self.skip(str(e) if str(e).startswith('no ') else type(e).__name__, f"record {record['key']!r}" if isinstance(record['key'], str) else f"record number {record['index'] & (1 << 40)-1}")
+            except Exception as e:
+                self.skip(str(e) if str(e).startswith('no ') else type(e).__name__,
+                          f"record {record['key']!r}" if isinstance(record['key'], str)
+                          else f"record number {record['index'] & (1 << 40)-1}")
             else: yield decoded
         self.before += seen
 
@@ -307,7 +363,11 @@ class TextImages:
         for read, path in sources:
             try: yield from read(path, number)
             except Exception as e:
-                if not isinstance(e, (tarfile.TarError, EOFError, zlib.error, OSError)) and not type(e).__module__.startswith('pyarrow'): raise
+                if not isinstance(e,
+                                  (tarfile.TarError, EOFError, zlib.error,
+                                   OSError)) and not type(
+                                       e).__module__.startswith('pyarrow'):
+                    raise
                 skip(f'rest of a shard ({type(e).__name__})', path)
 
     def _count(self):
@@ -322,21 +382,31 @@ class TextImages:
 # %% ../../nbs/09_text_data.ipynb #1f5aff0d
 def text_batches(data:TextImages, # the stream
                  batch_size:int, # records per batch; an incomplete last one is left out
-                 features=None, # prompts to conditions, such as `T5Features`; or `DiskFeatures`; None takes the features stored in the records
+                 # prompts to conditions, such as `T5Features`; or `DiskFeatures`; None
+                 # takes the features stored in the records
+                 features=None,
                  seed:int=0, # of the random streams
-                 length:int=120, # rows of stored features after padding; longer ones are cut and counted in `data.truncated`
+                 # rows of stored features after padding; longer ones are cut and
+                 # counted in `data.truncated`
+                 length:int=120,
                 ): # yields `Batch`
     "Batches of captioned pictures for a text-conditional policy"
     stored, held = features is None or isinstance(features, DiskFeatures), []
     for r in data:
-        try: r['rows'] = None if not stored else r['feats'] if features is None else features.rows(r['key'])
-        except (KeyError, ValueError): data.skip('no features', f"record {r['key']!r}"); continue
+        try:
+            r['rows'] = (None if not stored else r['feats'] if features is None
+                         else features.rows(r['key']))
+        except (KeyError, ValueError):
+            data.skip('no features', f"record {r['key']!r}")
+            continue
         held.append(r)
         if len(held) == batch_size:
             texts = [r['text'] for r in held]
-            cond = _stack(data, [r['key'] for r in held], [r['rows'] for r in held], length) if stored else features(texts)
+            cond = (_stack(data, [r['key'] for r in held], [r['rows'] for r in held],
+                           length) if stored else features(texts))
             streams = Streams(seed, np.array([[r['index'], 0] for r in held]))
-            yield Batch(tuple(cond), streams, torch.stack([r['image'] for r in held]), texts)
+            yield Batch(tuple(cond), streams, torch.stack([r['image'] for r in held]),
+                        texts)
             held = []
 
 # %% ../../nbs/09_text_data.ipynb #742635f7
@@ -349,18 +419,29 @@ class TextData:
         self.path, self.size, self.features, self.length, self.seen = path, size, features, length, dict(skipped=0, truncated=0)
         probe = TextImages(path, size)
         if next(text_batches(probe, 1, features, length=length), None) is None:
-            raise ValueError(f"data={str(path)!r}: no usable record; skipped {dict(probe.skipped) or 'none'}. A record needs a picture, a caption, and "
+            raise ValueError(f"data={str(path)!r}: no usable record; skipped "
+                             f"{dict(probe.skipped) or 'none'}. "
+                             "A record needs a picture, a caption, and "
                              "features stored with it unless an encoder computes them")
 
-    def batches(self, batch_size:int, seed:int, start:int, stop:int, rank:int=0, world_size:int=1, position:int=0):
+    def batches(self, batch_size:int, seed:int, start:int, stop:int, rank:int=0,
+                world_size:int=1, position:int=0):
         "`Batch`es of this process, from record `position` on"
-        self.stream = TextImages(self.path, self.size, rank, world_size, position, endless=True, shuffle=seed)
-        steps, before = text_batches(self.stream, batch_size//world_size, self.features, seed, self.length), getattr(self.features, 'truncated', 0)
-        def load(): return next(steps), dict(skipped=sum(self.stream.skipped.values()), truncated=self.stream.truncated + getattr(self.features, 'truncated', 0) - before)
+        self.stream = TextImages(self.path, self.size, rank, world_size,
+                                 position, endless=True, shuffle=seed)
+        steps, before = (text_batches(self.stream, batch_size//world_size,
+                                      self.features, seed, self.length),
+                         getattr(self.features, 'truncated', 0))
+        def load():
+            return next(steps), dict(skipped=sum(self.stream.skipped.values()),
+                                     truncated=self.stream.truncated
+                                     + getattr(self.features, 'truncated', 0) - before)
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(load) if start < stop else None
             for step in range(start, stop):
-                (batch, self.seen), ahead = ahead.result(), reader.submit(load) if step+1 < stop else None
+                (batch, self.seen), ahead = (ahead.result(),
+                                             reader.submit(load) if step+1 < stop
+                                             else None)
                 yield batch
 
     def counts(self) -> dict:
@@ -371,11 +452,18 @@ class PromptData:
     "Prompts without pictures, from a text file with one on each line"
     def __init__(self, path, features): # features: prompts to conditions
         path = Path(path).expanduser()
-        if not path.is_file(): raise FileNotFoundError(f"data={str(path)!r}: expected a text file with one prompt on each line, got {'a folder' if path.is_dir() else 'nothing'}")
+        if not path.is_file():
+            raise FileNotFoundError(f"data={str(path)!r}: expected a text file "
+                                    "with one prompt on each " "line, got "
+                                    f"{'a folder' if path.is_dir() else 'nothing'}")
         lines = [l.strip() for l in path.read_text().splitlines()]
         self.prompts, self.features = [l for l in lines if l], features
-        if not self.prompts: raise ValueError(f"data={str(path)!r}: no prompt in {len(lines)} lines; write one prompt on each line")
-        if blank := len(lines) - len(self.prompts): warnings.warn(f"data={str(path)!r}: {blank} blank lines left out, {len(self.prompts)} prompts remain")
+        if not self.prompts:
+            raise ValueError(f"data={str(path)!r}: no prompt in {len(lines)} lines; "
+                             "write one prompt on each line")
+        if blank := len(lines) - len(self.prompts):
+            warnings.warn(f"data={str(path)!r}: {blank} blank lines left out, "
+                          f"{len(self.prompts)} prompts remain")
 
     def __len__(self): return len(self.prompts)
 
@@ -386,7 +474,8 @@ class PromptData:
 
     def counts(self) -> dict:
         "Prompts cut so far, if the features count them"
-        return dict(truncated=self.features.truncated) if hasattr(self.features, 'truncated') else {}
+        return (dict(truncated=self.features.truncated)
+                if hasattr(self.features, 'truncated') else {})
 
 class NamedClasses:
     "Prompts to class ids, for a class-conditional model: the class whose name stands in the prompt"
@@ -398,6 +487,8 @@ class NamedClasses:
 
     def id(self, prompt):
         "The longest name wins: ankle boot, not boot"
-        found = [n for n in self.ids if re.search(rf'(?<!\w){re.escape(n)}(?!\w)', prompt.lower())]
-        if not found: raise ValueError(f"prompt {prompt!r} names no class of this model; its classes are {', '.join(list(self.ids)[:12])}{', …' if len(self.ids) > 12 else ''}")
+        found = [n for n in self.ids if re.search(rf'(?<!\w){re.escape(n)}(?!\w)',
+                                                  prompt.lower())]
+        if not found:
+            raise ValueError(f"prompt {prompt!r} names no class of this model; its classes are {', '.join(list(self.ids)[:12])}{', …' if len(self.ids) > 12 else ''}")
         return self.ids[max(found, key=len)]

@@ -18,9 +18,11 @@ def center_crop(image:Image.Image, # any size and mode
                ) -> Image.Image: # RGB, size × size
     "Shrink the short side to `size` and cut out the middle square"
     image = image.convert('RGB')
-    while min(image.size) >= 2*size: image = image.resize(tuple(s//2 for s in image.size), Image.Resampling.BOX)
+    while min(image.size) >= 2*size:
+        image = image.resize(tuple(s//2 for s in image.size), Image.Resampling.BOX)
     scale = size/min(image.size)
-    image = image.resize(tuple(round(s*scale) for s in image.size), Image.Resampling.BICUBIC)
+    image = image.resize(tuple(round(s*scale) for s in image.size),
+                         Image.Resampling.BICUBIC)
     left, top = ((s - size)//2 for s in image.size)
     return image.crop((left, top, left+size, top+size))
 
@@ -35,9 +37,16 @@ def ten_crop(image:Image.Image, # at least size × size
             ) -> list: # ten crops: top left, top right, bottom left, bottom right, centre, then the five of the mirrored picture
     "Four corners, the centre, and the same from the mirror image"
     w, h = image.size
-    if min(w, h) < size: raise ValueError(f"ten_crop: the picture is {w}×{h}, smaller than size={size}; crop it to size*1.1 first, as in center_crop(image, int(size*1.1))")
-    corners = [(0, 0), (w-size, 0), (0, h-size), (w-size, h-size), (round((w-size)/2), round((h-size)/2))]
-    return [im.crop((x, y, x+size, y+size)) for im in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) for x, y in corners]
+    if min(w, h) < size:
+        raise ValueError(f"ten_crop: the picture is {w}×{h}, smaller "
+                         f"than size={size}; crop "
+                         "it to size*1.1 first, as in center_crop(image, "
+                         "int(size*1.1))")
+    corners = [(0, 0), (w-size, 0), (0, h-size), (w-size, h-size),
+               (round((w-size)/2), round((h-size)/2))]
+    return [im.crop((x, y, x+size, y+size))
+            for im in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) for x,
+            y in corners]
 
 # %% ../../nbs/07_image_io.ipynb #b08261bc
 def to_uint8(pixels:Tensor, # [N, 3, H, W], nominally in [0, 1]
@@ -49,4 +58,6 @@ def resize_pixels(pixels:Tensor, # [N, 3, H, W], unclamped
                   size:int, # new side
                  ) -> Tensor: # [N, 3, size, size]
     "Bicubic resize without antialiasing, as between a 384-pixel model and the 256-pixel evaluation"
-    return pixels if pixels.shape[-1] == size else F.interpolate(pixels.float(), (size, size), mode='bicubic', align_corners=False)
+    return (pixels if pixels.shape[-1] == size
+            else F.interpolate(pixels.float(), (size, size), mode='bicubic',
+                               align_corners=False))

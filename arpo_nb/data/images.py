@@ -27,7 +27,11 @@ def step_rows(n:int, # images in the data set
              ) -> np.ndarray: # [batch_size] row numbers
     "The rows of one step"
     at = np.arange(step*batch_size, (step+1)*batch_size)
-    perms = {e: np.random.Generator(np.random.Philox(key=seed, counter=[0, EPOCH, 0, int(e)])).permutation(n) for e in np.unique(at//n)}
+    perms = {e: np.random.Generator(np.random.Philox(key=seed,
+                                                     counter=[0, EPOCH,
+                                                              0,
+                                                              int(e)])).permutation(n)
+             for e in np.unique(at//n)}
     return np.array([perms[e][i] for e, i in zip(at//n, at%n)])
 
 # %% ../../nbs/04_data.ipynb #0dcc2d3f
@@ -68,28 +72,46 @@ class Pictures:
                  labels:Tensor, # [N] class ids
                  size:int, # side in pixels
                  open=lambda item: item, # item to a path, or to bytes as a file
-                 check:int=2000, # decode all pictures first if there are at most this many
+                 # decode all pictures first if there are at most this many
+                 check:int=2000,
                  workers:int=8, # decoding threads
                 ):
-        self.source, self.items, self.labels, self.size, self.open = str(source), items, labels, size, open
+        self.source, self.items, self.labels, self.size, self.open = (str(source),
+                                                                      items,
+                                                                      labels,
+                                                                      size, open)
         self.skipped, self.left_out, self.pool = {}, 0, ThreadPoolExecutor(workers)
         if len(items) <= check:
-            good = [i for i, x in enumerate(self.pool.map(self._try, items)) if x is not None]
-            self.items, self.labels, self.left_out = [items[i] for i in good], labels[good], len(self.skipped)
-        if not len(self): raise ValueError(f"data={self.source!r}: no readable image ({', '.join(SUFFIXES)}) in it" + (f"; {len(self.skipped)} could not be read" if self.skipped else ''))
-        if self.skipped: warnings.warn(f"data={self.source!r}: skipped {len(self.skipped)} unreadable pictures, the first is {next(iter(self.skipped))}")
+            good = [i for i, x in enumerate(self.pool.map(self._try, items))
+                    if x is not None]
+            self.items, self.labels, self.left_out = ([items[i] for i in good],
+                                                      labels[good], len(self.skipped))
+        if not len(self):
+            raise ValueError(f"data={self.source!r}: no readable image "
+                             f"({', '.join(SUFFIXES)}) in it"
+                             + (f"; {len(self.skipped)} could not be read"
+                                if self.skipped else ''))
+        if self.skipped:
+            warnings.warn(f"data={self.source!r}: skipped {len(self.skipped)} "
+                          "unreadable "
+                          f"pictures, the first is {next(iter(self.skipped))}")
 
     def __len__(self): return len(self.items)
 
     def _try(self, item):
         try: return read_image(self.open(item), self.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: self.skipped[str(item)] = str(e)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            self.skipped[str(item)] = str(e)
 
     def _nearest(self, row):
         for i in range(len(self)):
             r = (row + i) % len(self)
-            if (image := self._try(self.items[r])) is not None: return image, self.labels[r]
-            if len(self.skipped) == self.left_out + 1: warnings.warn(f"data={self.source!r}: skipped {self.items[r]}: {self.skipped[str(self.items[r])]}; further ones are only counted, in data/skipped")
+            if (image := self._try(self.items[r])) is not None:
+                return image, self.labels[r]
+            if len(self.skipped) == self.left_out + 1:
+                warnings.warn(f"data={self.source!r}: skipped {self.items[r]}: "
+                              f"{self.skipped[str(self.items[r])]}; further ones are "
+                              "only counted, in data/skipped")
         raise OSError(f"data={self.source!r}: no picture can be read any more")
 
     def load(self, rows) -> tuple:
@@ -103,7 +125,8 @@ class Pictures:
 
 # %% ../../nbs/04_data.ipynb #4f72e077
 _SPLITS = 'train', 'training', 'val', 'valid', 'validation', 'test'
-_SYNSETS = (Path(__file__).parent.parent/'assets' if '__file__' in globals() else Path('../arpo_nb/assets'))/'imagenet_synsets.txt'
+_SYNSETS = (Path(__file__).parent.parent/'assets' if '__file__' in globals()
+            else Path('../arpo_nb/assets'))/'imagenet_synsets.txt'
 
 def imagenet_ids() -> dict: # synset, such as n02123045, to class id
     "Ids of ImageNet's 1,000 classes, which are its synsets in order"
@@ -113,23 +136,43 @@ def class_ids(root:str|Path, # folder with a folder for each class
               num_classes:int, # of the policy
              ) -> dict: # folder name to class id
     "Class ids by folder name: a number, a synset of ImageNet, or else the place in alphabetical order"
-    where, names = f"data={str(root)!r}", sorted(d.name for d in Path(root).iterdir() if d.is_dir() and not d.name.startswith('.'))
+    where, names = (f"data={str(root)!r}",
+                    sorted(d.name for d in Path(root).iterdir() if d.is_dir()
+                           and not d.name.startswith('.')))
     splits = [n for n in names if n.lower() in _SPLITS]
     if splits and (splits == names or len(splits) > 1):
-        raise ValueError(f"{where}: holds {', '.join(splits)}, which are splits and no classes; give the folder of one of them, such as {str(Path(root)/splits[0])!r}")
-    if len(names) > num_classes: raise ValueError(f"{where}: {len(names)} class folders, but the policy knows {num_classes} classes; remove {len(names)-num_classes} or use another model")
+        raise ValueError(f"{where}: holds {', '.join(splits)}, which are splits and no "
+                         "classes; give the folder of one of them, such as "
+                         f"{str(Path(root)/splits[0])!r}")
+    if len(names) > num_classes:
+        raise ValueError(f"{where}: {len(names)} class folders, but the policy knows "
+                         f"{num_classes} classes; remove {len(names)-num_classes} "
+                         "or use another model")
     if names and all(n.isdecimal() for n in names):
-        ids, want = {n: int(n) for n in names}, f"folders named by numbers are class ids, each once and from 0 to {num_classes-1}"
-        wrong = [n for n, i in ids.items() if i >= num_classes or [*ids.values()].count(i) > 1]
+        ids, want = ({n: int(n) for n in names},
+                     "folders named by numbers are class ids, each once "
+                     f"and from 0 to {num_classes-1}")
+        wrong = [n for n, i in ids.items() if i >= num_classes
+                 or [*ids.values()].count(i) > 1]
     elif num_classes == 1000 and any(re.fullmatch('n[0-9]{8}', n) for n in names):
-        known, want = imagenet_ids(), "next to ImageNet's synsets only others of its 1,000 can stand"
-        ids, wrong = {n: known.get(n) for n in names}, [n for n in names if n not in known]
+        known, want = (imagenet_ids(),
+                       "next to ImageNet's synsets only others of its 1,000 can stand")
+        ids, wrong = ({n: known.get(n) for n in names},
+                      [n for n in names if n not in known])
     else:
         ids, wrong = {n: i for i, n in enumerate(names)}, []
         if names and (len(names) < num_classes or num_classes == 1000):
-            warnings.warn(f"{where}: class ids of {len(names)} folders in alphabetical order, for a policy with {num_classes} classes: " + ', '.join(f'{n} = {i}' for n, i in [*ids.items()][:20])
-                          + (', …' if len(ids) > 20 else '') + "; if the policy was trained with others, name the folders by class id")
-    if wrong: raise ValueError(f"{where}: class folders {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}; {want}. Rename or remove them")
+            warnings.warn(f"{where}: class ids of {len(names)} folders "
+                          "in alphabetical order, "
+                          f"for a policy with {num_classes} classes: "
+                          + ', '.join(f'{n} = {i}' for n, i in [*ids.items()][:20])
+                          + (', …' if len(ids) > 20 else '')
+                          + "; if the policy was trained with others, name "
+                          "the folders by class id")
+    if wrong:
+        raise ValueError(f"{where}: class folders "
+                         f"{', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}; "
+                         f"{want}. Rename or remove them")
     return ids
 
 # %% ../../nbs/04_data.ipynb #422bf743
@@ -140,23 +183,38 @@ def folder_data(root:str|Path,
                ) -> Pictures:
     "Pictures below a folder: sub-folders are classes (see `class_ids`), no sub-folders means no classes"
     root = Path(root)
-    if not root.is_dir(): raise FileNotFoundError(f"data={str(root)!r}: no such folder; give a folder of images, of class folders with images, or one of Hugging Face `datasets`")
+    if not root.is_dir():
+        raise FileNotFoundError(f"data={str(root)!r}: no such folder; give a "
+                                "folder of images, of "
+                                "class folders with images, or one of "
+                                "Hugging Face `datasets`")
     ids = class_ids(root, num_classes)
     paths = sorted(p for p in root.rglob('*') if p.suffix.lower() in SUFFIXES)
-    return Pictures(root, paths, torch.tensor([ids.get(p.relative_to(root).parts[0], num_classes) for p in paths]), size, **kwargs)
+    return Pictures(root, paths,
+                    torch.tensor([ids.get(p.relative_to(root).parts[0], num_classes)
+                                  for p in paths]), size, **kwargs)
 
 # %% ../../nbs/04_data.ipynb #8cd3064f
 def is_hub_folder(root:str|Path) -> bool:
     "Whether a folder is one of Hugging Face `datasets`"
-    return any(any(Path(root).glob(p)) for p in ('dataset_dict.json', 'state.json', '*.parquet', 'data/*.parquet', 'train/*.parquet'))
+    return any(any(Path(root).glob(p)) for p in ('dataset_dict.json', 'state.json',
+                                                 '*.parquet', 'data/*.parquet',
+                                                 'train/*.parquet'))
 
 def _hub_split(root, split):
     try: import datasets
-    except ImportError as e: raise ImportError(f"data={str(root)!r} is a folder of Hugging Face datasets: pip install datasets, or arpo_nb[datasets]") from e
+    except ImportError as e:
+        raise ImportError(f"data={str(root)!r} is a folder of Hugging "
+                          "Face datasets: pip "
+                          "install datasets, or arpo_nb[datasets]") from e
     saved = (root/'state.json').exists() or (root/'dataset_dict.json').exists()
-    found = datasets.load_from_disk(str(root)) if saved else datasets.load_dataset(str(root))
+    found = (datasets.load_from_disk(str(root)) if saved
+             else datasets.load_dataset(str(root)))
     if isinstance(found, datasets.Dataset): return found, datasets.Image
-    if split not in found: raise ValueError(f"data={str(root)!r}: no split {split!r}, only {', '.join(found)}; give the folder of one split, or name it")
+    if split not in found:
+        raise ValueError(f"data={str(root)!r}: no split {split!r}, only "
+                         f"{', '.join(found)}; "
+                         "give the folder of one split, or name it")
     return found[split], datasets.Image
 
 def hub_data(root:str|Path,
@@ -169,11 +227,19 @@ def hub_data(root:str|Path,
     root = Path(root)
     rows, picture = _hub_split(root, split)
     image = next((k for k, f in rows.features.items() if isinstance(f, picture)), None)
-    label = next((k for k in ('label', 'labels', 'cls', 'fine_label') if k in rows.features), None)
-    if not (image and label): raise ValueError(f"data={str(root)!r}: columns {list(rows.features)}; expected one of pictures, and class ids in label, labels, cls or fine_label")
+    label = next((k for k in ('label', 'labels', 'cls', 'fine_label')
+                  if k in rows.features), None)
+    if not (image and label):
+        raise ValueError(f"data={str(root)!r}: columns {list(rows.features)}; "
+                         "expected one " "of pictures, and class ids in label, labels, "
+                         "cls or fine_label")
     labels = torch.as_tensor(np.asarray(rows.with_format('numpy')[label][:])).long()
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(f"data={str(root)!r}: class ids from {labels.min()} to {labels.max()}, but the policy knows 0 to {num_classes-1}" + ("; -1 marks a split without labels" if labels.min() < 0 else ''))
+        raise ValueError(f"data={str(root)!r}: class ids from {labels.min()} "
+                         f"to {labels.max()}, "
+                         f"but the policy knows 0 to {num_classes-1}"
+                         + ("; -1 marks a split without labels" if labels.min() < 0
+                            else ''))
     files = rows.cast_column(image, picture(decode=False))
     def open(row):
         x = files[row][image]
@@ -187,7 +253,12 @@ class LabelData:
                  split:float=1., # share of the classes that is used, chosen by `seed`
                  seed:int=0):
         n = max(1, round(split*num_classes))
-        self.labels = torch.from_numpy(np.sort(np.random.Generator(np.random.Philox(key=seed, counter=[1, EPOCH, 0, 0])).permutation(num_classes)[:n]))
+        self.labels = torch.from_numpy(
+            np.sort(np.random.Generator(np.random.Philox(key=seed,
+                                                         counter=[1, EPOCH,
+                                                                  0,
+                                                                  0])).permutation(
+                                                                      num_classes)[:n]))
 
     def __len__(self): return len(self.labels)
 
@@ -208,10 +279,13 @@ def batches(data, # has a length and `load(rows)`
     "The batches of steps `start` to `stop-1`"
     mine = slice(rank, None, world_size)
     def load(step):
-        images, cond, *prompts = data.load(step_rows(len(data), batch_size, step, seed)[mine])
-        return Batch(cond, Streams.range(seed, step*batch_size, batch_size).take(mine), images, *prompts)
+        images, cond, *prompts = data.load(step_rows(len(data), batch_size,
+                                                     step, seed)[mine])
+        return Batch(cond, Streams.range(seed, step*batch_size, batch_size).take(mine),
+                     images, *prompts)
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(load, start) if start < stop else None
         for step in range(start, stop):
-            batch, ahead = ahead.result(), reader.submit(load, step+1) if step+1 < stop else None
+            batch, ahead = (ahead.result(), reader.submit(load, step+1)
+                            if step+1 < stop else None)
             yield batch

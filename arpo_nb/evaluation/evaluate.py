@@ -26,11 +26,14 @@ def frechet_distance(mu1:Tensor, sigma1:Tensor, # [D], [D, D]
                      mu2:Tensor, sigma2:Tensor, # [D], [D, D]
                     ) -> float: # squared distance
     "Fréchet distance of two Gaussians, in float64"
-    if mu1.shape != mu2.shape: raise ValueError(f"mu1 and mu2 have {len(mu1)} and {len(mu2)} dimensions; both sides need features of one network")
+    if mu1.shape != mu2.shape:
+        raise ValueError(f"mu1 and mu2 have {len(mu1)} and {len(mu2)} dimensions; both "
+                         "sides need features of one network")
     mu1, sigma1, mu2, sigma2 = (x.double() for x in (mu1, sigma1, mu2, sigma2))
     L = root_factor(sigma1)
     cross = torch.linalg.eigvalsh(L.T @ sigma2 @ L).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2*cross).item()
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace()
+            - 2*cross).item()
 
 # %% ../../nbs/50_evaluate.ipynb #bca7b657
 def gram(x:Tensor) -> Tensor: # [D, D]
@@ -43,21 +46,27 @@ class RunningMoments:
 
     def add(self, features:Tensor): # [n, D]
         "Take in a chunk, in float64"
-        if not features.isfinite().all(): raise ValueError("features hold nan or infinite values; the images or the network that made them are broken")
+        if not features.isfinite().all():
+            raise ValueError("features hold nan or infinite values; the images or the "
+                             "network that made them are broken")
         x, n = features.double(), len(features)
         mean = x.mean(0)
         delta, x = mean - self.mean, x - mean
-        self.scatter = self.scatter + gram(x) + torch.outer(delta, delta)*(self.n*n/(self.n + n))
+        self.scatter = (self.scatter + gram(x) + torch.outer(delta,
+                                                             delta)*(self.n*n/(self.n
+                                                                               + n)))
         self.n += n
         self.mean = self.mean + delta*(n/self.n)
         return self
 
     def moments(self) -> tuple: # mean [D], covariance [D, D] (n-1)
         "What has been seen so far"
-        if self.n < 2: raise ValueError(f"a covariance needs at least 2 images, got {self.n}")
+        if self.n < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.n}")
         return self.mean, self.scatter/(self.n - 1)
 
-def moments(features:Tensor, chunk:int=10_000) -> tuple: # mean [D], covariance [D, D] (n-1)
+# mean [D], covariance [D, D] (n-1)
+def moments(features:Tensor, chunk:int=10_000) -> tuple:
     "Mean and covariance in float64"
     running = RunningMoments()
     for part in features.split(chunk): running.add(part)
@@ -80,7 +89,9 @@ def squared_distances(u:Tensor, v:Tensor, # [N, D], [M, D]
                       half:bool=False, # in float16 where nothing overflows
                      ) -> Tensor: # [N, M]
     "Squared Euclidean distances, not below zero"
-    def tile(u, v): return torch.addmm(v.square().sum(1), u, v.T, alpha=-2).add_(u.square().sum(1, keepdim=True)).clamp_(min=0)
+    def tile(u, v):
+        return torch.addmm(v.square().sum(1), u, v.T,
+                           alpha=-2).add_(u.square().sum(1, keepdim=True)).clamp_(min=0)
     d = tile(u.half(), v.half()) if half else tile(u, v)
     return tile(u, v) if half and not d.isfinite().all() else d
 
@@ -90,8 +101,12 @@ def radii(x:Tensor, # [N, D]
           half:bool=False,
          ) -> Tensor: # [N] squared distance to the k-th nearest other point
     "Squared radius of every point's ball"
-    def nearest(u): return torch.cat([squared_distances(u, v, half).topk(min(k+1, len(v)), largest=False).values for v in x.split(tile)], 1)
-    return torch.cat([nearest(u).float().topk(k+1, largest=False).values[:, k] for u in x.split(tile)])
+    def nearest(u):
+        return torch.cat([squared_distances(u, v, half).topk(min(k+1, len(v)),
+                                                             largest=False).values
+                          for v in x.split(tile)], 1)
+    return torch.cat([nearest(u).float().topk(k+1, largest=False).values[:, k]
+                      for u in x.split(tile)])
 
 def coverage(x:Tensor, r:Tensor, # [N, D] centres and [N] squared radii
              y:Tensor, # [M, D]
@@ -99,19 +114,25 @@ def coverage(x:Tensor, r:Tensor, # [N, D] centres and [N] squared radii
     "Share of `y` inside at least one ball"
     inside = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     for i in range(0, len(y), tile):
-        for u, ru in zip(x.split(tile), r.split(tile)): inside[i:i+tile] |= (squared_distances(y[i:i+tile], u, half) <= ru).any(1)
+        for u, ru in zip(x.split(tile), r.split(tile)):
+            inside[i:i+tile] |= (squared_distances(y[i:i+tile], u, half) <= ru).any(1)
     return inside.double().mean().item()
 
 def precision_recall(real:Tensor, # [N, D]
                      fake:Tensor, # [M, D]
                      k:int=3, # neighbours
                      half:bool=False, # float16 distances, as the ADM evaluator has them
-                     tile:int|None=None, # rows at a time; None for 5,000, or the evaluator's 10,000 with `half`
+                     # rows at a time; None for 5,000, or the evaluator's 10,000 with
+                     # `half`
+                     tile:int|None=None,
                     ) -> tuple: # precision, recall
     "Improved precision and recall"
-    if min(len(real), len(fake)) <= k: raise ValueError(f"precision and recall need more than k={k} images on both sides, got {len(real)} and {len(fake)}")
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision and recall need more than k={k} images on both "
+                         f"sides, got {len(real)} and {len(fake)}")
     real, fake, tile = real.float(), fake.float(), tile or (10_000 if half else 5000)
-    return tuple(coverage(x, radii(x, k, tile, half), y, tile, half) for x, y in ((real, fake), (fake, real)))
+    return tuple(coverage(x, radii(x, k, tile, half), y, tile, half) for x,
+                 y in ((real, fake), (fake, real)))
 
 # %% ../../nbs/50_evaluate.ipynb #382f176e
 @torch.no_grad()
@@ -123,9 +144,11 @@ def generate_images(policy, tokenizer, # `Policy`, `Tokenizer`
                     **sampling, # temperature, top_k, top_p, cfg_scale
                    ): # yields images [n, 3, H, W] in [0, 1] and their labels [n], batch by batch
     "Images of some labels, each from its own random stream"
-    for i in tqdm(range(0, len(labels), batch_size), disable=not progress, desc='images', leave=False):
+    for i in tqdm(range(0, len(labels), batch_size), disable=not progress,
+                  desc='images', leave=False):
         y = labels[i:i+batch_size].to(device)
-        yield tokenizer.decode(policy.generate(y, Streams.range(seed, start+i, len(y)), **sampling)), y
+        yield tokenizer.decode(policy.generate(y, Streams.range(seed, start+i, len(y)),
+                                               **sampling)), y
 
 @torch.no_grad()
 def evaluate(policy, tokenizer, # `Policy`, `Tokenizer`
@@ -134,9 +157,13 @@ def evaluate(policy, tokenizer, # `Policy`, `Tokenizer`
              *, n:int=4096, # images
              seed:int=0, batch_size:int=512, progress:bool=True, device='cpu', **sampling) -> dict:
     "fid, inception_score, precision, recall and class accuracy of `n` generated images"
-    outs = [(*metric_net.net(x), y) for x, y in
-            generate_images(policy, tokenizer, torch.arange(n) % num_classes, seed, batch_size=batch_size, progress=progress, device=device, **sampling)]
+    outs = [(*metric_net.net(x), y) for x,
+            y in generate_images(policy, tokenizer, torch.arange(n) % num_classes,
+                                 seed, batch_size=batch_size, progress=progress,
+                                 device=device, **sampling)]
     feats, logits, labels = (torch.cat(x).cpu() for x in zip(*outs))
     precision, recall = precision_recall(metric_net.features, feats)
-    return dict(fid=frechet_distance(*moments(feats), metric_net.mu, metric_net.sigma), inception_score=inception_score(logits),
-                precision=precision, recall=recall, accuracy=(logits.argmax(1) == labels).double().mean().item(), n=n)
+    return dict(fid=frechet_distance(*moments(feats), metric_net.mu, metric_net.sigma),
+                inception_score=inception_score(logits), precision=precision,
+                recall=recall,
+                accuracy=(logits.argmax(1) == labels).double().mean().item(), n=n)

@@ -34,20 +34,36 @@ bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umb
 baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza,
 donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink,
 refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush'''.split(',')]
-COLORS = ['red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'brown', 'black', 'white']
+COLORS = ['red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink',
+          'brown', 'black', 'white']
 TASKS = ['single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr']
 RELATIONS = ['left of', 'right of', 'above', 'below']
 
 def check_prompt(p:dict, where:str, classes=CLASSES):
     "Raise unless a prompt's metadata can be judged"
-    if not isinstance(p, dict) or not p.get('prompt') or not p.get('include'): raise ValueError(f"{where}: expected keys prompt and include, got {sorted(p) if isinstance(p, dict) else p!r}")
-    if p.get('tag') not in TASKS: raise ValueError(f"{where}: tag {p.get('tag')!r}, expected one of {', '.join(TASKS)}")
+    if not isinstance(p, dict) or not p.get('prompt') or not p.get('include'):
+        raise ValueError(f"{where}: expected keys prompt and include, got "
+                         f"{sorted(p) if isinstance(p, dict) else p!r}")
+    if p.get('tag') not in TASKS:
+        raise ValueError(f"{where}: tag {p.get('tag')!r}, expected one "
+                         f"of {', '.join(TASKS)}")
     for i, r in enumerate([*p['include'], *p.get('exclude', [])]):
-        if r.get('class') not in classes: raise ValueError(f"{where}: class {r.get('class')!r} is not one of the {len(classes)} that the detector knows: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
-        if not isinstance(r.get('count'), int) or r['count'] < 1: raise ValueError(f"{where}: count {r.get('count')!r} of {r['class']}, expected a whole number from 1")
-        if r.get('color', 'red') not in COLORS: raise ValueError(f"{where}: color {r['color']!r}, expected one of {', '.join(COLORS)}")
+        if r.get('class') not in classes:
+            raise ValueError(f"{where}: class {r.get('class')!r} is not one of the {len(classes)} that the detector knows: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
+        if not isinstance(r.get('count'), int) or r['count'] < 1:
+            raise ValueError(f"{where}: count {r.get('count')!r} of {r['class']}, "
+                             "expected a whole number from 1")
+        if r.get('color', 'red') not in COLORS:
+            raise ValueError(f"{where}: color {r['color']!r}, expected one "
+                             f"of {', '.join(COLORS)}")
         place = r.get('position', [])
-        if 'position' in r and not (isinstance(place, list) and len(place) == 2 and place[0] in RELATIONS and isinstance(place[1], int) and 0 <= place[1] < i): raise ValueError(f"{where}: position {place}, expected one of {', '.join(RELATIONS)} and the number of an earlier entry, from 0")
+        if 'position' in r and not (isinstance(place, list) and len(place) == 2
+                                    and place[0] in RELATIONS
+                                    and isinstance(place[1], int)
+                                    and 0 <= place[1] < i):
+            raise ValueError(f"{where}: position {place}, expected one of "
+                             f"{', '.join(RELATIONS)} "
+                             "and the number of an earlier entry, from 0")
 
 def read_prompts(path=None, # .jsonl; None for the published 553 as `weights` finds them
                  classes=CLASSES, # what the detector knows
@@ -58,9 +74,13 @@ def read_prompts(path=None, # .jsonl; None for the published 553 as `weights` fi
     for i, line in enumerate(Path(path).read_text().splitlines()):
         if not line.strip(): continue
         try: prompts.append(json.loads(line))
-        except json.JSONDecodeError as e: raise ValueError(f"{path}, line {i+1}: not JSON ({e}); expected one object on each line") from e
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}, line {i+1}: not JSON ({e}); expected "
+                             "one object on each line") from e
         check_prompt(prompts[-1], f'{path}, line {i+1}', classes)
-    if not prompts: raise ValueError(f"{path}: no prompts in this file; expected one JSON object on each line")
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in this file; expected one "
+                         "JSON object on each line")
     return prompts
 
 # %% ../../nbs/55_geneval.ipynb #70b75eab
@@ -70,11 +90,14 @@ def sample_file(folder, prompt:int, sample:int) -> Path:
 
 @torch.no_grad()
 def write_geneval(prompts:list, # of `read_prompts`
-                  draw, # (list of N strings, `Streams`) to images [N, 3, H, W] in [0, 1]
+                  # (list of N strings, `Streams`) to images [N, 3, H, W] in [0, 1]
+                  draw,
                   folder, # made if missing
                   *, n:int=4, # pictures per prompt
-                  seed:int=0, batch_size:int=16, rank:int=0, world_size:int=1, # this process draws pictures rank, rank + world_size, ...
-                  progress:bool=True, note:dict|None=None, # settings that a restart must share
+                  # this process draws pictures rank, rank + world_size, ...
+                  seed:int=0, batch_size:int=16, rank:int=0, world_size:int=1,
+                  # settings that a restart must share
+                  progress:bool=True, note:dict|None=None,
                  ) -> int: # pictures drawn by this call
     "Fill GenEval's folders with the pictures that are not there yet"
     folder = Path(folder)
@@ -82,13 +105,19 @@ def write_geneval(prompts:list, # of `read_prompts`
     _settle(folder, dict(prompts=len(prompts), n=n, seed=seed, **(note or {})))
     for i, p in enumerate(prompts):
         sample_file(folder, i, 0).parent.mkdir(parents=True, exist_ok=True)
-        _atomically(folder/f'{i:05d}'/'metadata.jsonl', lambda f: f.write(json.dumps(p).encode()))
+        _atomically(folder/f'{i:05d}'/'metadata.jsonl',
+                    lambda f: f.write(json.dumps(p).encode()))
     mine = [(i, j) for i in range(len(prompts)) for j in range(n)][rank::world_size]
-    todo = np.array([ij for ij in mine if not sample_file(folder, *ij).exists()], dtype=int).reshape(-1, 2)
-    for start in tqdm(range(0, len(todo), batch_size), desc='pictures', unit='batch', disable=not progress or rank > 0):
+    todo = np.array([ij for ij in mine if not sample_file(folder, *ij).exists()],
+                    dtype=int).reshape(-1, 2)
+    for start in tqdm(range(0, len(todo), batch_size), desc='pictures',
+                      unit='batch', disable=not progress or rank > 0):
         index = todo[start:start+batch_size]
-        pixels = to_uint8(draw([prompts[i]['prompt'] for i, _ in index], Streams(seed, index))).cpu().numpy()
-        for ij, p in zip(index, pixels): _atomically(sample_file(folder, *ij), lambda f: Image.fromarray(p).save(f, 'PNG'))
+        pixels = to_uint8(draw([prompts[i]['prompt'] for i, _ in index],
+                               Streams(seed, index))).cpu().numpy()
+        for ij, p in zip(index, pixels):
+            _atomically(sample_file(folder, *ij),
+                        lambda f: Image.fromarray(p).save(f, 'PNG'))
     return len(todo)
 
 # %% ../../nbs/55_geneval.ipynb #51f08677
@@ -103,7 +132,9 @@ def arrange_geneval(prompts:list, # of `read_prompts`; picture i was drawn for p
     for i, p in enumerate(prompts[:n]):
         (folder/f'{i:05d}'/'samples').mkdir(parents=True)
         (folder/f'{i:05d}'/'metadata.jsonl').write_text(json.dumps(p))
-    for i in range(n): shutil.copyfile(image_path(samples, i), sample_file(folder, i % len(prompts), i//len(prompts)))
+    for i in range(n):
+        shutil.copyfile(image_path(samples, i),
+                        sample_file(folder, i % len(prompts), i//len(prompts)))
     return folder
 
 # %% ../../nbs/55_geneval.ipynb #2382e1f6
@@ -121,14 +152,16 @@ def iou(a, b) -> float: # boxes x1, y1, x2, y2
 
 def keep_found(found:list, # of `Found`, one class
                threshold:float=.3, # scores must be above it
-               max_overlap:float=1., # drop boxes that overlap a better one this much; 1 keeps all
+               # drop boxes that overlap a better one this much; 1 keeps all
+               max_overlap:float=1.,
                most:int=16, # per class
               ) -> list:
     "The detections that count, most confident first"
     ranked = sorted(reversed(found), key=lambda f: -f.score)
     kept = []
     for f in [f for f in ranked if f.score > threshold][:most]:
-        if max_overlap == 1 or all(iou(f.box, g.box) < max_overlap for g in kept): kept.append(f)
+        if max_overlap == 1 or all(iou(f.box, g.box) < max_overlap for g in kept):
+            kept.append(f)
     return kept
 
 # %% ../../nbs/55_geneval.ipynb #677316c8
@@ -139,34 +172,45 @@ def relations(a, b, # boxes x1, y1, x2, y2
     a, b = (np.reshape(x, (2, 2)) for x in (a, b))
     offset = a.mean(0) - b.mean(0)
     length = np.linalg.norm(offset)
-    short = np.sign(offset)*np.maximum(np.abs(offset) - slack*(np.ptp(a, 0) + np.ptp(b, 0)), 0)
+    short = np.sign(offset)*np.maximum(np.abs(offset)
+                                       - slack*(np.ptp(a, 0) + np.ptp(b, 0)), 0)
     dx, dy = short/length if length else (0, 0)
-    holds = {'left of': dx < -.5, 'right of': dx > .5, 'above': dy < -.5, 'below': dy > .5}
+    holds = {'left of': dx < -.5, 'right of': dx > .5, 'above': dy < -.5,
+             'below': dy > .5}
     return {k for k, v in holds.items() if v}
 
 # %% ../../nbs/55_geneval.ipynb #1fbe2f67
 def judge(prompt:dict, # metadata, see `read_prompts`
           detections:dict, # class to list of `Found`
           color_of=None, # (`Found`, class) to one of COLORS
-          *, threshold:float=.3, counting_threshold:float=.9, max_overlap:float=1., max_objects:int=16, # see `keep_found`
+          # see `keep_found`
+          *, threshold:float=.3, counting_threshold:float=.9, max_overlap:float=1., max_objects:int=16,
          position_threshold:float=.1, # see `relations`
          ) -> tuple: # right or wrong, and why
     "GenEval's verdict on one picture"
     least = counting_threshold if prompt['tag'] == 'counting' else threshold
-    kept = {c: keep_found(f, least, max_overlap, max_objects) for c, f in detections.items()}
+    kept = {c: keep_found(f, least, max_overlap, max_objects) for c,
+            f in detections.items()}
     groups, faults = [], []
     for r in prompt['include']:
         found, fault = kept.get(r['class'], [])[:r['count']], None
         if len(found) < r['count']: fault = f"{len(found)} of {r['count']} {r['class']}"
-        elif 'color' in r and any(color_of(f, r['class']) != r['color'] for f in found): fault = f"{r['class']} not {r['color']}"
+        elif 'color' in r and any(color_of(f, r['class']) != r['color'] for f in found):
+            fault = f"{r['class']} not {r['color']}"
         elif 'position' in r:
             relation, target = r['position']
-            if groups[target] is None: fault = f"nothing for {r['class']} to be {relation}"
-            elif not all(relation in relations(f.box, g.box, position_threshold) for f in found for g in groups[target]): fault = f"{r['class']} not {relation} {prompt['include'][target]['class']}"
+            if groups[target] is None:
+                fault = f"nothing for {r['class']} to be {relation}"
+            elif not all(relation in relations(f.box, g.box, position_threshold)
+                         for f in found for g in groups[target]):
+                fault = (f"{r['class']} not {relation} "
+                         f"{prompt['include'][target]['class']}")
         groups.append(None if fault else found)
         if fault: faults.append(fault)
     for r in prompt.get('exclude', []):
-        if len(kept.get(r['class'], [])) >= r['count']: faults.append(f"{len(kept[r['class']])} {r['class']}, fewer than {r['count']} wanted")
+        if len(kept.get(r['class'], [])) >= r['count']:
+            faults.append(f"{len(kept[r['class']])} {r['class']}, fewer "
+                          f"than {r['count']} wanted")
     return not faults, '; '.join(faults)
 
 # %% ../../nbs/55_geneval.ipynb #58415a64
@@ -175,14 +219,18 @@ def summarize(rows:list, # dicts with tag and correct
     "GenEval's summary of verdicts"
     if not rows: raise ValueError("no verdicts to summarise")
     tags = sorted({r['tag'] for r in rows}, key=TASKS.index)
-    tasks = {t: float(np.mean([r['correct'] for r in rows if r['tag'] == t])) for t in tags}
-    return dict(tasks=tasks, overall=float(np.mean(list(tasks.values()))), image_accuracy=float(np.mean([r['correct'] for r in rows])), images=len(rows), complete=len(tasks) == len(TASKS))
+    tasks = {t: float(np.mean([r['correct'] for r in rows if r['tag'] == t]))
+             for t in tags}
+    return dict(tasks=tasks, overall=float(np.mean(list(tasks.values()))),
+                image_accuracy=float(np.mean([r['correct'] for r in rows])),
+                images=len(rows), complete=len(tasks) == len(TASKS))
 
 # %% ../../nbs/55_geneval.ipynb #f4ec00a3
 def color_crop(image:Tensor, # [3, H, W] in [0, 1]
                found:Found) -> Tensor: # [3, h, w]
     "What the colour classifier sees of an object"
-    if found.mask is not None: image = torch.where(found.mask.to(image.device), image, image.new_tensor(.6))
+    if found.mask is not None:
+        image = torch.where(found.mask.to(image.device), image, image.new_tensor(.6))
     x1, y1, x2, y2 = (int(round(v)) for v in found.box)
     return image[:, y1:max(y2, y1+1), x1:max(x2, x1+1)]
 
@@ -196,14 +244,20 @@ class ColorClassifier:
     def texts(self, name:str) -> Tensor: # [10, D]
         "Unit vectors of the ten colours of a class, kept"
         if name not in self.cache:
-            phrase = lambda c: [f'a photo of a {c} {name}', f'a photo of a {c}-colored {name}', f'a photo of a {c} object']
+            phrase = lambda c: [f'a photo of a {c} {name}',
+                                f'a photo of a {c}-colored {name}',
+                                f'a photo of a {c} object']
             mean = lambda t: F.normalize(F.normalize(t, dim=-1).mean(0), dim=-1)
-            self.cache[name] = torch.stack([mean(self.embed_text(phrase(c))) for c in COLORS])
+            self.cache[name] = torch.stack([mean(self.embed_text(phrase(c)))
+                                            for c in COLORS])
         return self.cache[name]
 
     def __call__(self, image:Tensor, found:Found, name:str) -> str:
         "The colour of one object"
-        return COLORS[(self.texts(name)@F.normalize(self.embed_image(color_crop(image, found)[None]), dim=-1)[0]).argmax()]
+        return COLORS[
+            (self.texts(name)@F.normalize(self.embed_image(color_crop(image,
+                                                                      found)[None]),
+                                          dim=-1)[0]).argmax()]
 
 # %% ../../nbs/55_geneval.ipynb #17c880bb
 def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
@@ -214,7 +268,8 @@ def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
     "Objects from one picture's queries"
     scores, flat = class_logits.softmax(-1)[:, :-1].flatten().topk(min(top, class_logits[:, :-1].numel()))
     query, label = flat//(class_logits.shape[1] - 1), flat % (class_logits.shape[1] - 1)
-    mask_logits = F.interpolate(mask_logits[None], size, mode='bilinear', align_corners=False)[0]
+    mask_logits = F.interpolate(mask_logits[None], size, mode='bilinear',
+                                align_corners=False)[0]
     inside = mask_logits > 0
     area = inside.flatten(1).sum(1)
     quality = (mask_logits.sigmoid()*inside).flatten(1).sum(1)/(area + 1e-6)
@@ -222,7 +277,10 @@ def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
     for s, q, c in zip(scores, query, label):
         if not area[q]: continue
         y, x = inside[q].any(1).nonzero(), inside[q].any(0).nonzero()
-        out.setdefault(CLASSES[c], []).append(Found((x.min().item(), y.min().item(), x.max().item() + 1, y.max().item() + 1), (s*quality[q]).item(), inside[q]))
+        out.setdefault(CLASSES[c],
+                       []).append(Found((x.min().item(), y.min().item(),
+                                         x.max().item() + 1, y.max().item() + 1),
+                                        (s*quality[q]).item(), inside[q]))
     return out
 
 class StandInDetector:
@@ -232,23 +290,38 @@ class StandInDetector:
                  model=hub, # name on the hub, folder, or a model
                  size:int=800, # side the pictures are resized to
                  device='cpu'):
-        self.name, self.size, self.device = f'stand-in: {model}' if isinstance(model, (str, Path)) else 'stand-in: a model passed in', size, device
+        self.name, self.size, self.device = (f'stand-in: {model}'
+                                             if isinstance(model, (str, Path))
+                                             else 'stand-in: a model passed in',
+                                             size, device)
         if isinstance(model, (str, Path)):
             import_torchvision()
             try: from transformers import Mask2FormerForUniversalSegmentation
-            except ImportError as e: raise ImportError("the stand-in detector needs transformers: pip install 'arpo_nb[t2i]'") from e
+            except ImportError as e:
+                raise ImportError("the stand-in detector needs transformers: pip "
+                                  "install 'arpo_nb[t2i]'") from e
             try: model = Mask2FormerForUniversalSegmentation.from_pretrained(model)
-            except OSError as e: raise FileNotFoundError(f"model={str(model)!r}: config.json and model.safetensors of the stand-in detector are neither in such a folder nor in the cache of the hub, and could not be had from there. Where there is a network: hf download {self.hub} --local-dir FOLDER; then pass the folder") from e
-        if model.config.num_labels != 80: raise ValueError(f"the detector has {model.config.num_labels} classes, expected COCO's 80 of instance segmentation")
+            except OSError as e:
+                raise FileNotFoundError(f"model={str(model)!r}: config.json and model.safetensors of the stand-in detector are neither in such a folder nor in the cache of the hub, and could not be had from there. Where there is a network: hf download {self.hub} --local-dir FOLDER; then pass the folder") from e
+        if model.config.num_labels != 80:
+            raise ValueError(f"the detector has {model.config.num_labels} "
+                             "classes, expected " "COCO's 80 of instance segmentation")
         self.model = model.eval().to(device)
 
     @torch.no_grad()
-    def __call__(self, image:Tensor) -> dict: # [3, H, W] in [0, 1] to class: list of `Found`
+    # [3, H, W] in [0, 1] to class: list of `Found`
+    def __call__(self, image:Tensor) -> dict:
         "Detect the objects in a picture"
-        mean, std = image.new_tensor([.485, .456, .406]), image.new_tensor([.229, .224, .225])
-        x = F.interpolate(image[None], (self.size, self.size), mode='bilinear', antialias=True)
-        out = self.model(pixel_values=((x - mean[:, None, None])/std[:, None, None]).to(self.device))
-        return instances(out.class_queries_logits[0].float().cpu(), out.masks_queries_logits[0].float().cpu(), image.shape[-2:])
+        mean, std = (image.new_tensor([.485, .456, .406]),
+                     image.new_tensor([.229, .224, .225]))
+        x = F.interpolate(image[None], (self.size, self.size), mode='bilinear',
+                          antialias=True)
+        out = self.model(pixel_values=((x - mean[:, None, None])/std[:,
+                                                                     None,
+                                                                     None]).to(
+                                                                         self.device))
+        return instances(out.class_queries_logits[0].float().cpu(),
+                         out.masks_queries_logits[0].float().cpu(), image.shape[-2:])
 
 # %% ../../nbs/55_geneval.ipynb #60a239fc
 def read_folder(folder): # yields metadata and the paths of the samples, prompt by prompt

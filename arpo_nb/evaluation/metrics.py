@@ -125,28 +125,38 @@ class Statistics:
     sigma: Tensor # [D, D]
     mu_s: Tensor|None = None # [S] of spatial features
     sigma_s: Tensor|None = None
-    features: Tensor|None = None # [m, D] float32 for precision and recall; for references a part of the set
+    # [m, D] float32 for precision and recall; for references a part of the set
+    features: Tensor|None = None
     logits: Tensor|None = None # [n, classes]
     sha256: str = '' # of the file, for references
 
 def image_statistics(source, # see `image_chunks`
-                     net, # with a `name`, and `features(images, batch_size)` returning `Features`
-                     *, keep:int|None=None, # features kept, evenly spread over the set; None for all
+                     # with a `name`, and `features(images, batch_size)` returning
+                     # `Features`
+                     net,
+                     # features kept, evenly spread over the set; None for all
+                     *, keep:int|None=None,
                      batch_size:int=64, chunk:int=512, size:int|None=None, limit:int|None=None, progress:bool=False) -> Statistics:
     "Pass images through a network once"
     pool, spatial, rows, logits = RunningMoments(), RunningMoments(), [], []
     n = min(image_count(source), _at_most(limit)) if keep else 0
     kept = torch.zeros(n, dtype=torch.bool)
     if keep: kept[torch.linspace(0, n - 1, min(keep, n)).round().long()] = True
-    for images in tqdm(image_chunks(source, chunk, size, limit), desc='images', unit_scale=chunk, disable=not progress, leave=False):
-        f = Features(*(None if x is None else x.cpu() for x in net.features(images, batch_size)))
-        rows.append(f.pool.float()[kept[pool.n:pool.n+len(images)]] if keep else f.pool.float())
+    for images in tqdm(image_chunks(source, chunk, size, limit), desc='images',
+                       unit_scale=chunk, disable=not progress, leave=False):
+        f = Features(*(None if x is None else x.cpu()
+                       for x in net.features(images, batch_size)))
+        rows.append(f.pool.float()[kept[pool.n:pool.n+len(images)]] if keep
+                    else f.pool.float())
         pool.add(f.pool)
         if f.spatial is not None: spatial.add(f.spatial)
         if f.logits is not None and not keep: logits.append(f.logits.float())
     name = str(source) if isinstance(source, (str, os.PathLike)) else 'tensors'
-    if pool.n < 2: raise ValueError(f"{name}: {pool.n} images; a covariance needs at least 2")
-    return Statistics(net.name, name, pool.n, *pool.moments(), *(spatial.moments() if spatial.n else (None, None)), torch.cat(rows), torch.cat(logits) if logits else None)
+    if pool.n < 2:
+        raise ValueError(f"{name}: {pool.n} images; a covariance needs at least 2")
+    return Statistics(net.name, name, pool.n, *pool.moments(),
+                      *(spatial.moments() if spatial.n else (None, None)),
+                      torch.cat(rows), torch.cat(logits) if logits else None)
 
 # %% ../../nbs/53_metrics.ipynb #0148a0bb
 MOMENTS = ('mu', 'sigma', 'mu_s', 'sigma_s')
@@ -224,83 +234,137 @@ def looks_sorted(classes:Tensor, # [N] labels, or predicted classes, in the orde
 
 # %% ../../nbs/53_metrics.ipynb #8e520625
 def _same_network(real, name):
-    if real.network and real.network != name: raise ValueError(f"the reference {real.source} was made with {real.network!r}, the images are seen by {name!r}; use one network for both")
+    if real.network and real.network != name:
+        raise ValueError(f"the reference {real.source} was made with "
+                         f"{real.network!r}, the "
+                         f"images are seen by {name!r}; use one network for both")
 
 def check_reference(real:Statistics, # reference
                     net, # see `image_statistics`
-                    image:Tensor|None=None, # [1, 3, H, W], to see how many features the network gives
+                    # [1, 3, H, W], to see how many features the network gives
+                    image:Tensor|None=None,
                     n:int|None=None, # images there will be
                     k:int=3):
     "Raise, before any work, unless `n` images seen by a network can be compared with a reference"
     _same_network(real, net.name)
-    if n is not None and n < 2: raise ValueError(f"{n} images; a covariance needs at least 2")
-    for what, m in ((f'the reference {real.source} has features of', real.features if real.features is None else len(real.features)), ('there are', n)):
-        if real.features is not None and m is not None and m <= k: raise ValueError(f"precision and recall need more than k={k} images on both sides, {what} {m}")
+    if n is not None and n < 2:
+        raise ValueError(f"{n} images; a covariance needs at least 2")
+    for what, m in ((f'the reference {real.source} has features of',
+                     real.features if real.features is None else len(real.features)),
+                    ('there are', n)):
+        if real.features is not None and m is not None and m <= k:
+            raise ValueError(f"precision and recall need more than k={k} images "
+                             f"on both sides, {what} {m}")
     if image is None: return
     seen = net.features(image, 1)
-    for name, mine, theirs in (('mu', real.mu, seen.pool), ('mu_s', real.mu_s, seen.spatial), ('features', None if real.features is None else real.features[0], seen.pool)):
-        if mine is not None and theirs is not None and len(mine) != theirs.shape[1]: raise ValueError(f"the reference {real.source}: {name} of {len(mine)} dimensions, but {net.name} gives {theirs.shape[1]}; it belongs to another network, make one with make_reference")
+    for name, mine, theirs in (('mu', real.mu, seen.pool),
+                               ('mu_s', real.mu_s, seen.spatial),
+                               ('features', None if real.features is None
+                                else real.features[0], seen.pool)):
+        if mine is not None and theirs is not None and len(mine) != theirs.shape[1]:
+            raise ValueError(f"the reference {real.source}: {name} of "
+                             f"{len(mine)} dimensions, "
+                             f"but {net.name} gives {theirs.shape[1]}; it "
+                             "belongs to another "
+                             "network, make one with make_reference")
 
 def compare(fake:Statistics, # generated images, with all features
             real:Statistics, # reference
             *, k:int=3, # neighbours of precision and recall
-            half:bool=False, # their distances in half precision first, as the evaluator does
+            # their distances in half precision first, as the evaluator does
+            half:bool=False,
             split_size:int=5000, # of the Inception Score
             device='cpu', # where distances between features are computed
            ) -> dict:
     "All metrics that two sets of statistics allow"
     _same_network(real, fake.network)
     official = fake.network == 'Inception 2015-12-05'
-    out = {'fid' if official else 'frechet': frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)}
-    if real.mu_s is not None and fake.mu_s is not None: out['sfid' if official else 'spatial_frechet'] = frechet_distance(real.mu_s, real.sigma_s, fake.mu_s, fake.sigma_s)
-    if fake.logits is not None: out['inception_score'] = inception_score(fake.logits, split_size)
+    out = {'fid' if official else 'frechet': frechet_distance(real.mu,
+                                                              real.sigma,
+                                                              fake.mu, fake.sigma)}
+    if real.mu_s is not None and fake.mu_s is not None:
+        out['sfid' if official else 'spatial_frechet'] = frechet_distance(real.mu_s,
+                                                                          real.sigma_s,
+                                                                          fake.mu_s,
+                                                                          fake.sigma_s)
+    if fake.logits is not None:
+        out['inception_score'] = inception_score(fake.logits, split_size)
     if real.features is not None and fake.features is not None:
-        out['precision'], out['recall'] = precision_recall(real.features.to(device), fake.features.to(device), k, half)
+        out['precision'], out['recall'] = precision_recall(real.features.to(device),
+                                                           fake.features.to(device),
+                                                           k, half)
     return out
 
 def advice(fake:Statistics, labels:Tensor|None=None) -> list:
     "What a reader of these numbers should be warned of"
     found = []
-    if fake.n < 10_000: found.append(f"{fake.n} images: Fréchet distances are biased upwards by small sets; compare only with the same number of images, and use 50,000 for papers")
-    classes = labels if labels is not None else None if fake.logits is None else fake.logits.argmax(1)
-    if classes is not None and looks_sorted(torch.as_tensor(classes)): found.append("the images look sorted by class: the Inception Score, computed over contiguous splits, comes out too low; shuffle them")
+    if fake.n < 10_000:
+        found.append(f"{fake.n} images: Fréchet distances are biased upwards by small "
+                     "sets; compare only with the same number of images, "
+                     "and use 50,000 for papers")
+    classes = (labels if labels is not None else None if fake.logits is None
+               else fake.logits.argmax(1))
+    if classes is not None and looks_sorted(torch.as_tensor(classes)):
+        found.append("the images look sorted by class: the Inception Score, computed "
+                     "over contiguous splits, comes out too low; shuffle them")
     return found
 
 def score_images(source, # generated images, see `image_chunks`
                  reference, # path of an .npz, or `Statistics`
                  net, # see `image_statistics`
-                 *, labels:Tensor|None=None, # [N] classes in the order of the images; only used to see whether they are sorted
+                 # [N] classes in the order of the images; only used to see whether they
+                 # are sorted
+                 *, labels:Tensor|None=None,
                  k:int=3, half:bool=False, split_size:int=5000, # see `compare`
                  device='cpu', # of precision and recall
                  **kwargs, # batch_size, limit, progress
                 ) -> dict: # metrics, `n`, `warnings` and `protocol`
     "Every metric of a set of images, with the protocol that makes it comparable"
-    real = reference if isinstance(reference, Statistics) else load_reference(reference, net, **{k: v for k, v in kwargs.items() if k != 'limit'})
-    again = isinstance(source, (Tensor, str, os.PathLike)) # can be looked at more than once
-    check_reference(real, net, next(image_chunks(source, 1, kwargs.get('size')), None) if again else None, min(image_count(source), _at_most(kwargs.get('limit'))) if again else None, k)
+    real = (reference if isinstance(reference, Statistics)
+            else load_reference(reference, net,
+                                **{k: v for k, v in kwargs.items() if k != 'limit'}))
+    # can be looked at more than once
+    again = isinstance(source, (Tensor, str, os.PathLike))
+    check_reference(real, net, next(image_chunks(source, 1, kwargs.get('size')), None)
+                    if again else None,
+                    min(image_count(source), _at_most(kwargs.get('limit')))
+                    if again else None, k)
     fake = image_statistics(source, net, **kwargs)
     for text in (notes := advice(fake, labels)): warnings.warn(text)
-    protocol = dict(network=net.name, source=fake.source, reference=real.source, reference_sha256=real.sha256, reference_n=real.n,
-                    reference_features=0 if real.features is None else len(real.features), k=k, precision_recall='half' if half else 'float32', split_size=split_size, torch=torch.__version__)
-    return dict(**compare(fake, real, k=k, half=half, split_size=split_size, device=device), n=fake.n, warnings=notes, protocol=protocol)
+    protocol = dict(network=net.name, source=fake.source, reference=real.source,
+                    reference_sha256=real.sha256, reference_n=real.n,
+                    reference_features=0 if real.features is None
+                    else len(real.features), k=k, precision_recall='half'
+                    if half else 'float32', split_size=split_size,
+                    torch=torch.__version__)
+    return dict(**compare(fake, real, k=k, half=half, split_size=split_size,
+                          device=device), n=fake.n, warnings=notes, protocol=protocol)
 
 # %% ../../nbs/53_metrics.ipynb #0b81314c
 class MetricReader:
     "The network of a `MetricNet`, as one of this module"
-    def __init__(self, metric_net:MetricNet): self.net, self.name = metric_net.net, metric_net.name
+    def __init__(self, metric_net:MetricNet):
+        self.net, self.name = metric_net.net, metric_net.name
 
     @torch.no_grad()
     def features(self, images:Tensor, batch_size:int=512) -> Features:
         "Features and logits of 8-bit images"
         device = next((p.device for p in self.net.parameters()), 'cpu')
-        pool, logits = map(torch.cat, zip(*(self.net(to_255(x.to(device))/255) for x in images.split(batch_size))))
+        pool, logits = map(torch.cat,
+                           zip(*(self.net(to_255(x.to(device))/255)
+                                 for x in images.split(batch_size))))
         return Features(pool, None, logits)
 
 def from_metric_net(metric_net:MetricNet): # reference `Statistics`, and a network
     "Both sides of `score_images` from a `MetricNet`"
-    mu, sigma, features = metric_net.mu.double().cpu(), metric_net.sigma.double().cpu(), metric_net.features.float().cpu()
-    sha256 = hashlib.sha256(b''.join(t.contiguous().numpy().tobytes() for t in (mu, sigma, features))).hexdigest() # of the tensors
-    return Statistics(metric_net.name, 'of the metric network', 0, mu, sigma, features=features, sha256=sha256), MetricReader(metric_net)
+    mu, sigma, features = (metric_net.mu.double().cpu(),
+                           metric_net.sigma.double().cpu(),
+                           metric_net.features.float().cpu())
+    # of the tensors
+    sha256 = hashlib.sha256(b''.join(t.contiguous().numpy().tobytes()
+                                     for t in (mu, sigma, features))).hexdigest()
+    return Statistics(metric_net.name, 'of the metric network', 0, mu,
+                      sigma, features=features, sha256=sha256), MetricReader(metric_net)
 
 # %% ../../nbs/53_metrics.ipynb #179a990f
 _ROWS = '''VA-π 2, llamagen_xl, LlamaGen-XL, no, 15.55 79.16 .62 .69, yes, 2.79 286.88 .84 .54
@@ -376,6 +440,8 @@ _TASKS = 'position', 'colors', 'color_attr', 'counting', 'single_object', 'two_o
 
 def paper_rows(model:str|None=None, # as in `systems`, for example 'llamagen_xl', or 'imagenet' for real pictures; None for all
                guided:bool|None=None, # with guidance, without, or both
+               paper:str|None=None, # 'VA-π', 'LOO-FID' or 'VAR-GRPO'
+               tables:tuple=(), # numbers of its tables; () for all
               ) -> list: # of dicts: paper, table, model, row, guided, and what the table has of fid, inception_score, precision, recall, clip_score, hps, aesthetic, top5, GenEval's tasks and their mean
     "What the papers report"
     found = []
@@ -390,7 +456,8 @@ def paper_rows(model:str|None=None, # as in `systems`, for example 'llamagen_xl'
         paper, table, numbers = *source.rsplit(' ', 1), numbers.split()
         keys, numbers = (numbers[::2], numbers[1::2]) if numbers[0].isidentifier() else (_TASKS, numbers)
         found.append(dict(paper=paper, table=int(table), model=name, row=row, guided=True, **dict(zip(keys, map(float, numbers)))))
-    return [r for r in found if model in (None, r['model']) and guided in (None, r['guided'])]
+    asked = {k: v for k, v in dict(model=model, guided=guided, paper=paper).items() if v is not None}
+    return [r for r in found if all(r[k] == v for k, v in asked.items()) and (not tables or r['table'] in tables)]
 
 def comparison_table(ours:dict, # name to metrics
                      rows:list, # of `paper_rows`

@@ -21,10 +21,12 @@ def show_images(images:Tensor, # [N, 3, H, W] in [0, 1]
     n, c, h, w = images.shape
     cols = -(-n//rows)
     grid = np.ones((rows*(h+1)-1, cols*(w+1)-1, 3))
-    for i, im in enumerate(images.detach().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()):
+    for i, im in enumerate(images.detach().cpu().clamp(0, 1).permute(0,
+                                                                     2, 3, 1).numpy()):
         y, x = (i//cols)*(h+1), (i%cols)*(w+1)
         grid[y:y+h, x:x+w] = im
-    if ax is None: _, ax = plt.subplots(figsize=(cols*scale, rows*scale + .25*bool(title)))
+    if ax is None:
+        _, ax = plt.subplots(figsize=(cols*scale, rows*scale + .25*bool(title)))
     ax.imshow(grid, interpolation='nearest'); ax.axis('off')
     if title: ax.set_title(title, fontsize=9, loc='left')
     return ax
@@ -41,12 +43,16 @@ def plot_metrics(runs:dict, # name: list of metric dicts, one per step
                  window:int=5, # steps averaged
                 ): # the figure
     "Training curves of several runs side by side"
-    fig, axes = plt.subplots(1, len(keys), figsize=(3*len(keys), 2.2), constrained_layout=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(keys), figsize=(3*len(keys), 2.2),
+                             constrained_layout=True, squeeze=False)
     for ax, key in zip(axes[0], keys):
         for i, (name, metrics) in enumerate(runs.items()):
             y = [m[key] for m in metrics if key in m]
             k = max(1, min(window, len(y)))
-            if y: ax.plot(np.arange(len(y) - k + 1) + k, smooth(y, k), label=name, color=f'C{i}') # a run keeps its colour in every panel
+            # a run keeps its colour in every panel
+            if y:
+                ax.plot(np.arange(len(y) - k + 1) + k, smooth(y, k), label=name,
+                        color=f'C{i}')
         ax.set(xlabel='step', title=key)
         ax.title.set_fontsize(9)
     fullest = max(axes[0], key=lambda ax: len(ax.lines))

@@ -28,25 +28,34 @@ def random_labels(num_classes:int=1000, # classes 0 ... num_classes-1
                   seed:int=0,
                  ): # function of an array of image indices, returns class ids
     "Classes drawn uniformly, one per image"
-    def labels(index): return (Streams(seed, np.stack([index, np.zeros_like(index)], 1)).uniform(purpose=LABEL)*num_classes).long()
+    def labels(index):
+        return (Streams(seed,
+                        np.stack([index, np.zeros_like(index)],
+                                 1)).uniform(purpose=LABEL)*num_classes).long()
     return labels
 
-def balanced_labels(num_classes:int=1000): # function of an array of image indices, returns class ids
+# function of an array of image indices, returns class ids
+def balanced_labels(num_classes:int=1000):
     "Every class in turn"
     return lambda index: torch.as_tensor(np.asarray(index) % num_classes)
 
 def choose_labels(labels:str, # balanced, random, seen or unseen
                   num_classes:int=1000,
                   seed:int=0, # of random labels
-                  class_split:float=.5, class_seed:int=0, # of the training run, which decide what it has seen
+                  # of the training run, which decide what it has seen
+                  class_split:float=.5, class_seed:int=0,
                  ): # function of an array of image indices, returns class ids
     "Labels by name"
     if labels == 'balanced': return balanced_labels(num_classes)
     if labels == 'random': return random_labels(num_classes, seed)
-    if labels not in ('seen', 'unseen'): raise ValueError(f"labels={labels!r}: choose balanced, random, seen or unseen")
+    if labels not in ('seen', 'unseen'):
+        raise ValueError(f"labels={labels!r}: choose balanced, random, seen or unseen")
     seen = LabelData(num_classes, class_split, class_seed).labels
-    ids = seen if labels == 'seen' else torch.tensor(sorted({*range(num_classes)} - {*seen.tolist()}))
-    if not len(ids): raise ValueError(f"labels='unseen': class_split={class_split} leaves none of {num_classes} classes unseen; pass the run's own split")
+    ids = (seen if labels == 'seen'
+           else torch.tensor(sorted({*range(num_classes)} - {*seen.tolist()})))
+    if not len(ids):
+        raise ValueError(f"labels='unseen': class_split={class_split} leaves none of "
+                         f"{num_classes} classes unseen; pass the run's own split")
     return lambda index: ids[torch.as_tensor(np.asarray(index) % len(ids))]
 
 # %% ../../nbs/51_sample_writer.ipynb #69931fb9
@@ -67,48 +76,68 @@ def image_path(folder, i:int) -> Path:
 def _plain(x):
     "What JSON does not know: numbers as numbers, functions and their fixed arguments by name"
     if hasattr(x, 'item'): return x.item()
-    if isinstance(x, partial): return f"{_plain(x.func)}({', '.join([*map(repr, x.args), *(f'{k}={v!r}' for k, v in x.keywords.items())])})"
+    if isinstance(x, partial):
+        return f"{_plain(x.func)}({', '.join([*map(repr, x.args), *(f'{k}={v!r}' for k, v in x.keywords.items())])})"
     return f'{x.__module__}.{x.__qualname__}' if hasattr(x, '__qualname__') else str(x)
 
 def _settle(folder, settings):
     "Remember a run's settings in its folder, and refuse to continue another run's"
-    path, settings = Path(folder)/'samples.json', json.loads(json.dumps(settings, default=_plain))
+    path, settings = (Path(folder)/'samples.json',
+                      json.loads(json.dumps(settings, default=_plain)))
     if path.exists():
         old = json.loads(path.read_text())
         if old != settings:
-            diff = {k: (old.get(k), settings.get(k)) for k in {*old, *settings} if old.get(k) != settings.get(k)}
-            raise ValueError(f"{folder} holds samples of another run, (there, now): {diff}. Use another folder, or delete it to start anew")
+            diff = {k: (old.get(k), settings.get(k)) for k in {*old, *settings}
+                    if old.get(k) != settings.get(k)}
+            raise ValueError(f"{folder} holds samples of another run, "
+                             f"(there, now): {diff}. "
+                             "Use another folder, or delete it to start anew")
     else: _atomically(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
 
 @torch.no_grad()
 def write_samples(policy, # see `protocols.Policy`
                   tokenizer, # see `protocols.Tokenizer`
-                  labels, # image indices [N] to conditions of N images, for example `balanced_labels()`
+                  # image indices [N] to conditions of N images, for example
+                  # `balanced_labels()`
+                  labels,
                   folder, # for NNNNNN.png; made if missing
                   n:int=50_000, # images in all
                   batch_size:int=32, # images at a time on this process
                   seed:int=0, # of the random streams
-                  size:int|None=None, # resize to this side before rounding, 256 for ImageNet scores; None keeps the tokenizer's
-                  rank:int=0, world_size:int=1, # this process writes images rank, rank + world_size, ...
+                  # resize to this side before rounding, 256 for ImageNet scores; None
+                  # keeps the tokenizer's
+                  size:int|None=None,
+                  # this process writes images rank, rank + world_size, ...
+                  rank:int=0, world_size:int=1,
                   progress=True, # a bar on rank 0
-                  note:dict|None=None, # further settings that a restart must share, such as the checkpoint
-                  **kwargs, # for `policy.generate`: cfg_scale, temperature, top_k, top_p, compile
+                  # further settings that a restart must share, such as the checkpoint
+                  note:dict|None=None,
+                  # for `policy.generate`: cfg_scale, temperature, top_k, top_p, compile
+                  **kwargs,
                  ) -> int: # images written by this call
     "Draw the images that are not there yet"
-    if n < 1 or batch_size < 1: raise ValueError(f"n={n}, batch_size={batch_size}: expected at least 1 each")
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"n={n}, batch_size={batch_size}: expected at least 1 each")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     side, like = size or tokenizer.image_size, next(policy.parameters())
-    _settle(folder, dict(n=n, seed=seed, size=side, dtype=str(like.dtype).removeprefix('torch.'), **kwargs, **(note or {})))
+    _settle(folder,
+            dict(n=n, seed=seed, size=side,
+                 dtype=str(like.dtype).removeprefix('torch.'), **kwargs,
+                 **(note or {})))
     mine = range(rank, n, world_size)
     todo = [i for i in mine if not image_path(folder, i).exists()]
     bar = _bar(len(mine), len(mine) - len(todo)) if progress and rank == 0 else None
     for start in range(0, len(todo), batch_size):
         index = np.array(todo[start:start+batch_size])
         streams = Streams(seed, np.stack([index, np.zeros_like(index)], 1))
-        tokens = policy.generate(map_cond(lambda c: c.to(like.device), labels(index)), streams, **kwargs)
-        pixels = to_uint8(resize_pixels(tokenizer.decode(tokens, clamp=False), side)).cpu().numpy()
-        for i, im in zip(index, pixels): _atomically(image_path(folder, i), lambda f: Image.fromarray(im).save(f, 'PNG'))
+        tokens = policy.generate(map_cond(lambda c: c.to(like.device), labels(index)),
+                                 streams, **kwargs)
+        pixels = to_uint8(resize_pixels(tokenizer.decode(tokens, clamp=False),
+                                        side)).cpu().numpy()
+        for i, im in zip(index, pixels):
+            _atomically(image_path(folder, i),
+                        lambda f: Image.fromarray(im).save(f, 'PNG'))
         if bar: bar.update(len(index))
     if bar: bar.close()
     return len(todo)
@@ -118,7 +147,8 @@ def _bar(total, done):
     return tqdm(total=total, initial=done, desc='samples', unit='image')
 
 # %% ../../nbs/51_sample_writer.ipynb #f5865cf3
-def missing_samples(folder, n:int=50_000) -> list: # indices of images that are not there
+# indices of images that are not there
+def missing_samples(folder, n:int=50_000) -> list:
     "Which of `n` images a folder lacks"
     there = {p.name for p in Path(folder).glob('[0-9]*.png')}
     return [i for i in range(n) if f'{i:06d}.png' not in there]
@@ -131,17 +161,29 @@ def write_npz(folder, # with NNNNNN.png
     "Pack a folder of samples as the ADM evaluator's archive"
     folder = Path(folder)
     path, gone = Path(path or f'{folder}.npz'), missing_samples(folder, n)
-    if gone: raise FileNotFoundError(f"{folder}: {len(gone)} of {n} images are missing, the first is {image_path(folder, gone[0]).name}; run write_samples again, it draws only those")
+    if gone:
+        raise FileNotFoundError(f"{folder}: {len(gone)} of {n} images are "
+                                "missing, the first is "
+                                f"{image_path(folder, gone[0]).name}; "
+                                "run write_samples " "again, it draws only those")
     def read(i):
         try: return np.array(Image.open(image_path(folder, i)).convert('RGB'))
-        except (OSError, SyntaxError) as e: raise OSError(f"{image_path(folder, i)}: no picture can be read from it ({e}); delete it and run write_samples again") from e
+        except (OSError, SyntaxError) as e:
+            raise OSError(f"{image_path(folder, i)}: no picture can be "
+                          f"read from it ({e}); "
+                          "delete it and run write_samples again") from e
     first = read(0)
     def write(f):
         with zipfile.ZipFile(f, 'w', zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as z, z.open('arr_0.npy', 'w', force_zip64=True) as out:
-            npy_format.write_array_header_1_0(out, dict(descr='|u1', fortran_order=False, shape=(n, *first.shape)))
+            npy_format.write_array_header_1_0(out,
+                                              dict(descr='|u1', fortran_order=False,
+                                                   shape=(n, *first.shape)))
             for i in range(n):
                 image = read(i)
-                if image.shape != first.shape: raise ValueError(f"{image_path(folder, i)}: {image.shape}, but the first image is {first.shape}; one set needs one size")
+                if image.shape != first.shape:
+                    raise ValueError(f"{image_path(folder, i)}: {image.shape}, "
+                                     "but the first image "
+                                     f"is {first.shape}; one set needs one size")
                 out.write(image.tobytes())
     _atomically(path, write)
     return path
@@ -149,13 +191,19 @@ def write_npz(folder, # with NNNNNN.png
 # %% ../../nbs/51_sample_writer.ipynb #15e3684b
 def speed_options(policy, # cast in place; its tokenizer stays in float32
                   dtype:str='float32', # or 'bfloat16'
-                  compile:bool=False, # fixed shapes through `torch.compile`, where `policy.generate` takes it
+                  # fixed shapes through `torch.compile`, where `policy.generate` takes
+                  # it
+                  compile:bool=False,
                  ) -> dict: # for `write_samples`
     "Cast a policy, and say how its sampler is to be compiled"
-    if dtype not in ('float32', 'bfloat16'): raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
-    if compile and 'compile' not in inspect.signature(policy.generate).parameters: raise ValueError(f"compile=True: {type(policy).__name__}.generate does not take compile, only LlamaGen's does; leave it out")
+    if dtype not in ('float32', 'bfloat16'):
+        raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
+    if compile and 'compile' not in inspect.signature(policy.generate).parameters:
+        raise ValueError(f"compile=True: {type(policy).__name__}.generate "
+                         "does not take " "compile, only LlamaGen's does; leave it out")
     policy.to(getattr(torch, dtype))
-    return dict(compile=partial(torch.compile, mode='reduce-overhead')) if compile else {}
+    return (dict(compile=partial(torch.compile, mode='reduce-overhead'))
+            if compile else {})
 
 # %% ../../nbs/51_sample_writer.ipynb #30b633ef
 def sampling_note(model, weights, checkpoint, part, labels='', class_split=.5, class_seed=0, prompts='') -> dict:
@@ -190,7 +238,7 @@ def _options():
 def main(argv=None):
     "Command line: python -m arpo_nb.evaluation.sample_writer, or torchrun -m arpo_nb.evaluation.sample_writer"
     from arpo_nb.models.checkpoints import load_weights
-    from arpo_nb.systems import imagenet_classes, load_system, prompt_encoder, usual_guidance
+    from arpo_nb.systems import load_system, name_classes, prompt_encoder, usual_guidance
     a = _options().parse_args(argv)
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     device = torch.device('cuda', local) if torch.cuda.is_available() else torch.device('cpu')
@@ -199,8 +247,7 @@ def main(argv=None):
     if a.checkpoint: load_weights(getattr(system, a.part), a.checkpoint)
     if not (system.num_classes or a.prompts): raise ValueError(f"--prompts: {a.model} needs a file of prompts")
     if a.prompts:
-        if system.num_classes == 1000: system.class_names = imagenet_classes()
-        prompts, encode = read_prompt_lines(a.prompts), prompt_encoder(system, a.text_features)
+        prompts, encode = read_prompt_lines(a.prompts), prompt_encoder(name_classes(system), a.text_features)
         conditions = lambda index: encode([prompts[i % len(prompts)] for i in index])
     else: conditions = choose_labels(a.labels, system.num_classes, a.seed, a.class_split, a.class_seed)
     sampling = dict(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, cfg_scale=a.guidance or usual_guidance(a.model)) | speed_options(system.policy, a.dtype, a.compile)

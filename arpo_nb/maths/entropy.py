@@ -31,7 +31,8 @@ C_MIN, C_MAX = 7e-5, 4e-3  # bounds of appendix C
 def check_unit(name, value):
     "Raise unless `value` is in [0, 1]"
     if not -1e-6 <= value <= 1 + 1e-6:
-        hint = "divide entropies in nats by log K, see normalized_entropy" if name == 'entropy' else "pass step / total steps"
+        hint = ("divide entropies in nats by log K, see normalized_entropy"
+                if name == 'entropy' else "pass step / total steps")
         raise ValueError(f"{name} must lie in [0, 1], got {value:.4g}; {hint}")
 
 def entropy_schedule(progress:float, # p in [0, 1], steps done over all steps

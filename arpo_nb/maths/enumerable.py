@@ -19,17 +19,22 @@ def all_sequences(vocab_size:int, # V
                   num_tokens:int, # T
                  ) -> Tensor: # [V^T, T] in lexicographic order
     "All token sequences"
-    if vocab_size**num_tokens > 2**20: raise ValueError(f"{vocab_size}^{num_tokens} sequences can't be listed; keep vocab_size**num_tokens below 2^20")
-    return torch.cartesian_prod(*[torch.arange(vocab_size)]*num_tokens).view(-1, num_tokens)
+    if vocab_size**num_tokens > 2**20:
+        raise ValueError(f"{vocab_size}^{num_tokens} sequences can't be listed; keep "
+                         "vocab_size**num_tokens below 2^20")
+    return torch.cartesian_prod(*[torch.arange(vocab_size)]*num_tokens).view(-1,
+                                                                             num_tokens)
 
 # %% ../../nbs/03_enumerable.ipynb #0d8631de
 class TablePolicy(nn.Module):
     "One row of logits for every class and prefix: any distribution over sequences"
-    def __init__(self, vocab_size:int=3, num_tokens:int=4, num_classes:int=1, scale:float=1., seed:int=0, dtype=torch.float64):
+    def __init__(self, vocab_size:int=3, num_tokens:int=4, num_classes:int=1,
+                 scale:float=1., seed:int=0, dtype=torch.float64):
         super().__init__()
         self.vocab_size, self.num_tokens = vocab_size, num_tokens
         rows = sum(vocab_size**t for t in range(num_tokens))
-        init = torch.randn(num_classes, rows, vocab_size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        init = torch.randn(num_classes, rows, vocab_size,
+                           generator=torch.Generator().manual_seed(seed), dtype=dtype)
         self.table = nn.Parameter(scale*init)
 
     def prefix_rows(self, context:Tensor) -> Tensor:
@@ -49,12 +54,18 @@ class TablePolicy(nn.Module):
         return hidden
 
     @torch.no_grad()
-    def generate(self, cond, streams:Streams, *, temperature:float=1., top_k:int=0, top_p:float=1., cfg_scale:float=1.) -> Tensor:
+    def generate(self, cond, streams:Streams, *, temperature:float=1.,
+                 top_k:int=0, top_p:float=1., cfg_scale:float=1.) -> Tensor:
         "[N, T] tokens, drawn free-running"
-        if cfg_scale != 1: raise ValueError(f"cfg_scale={cfg_scale}: a table has no unconditional branch; use 1")
-        u, x = streams.uniform(self.num_tokens, device=self.table.device), torch.zeros(len(streams), self.num_tokens, dtype=torch.long, device=self.table.device)
+        if cfg_scale != 1:
+            raise ValueError(f"cfg_scale={cfg_scale}: a table has no "
+                             "unconditional branch; use 1")
+        u, x = (streams.uniform(self.num_tokens, device=self.table.device),
+                torch.zeros(len(streams), self.num_tokens, dtype=torch.long,
+                            device=self.table.device))
         for t in range(self.num_tokens):
-            x[:, t] = sample_token(self.hidden(x, cond)[:, t], u[:, t], temperature, top_k, top_p)
+            x[:, t] = sample_token(self.hidden(x, cond)[:, t], u[:, t],
+                                   temperature, top_k, top_p)
         return x
 
 # %% ../../nbs/03_enumerable.ipynb #7b84beea
@@ -70,14 +81,18 @@ def sequence_logps(policy, # any `Policy`
                    cond, # N conditions
                   ) -> Tensor: # [N] log π(x)
     "Free-running log-probability of whole sequences"
-    return step_logps(policy, sequences, cond).gather(-1, sequences[..., None])[..., 0].sum(-1)
+    return step_logps(policy, sequences, cond).gather(-1, sequences[..., None])[...,
+                                                                                0].sum(
+                                                                                    -1)
 
 # %% ../../nbs/03_enumerable.ipynb #48ad40df
 class PatchTokenizer(nn.Module):
     "Grey patches on a square grid, blurred; a Gaussian pixel law around them"
-    def __init__(self, codebook_size:int=3, side:int=2, patch:int=4, blur:float=.15, noise:float=.1, dtype=torch.float64):
+    def __init__(self, codebook_size:int=3, side:int=2, patch:int=4, blur:float=.15,
+                 noise:float=.1, dtype=torch.float64):
         super().__init__()
-        self.codebook_size, self.num_tokens, self.token_grid, self.image_size = codebook_size, side*side, (side, side), side*patch
+        self.codebook_size, self.num_tokens, self.token_grid, self.image_size = (
+            codebook_size, side*side, (side, side), side*patch)
         self.patch, self.blur, self.noise = patch, blur, noise
         self.levels = nn.Parameter(torch.linspace(.1, .9, codebook_size, dtype=dtype))
 
@@ -90,7 +105,9 @@ class PatchTokenizer(nn.Module):
 
     def decode(self, tokens:Tensor, clamp:bool=True) -> Tensor:
         "[N, T] ids to [N, 3, H, W] in [0, 1]"
-        return self.decode_probs(nn.functional.one_hot(tokens, self.codebook_size).to(self.levels.dtype), clamp)
+        return self.decode_probs(nn.functional.one_hot(tokens,
+                                                       self.codebook_size).to(
+                                                           self.levels.dtype), clamp)
 
     def encode(self, images:Tensor) -> Tensor:
         "[N, 3, H, W] to the nearest grey level of every unblurred patch, [N, T]"
@@ -100,7 +117,9 @@ class PatchTokenizer(nn.Module):
 
     def log_likelihood(self, images:Tensor, tokens:Tensor) -> Tensor:
         "log p(I | x) of [N, 3, H, W] images under [S, T] sequences, [N, S]; grey pixels count once"
-        error = (images[:, None, 0] - self.decode(tokens)[None, :, 0]).square().sum((-2, -1))
-        return -error/(2*self.noise**2) - self.image_size**2/2*math.log(2*math.pi*self.noise**2)
+        error = ((images[:, None, 0] - self.decode(tokens)[None, :,
+                                                           0]).square().sum((-2, -1)))
+        return (-error/(2*self.noise**2)
+                - self.image_size**2/2*math.log(2*math.pi*self.noise**2))
 
     def decoder_parameters(self) -> list: return [self.levels]

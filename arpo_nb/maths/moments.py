@@ -31,7 +31,8 @@ def fid_diag(mean:Tensor, # [..., D]
              std_ref:Tensor, # [D]
             ) -> Tensor: # [...]
     "Squared Fréchet distance of axis-aligned Gaussians (LOO-FID Eq. 5, 14)"
-    return torch.linalg.vector_norm(mean - mean_ref, dim=-1)**2 + torch.linalg.vector_norm(std - std_ref, dim=-1)**2
+    return (torch.linalg.vector_norm(mean - mean_ref, dim=-1)**2
+            + torch.linalg.vector_norm(std - std_ref, dim=-1)**2)
 
 # %% ../../nbs/15_moments.ipynb #7e4c29b5
 def wide(x, # tensor, numpy array or nested list, of floats
@@ -317,7 +318,8 @@ def loo_diag(x:Tensor, # [n, D] features to be judged, among those of the batch
     "Diagonal leave-one-out rewards (LOO-FID Eq. 9, 10, 25-27)"
     y, v1 = x - m0/(1+a), B - m0**2/(1+a)
     std = torch.addcmul(v1 + eps, y, y, value=-(a + a*a)).clamp_(min=eps).sqrt_()
-    return fid_diag(torch.add(m0, x, alpha=-a), std, ref.mean, ref.std) - fid_diag(new.mean, moments_std(new, eps), ref.mean, ref.std)
+    return (fid_diag(torch.add(m0, x, alpha=-a), std, ref.mean, ref.std)
+            - fid_diag(new.mean, moments_std(new, eps), ref.mean, ref.std))
 
 # %% ../../nbs/15_moments.ipynb #9014e2b1
 def geometric_nodes(top:Tensor, # scalar, the largest eigenvalue

@@ -14,7 +14,9 @@ def corrupt_tokens(tokens:Tensor, # [B, T] ids
                    noise_rate:float, # ξ in [0, 1]
                    codebook_size:int, # K
                    u:Tensor, # [B, T, 2] uniform numbers in [0, 1)
-                   kernel:str='others', # 'others': K-1 other codes (Eq. 28); 'all': all K codes (released code)
+                   # 'others': K-1 other codes (Eq. 28); 'all': all K codes (released
+                   # code)
+                   kernel:str='others',
                   ) -> Tensor: # [B, T] noisy context x̃*
     "Corrupt context tokens (VA-π Eq. 28)"
     if kernel == 'others':

@@ -11,16 +11,20 @@ from torch import Tensor
 
 # %% ../../nbs/06_sampling.ipynb #e2e638cf
 def filter_logits(logits:Tensor, # [..., V] scores
-                  temperature:float=1., # >= 0; values below 1e-5 act as 1e-5, which is practically greedy
+                  # >= 0; values below 1e-5 act as 1e-5, which is practically greedy
+                  temperature:float=1.,
                   top_k:int=0, # keep the k best, 0 keeps all
                   top_p:float=1., # keep this much probability mass, in [0, 1]
                  ) -> Tensor: # [..., V], dropped codes at -inf
     "Temperature, then top-k, then top-p on what is left"
     if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
-        raise ValueError(f"{temperature=}, {top_k=}, {top_p=}: expected temperature >= 0, top_k >= 0 (0 is off) and top_p in [0, 1] (1 is off)")
+        raise ValueError(f"{temperature=}, {top_k=}, {top_p=}: expected "
+                         "temperature >= 0, "
+                         "top_k >= 0 (0 is off) and top_p in [0, 1] (1 is off)")
     logits = logits / max(temperature, 1e-5)
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:],
+                                    -torch.inf)
     if top_p < 1:
         ranked, order = logits.sort(-1, descending=True)
         mass = ranked.softmax(-1).cumsum(-1) 

@@ -15,15 +15,21 @@ from .elbo import categorical_kl
 def scale_sizes(sides, # sides p of square maps, or (height, width) pairs
                ) -> list: # tokens per scale
     "Tokens per scale"
-    pairs = [(s, s) if isinstance(s, int) else s for s in sides] if isinstance(sides, (tuple, list)) else []
-    if not pairs or not all(isinstance(s, (tuple, list)) and len(s) == 2 and all(isinstance(p, int) and p > 0 for p in s) for s in pairs):
-        raise ValueError(f"sides={sides!r}: expected positive integers or (height, width) pairs of them, for example (1, 2, 3, 4)")
+    pairs = ([(s, s) if isinstance(s, int) else s for s in sides]
+             if isinstance(sides, (tuple, list)) else [])
+    if not pairs or not all(isinstance(s, (tuple, list)) and len(s) == 2
+                            and all(isinstance(p, int) and p > 0 for p in s)
+                            for s in pairs):
+        raise ValueError(f"sides={sides!r}: expected positive integers "
+                         "or (height, width) "
+                         "pairs of them, for example (1, 2, 3, 4)")
     return [h*w for h, w in pairs]
 
 def scale_index(sizes, # tokens per scale
                ) -> Tensor: # [T] scale of every token
     "Which scale each token belongs to"
-    return torch.repeat_interleave(torch.arange(len(sizes)), torch.as_tensor(sizes), output_size=sum(sizes))
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.as_tensor(sizes),
+                                   output_size=sum(sizes))
 
 def block_causal_mask(sizes, # tokens per scale
                      ) -> Tensor: # [T, T] True where query (row) may see key (column)
@@ -36,7 +42,9 @@ def sum_scales(x:Tensor, # [..., T] one number per token
                sizes, # tokens per scale
               ) -> Tensor: # [..., K]
     "Sum over the tokens of every scale: log-probs of tokens to log-probs of scales"
-    if x.shape[-1] != sum(sizes): raise ValueError(f"x has {x.shape[-1]} tokens on its last axis, but sizes {list(sizes)} add up to {sum(sizes)}")
+    if x.shape[-1] != sum(sizes):
+        raise ValueError(f"x has {x.shape[-1]} tokens on its last axis, but sizes "
+                         f"{list(sizes)} add up to {sum(sizes)}")
     return torch.stack([part.sum(-1) for part in x.split(list(sizes), -1)], -1)
 
 # %% ../../nbs/16_scalewise.ipynb #86a81d3b

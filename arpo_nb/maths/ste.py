@@ -13,7 +13,9 @@ from torch import Tensor
 # %% ../../nbs/12_ste.ipynb #6d0e2b3b
 def straight_through(logits:Tensor, # [..., K]
                      temperature:float=1., # τ of the softmax
-                     gumbel:Tensor|None=None, # [..., K] Gumbel noise: sample (released code); None: arg max (App. C.1)
+                     # [..., K] Gumbel noise: sample (released code); None: arg max
+                     # (App. C.1)
+                     gumbel:Tensor|None=None,
                     ) -> Tensor: # [..., K] one-hot in value, soft in gradient
     "Straight-through one-hot (VA-π App. C.1)"
     if gumbel is not None: logits = logits + gumbel

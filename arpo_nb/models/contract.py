@@ -23,52 +23,92 @@ def check_policy(policy, # `Policy`, in eval mode
                  seed:int=0,
                  samples:int=256): # sequences drawn for each setting of `generate`
     "Raise if a policy breaks a rule of the protocol"
-    n, t, v = len(cond[0] if isinstance(cond, (tuple, list)) else cond), policy.num_tokens, policy.vocab_size
+    n, t, v = (len(cond[0] if isinstance(cond, (tuple, list)) else cond),
+               policy.num_tokens, policy.vocab_size)
     context = torch.randint(v, (n, t), generator=torch.Generator().manual_seed(seed))
     scores = lambda x: policy.head(policy.hidden(x, cond))
     logits = scores(context)
-    _must(logits.shape == (n, t, v) and logits.dtype == torch.float32, f"head(hidden(context, cond)): {str(logits.dtype)[6:]} {list(logits.shape)}, expected float32 [{n}, {t}, {v}]")
-    _must(torch.equal(logits, scores(context)), "hidden: two calls differ; something is drawn at random in eval mode (dropout, dropped labels?)")
+    _must(logits.shape == (n, t, v) and logits.dtype == torch.float32,
+          f"head(hidden(context, cond)): {str(logits.dtype)[6:]} "
+          f"{list(logits.shape)}, expected float32 [{n}, {t}, {v}]")
+    _must(torch.equal(logits, scores(context)),
+          "hidden: two calls differ; something is drawn at random in "
+          "eval mode (dropout, dropped labels?)")
     for i in sorted({0, t//2, t-1}):
         other = context.clone(); other[:, i] = (other[:, i] + 1) % v
         moved = (scores(other) - logits).abs().amax((0, 2)) > 1e-5
-        _must(not moved[:i+1].any(), f"hidden: changing token {i} moves the scores of token {int(moved.int().argmax())}; state t must have seen tokens before t only")
-        _must(i or t == 1 or moved.any(), "hidden: changing token 0 moves no score at all; is the context used?")
+        _must(not moved[:i+1].any(),
+              f"hidden: changing token {i} moves the scores of token "
+              f"{int(moved.int().argmax())}; state t must have "
+              "seen tokens before t only")
+        _must(i or t == 1 or moved.any(),
+              "hidden: changing token 0 moves no score at all; is the context used?")
     streams = Streams.range(seed, 5, n)
     drawn = policy.generate(cond, streams)
-    _must(drawn.shape == (n, t) and drawn.dtype == torch.int64 and 0 <= drawn.min() <= drawn.max() < v, f"generate: {str(drawn.dtype)[6:]} {list(drawn.shape)}, expected int64 [{n}, {t}] in 0 ... {v-1}")
-    _must(torch.equal(drawn, policy.generate(cond, streams)), "generate: the same streams gave other tokens; draw with streams.uniform, not with a global generator")
+    _must(drawn.shape == (n, t) and drawn.dtype == torch.int64
+          and 0 <= drawn.min() <= drawn.max() < v,
+          f"generate: {str(drawn.dtype)[6:]} {list(drawn.shape)}, "
+          f"expected int64 [{n}, {t}] in 0 ... {v-1}")
+    _must(torch.equal(drawn, policy.generate(cond, streams)),
+          "generate: the same streams gave other tokens; draw with "
+          "streams.uniform, not with a global generator")
     last = slice(n-1, n)
-    _must(torch.equal(drawn[last], policy.generate(map_cond(lambda c: c[last], cond), streams.take(last))), "generate: the last image differs when drawn alone; use row i of streams.uniform for image i")
+    _must(torch.equal(drawn[last],
+                      policy.generate(map_cond(lambda c: c[last], cond),
+                                      streams.take(last))),
+          "generate: the last image differs when drawn alone; use "
+          "row i of streams.uniform for image i")
     best = policy.generate(cond, streams, top_k=1)
     gap = (scores(best).amax(-1) - scores(best).gather(-1, best[..., None])[..., 0]).max().item()
-    _must(gap < 1e-3, f"generate(top_k=1): a token lies {gap:.3g} below the best teacher-forced score; generate and hidden describe different distributions")
-    for kw in {}, dict(temperature=.5), dict(top_k=max(2, v//4)), dict(top_p=.7): _check_distribution(policy, repeat_cond(cond, -(-samples//n)), seed, kw)
+    _must(gap < 1e-3, f"generate(top_k=1): a token lies {gap:.3g} below the best "
+          "teacher-forced score; generate and hidden describe different distributions")
+    for kw in {}, dict(temperature=.5), dict(top_k=max(2, v//4)), dict(top_p=.7):
+        _check_distribution(policy, repeat_cond(cond, -(-samples//n)), seed, kw)
 
 def _check_distribution(policy, cond, seed, kw):
     "Drawn tokens must have the log-probability that their distribution gives them on average"
-    streams = Streams.range(seed, 1000, len(cond[0] if isinstance(cond, (tuple, list)) else cond))
+    streams = Streams.range(seed, 1000,
+                            len(cond[0] if isinstance(cond, (tuple, list)) else cond))
     drawn = policy.generate(cond, streams, **kw)
     logps = filter_logits(policy.head(policy.hidden(drawn, cond)), **kw).log_softmax(-1)
-    got, entropy = logps.gather(-1, drawn[..., None])[..., 0], -(logps.exp()*logps.clamp(min=-1e4)).sum(-1)
-    name, outside = f"generate({', '.join(f'{k}={x}' for k, x in kw.items())})", got.isinf()
-    _must(outside.float().mean() < .01, f"{name}: {outside.float().mean():.0%} of the tokens are ruled out by hidden's scores under this setting; is the setting ignored?")
+    got, entropy = (logps.gather(-1, drawn[..., None])[..., 0],
+                    -(logps.exp()*logps.clamp(min=-1e4)).sum(-1))
+    name, outside = (f"generate({', '.join(f'{k}={x}' for k, x in kw.items())})",
+                     got.isinf())
+    _must(outside.float().mean() < .01,
+          f"{name}: {outside.float().mean():.0%} of the tokens are ruled "
+          "out by hidden's scores under this setting; is the setting ignored?")
     gap = torch.where(outside, 0., got + entropy).sum(1)
     error = gap.std()/len(gap)**.5 + 1e-3
-    _must(gap.mean().abs() < 6*error, f"{name}: sequences have {gap.mean():+.2f} nats more than hidden's distribution gives them on average, {gap.mean().abs()/error:.0f} standard errors; "
-          "generate and hidden describe different distributions, or a setting is ignored")
+    _must(gap.mean().abs() < 6*error,
+          f"{name}: sequences have {gap.mean():+.2f} nats more than hidden's "
+          f"distribution gives them on average, {gap.mean().abs()/error:.0f} "
+          "standard errors; " "generate and hidden describe different distributions, "
+          "or a setting is ignored")
 
 def check_tokenizer(tokenizer, # `Tokenizer`, in eval mode
                     images:Tensor): # [N, 3, H, W] in [0, 1]
     "Raise if a tokenizer breaks a rule of the protocol"
     with torch.no_grad(): ids, n = tokenizer.encode(images), len(images)
     t, k = tokenizer.num_tokens, tokenizer.codebook_size
-    _must(ids.shape == (n, t) and ids.dtype == torch.int64 and 0 <= ids.min() <= ids.max() < k, f"encode: {str(ids.dtype)[6:]} {list(ids.shape)}, expected int64 [{n}, {t}] in 0 ... {k-1}")
-    grids = tokenizer.token_grid if isinstance(tokenizer.token_grid[0], tuple) else (tokenizer.token_grid,) # one per scale, or one
-    _must(sum(h*w for h, w in grids) == t, f"token_grid={tokenizer.token_grid}: does not hold {t} tokens")
+    _must(ids.shape == (n, t) and ids.dtype == torch.int64
+          and 0 <= ids.min() <= ids.max() < k,
+          f"encode: {str(ids.dtype)[6:]} {list(ids.shape)}, expected "
+          f"int64 [{n}, {t}] in 0 ... {k-1}")
+    # one per scale, or one
+    grids = (tokenizer.token_grid if isinstance(tokenizer.token_grid[0], tuple)
+             else (tokenizer.token_grid,))
+    _must(sum(h*w for h, w in grids) == t,
+          f"token_grid={tokenizer.token_grid}: does not hold {t} tokens")
     onehot = F.one_hot(ids, k).float().requires_grad_()
     pixels, soft = tokenizer.decode(ids), tokenizer.decode_probs(onehot)
-    _must(pixels.shape == images.shape and 0 <= pixels.min() and pixels.max() <= 1, f"decode: {list(pixels.shape)} in [{pixels.min():.2f}, {pixels.max():.2f}], expected {list(images.shape)} in [0, 1]")
-    _must(torch.allclose(pixels, soft, atol=1e-4), "decode_probs: one-hot rows give other pixels than decode")
-    grad, = torch.autograd.grad(tokenizer.decode_probs(onehot, clamp=False).sum(), onehot)
-    _must(grad.abs().sum() > 0, "decode_probs: no gradient reaches the probabilities; clamp=False must not clamp, and nothing may be detached")
+    _must(pixels.shape == images.shape and 0 <= pixels.min() and pixels.max() <= 1,
+          f"decode: {list(pixels.shape)} in [{pixels.min():.2f}, "
+          f"{pixels.max():.2f}], expected {list(images.shape)} in [0, 1]")
+    _must(torch.allclose(pixels, soft, atol=1e-4),
+          "decode_probs: one-hot rows give other pixels than decode")
+    grad, = torch.autograd.grad(tokenizer.decode_probs(onehot, clamp=False).sum(),
+                                onehot)
+    _must(grad.abs().sum() > 0,
+          "decode_probs: no gradient reaches the probabilities; clamp=False "
+          "must not clamp, and nothing may be detached")

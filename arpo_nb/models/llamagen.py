@@ -37,13 +37,21 @@ class GPTConfig:
     rope_base: float = 10000.
     multiple_of: int = 256 # the hidden width of the MLP is rounded up to this
     ffn_dim_multiplier: float|None = None
-    dropout: float = 0.1 # on embeddings, attention outputs and MLP outputs, in training mode
-    cond_dropout: float = 0.1 # chance that training mode replaces the condition by the null one
+    # on embeddings, attention outputs and MLP outputs, in training mode
+    dropout: float = 0.1
+    # chance that training mode replaces the condition by the null one
+    cond_dropout: float = 0.1
 
     def __post_init__(self):
-        if self.cond not in ('class', 'text'): raise ValueError(f"cond={self.cond!r}: expected 'class' or 'text'")
-        if self.dim % self.n_head or self.head_dim % 4: raise ValueError(f"dim={self.dim}, n_head={self.n_head}: dim/n_head must be a whole multiple of 4, for rotary pairs in two dimensions")
-        if int(self.block_size**.5)**2 != self.block_size: raise ValueError(f"block_size={self.block_size}: expected a square number, tokens form a square grid")
+        if self.cond not in ('class', 'text'):
+            raise ValueError(f"cond={self.cond!r}: expected 'class' or 'text'")
+        if self.dim % self.n_head or self.head_dim % 4:
+            raise ValueError(f"dim={self.dim}, n_head={self.n_head}: "
+                             "dim/n_head must be a whole "
+                             "multiple of 4, for rotary pairs in two dimensions")
+        if int(self.block_size**.5)**2 != self.block_size:
+            raise ValueError(f"block_size={self.block_size}: expected a square "
+                             "number, tokens form a square grid")
 
     @property
     def head_dim(self): return self.dim//self.n_head
@@ -61,9 +69,11 @@ def rope_table(side:int, # grid side, T = side²
                prefix:int=1, # condition tokens, whose rows are zero
               ) -> Tensor: # [prefix + side², head_dim/2, 2] cosines and sines
     "Two-dimensional rotary table of LlamaGen"
-    freqs = 1/base**(torch.arange(0, head_dim//2, 2)[:head_dim//4].float()/(head_dim//2))
+    freqs = 1/base**(torch.arange(0, head_dim//2,
+                                  2)[:head_dim//4].float()/(head_dim//2))
     turn = torch.outer(torch.arange(side).float(), freqs)
-    angles = torch.cat([turn[:, None].expand(-1, side, -1), turn[None].expand(side, -1, -1)], -1).flatten(0, 1)
+    angles = torch.cat([turn[:, None].expand(-1, side, -1),
+                        turn[None].expand(side, -1, -1)], -1).flatten(0, 1)
     return F.pad(torch.stack([angles.cos(), angles.sin()], -1), (0, 0, 0, 0, prefix, 0))
 
 def rotate(x:Tensor, # [B, T, heads, d]
@@ -83,15 +93,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         h = x.float()
-        return (h*torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)*self.weight
+        return (h*torch.rsqrt(h.pow(2).mean(-1, keepdim=True)
+                              + self.eps)).type_as(x)*self.weight
 
 class Attention(nn.Module):
     "Causal self-attention with one fused projection"
     def __init__(self, cfg:GPTConfig):
         super().__init__()
         self.heads = cfg.n_head, cfg.n_kv_head or cfg.n_head
-        self.head_dim, width = cfg.head_dim, cfg.head_dim*(self.heads[0] + 2*self.heads[1])
-        self.wqkv, self.wo = nn.Linear(cfg.dim, width, bias=False), nn.Linear(cfg.dim, cfg.dim, bias=False)
+        self.head_dim, width = (cfg.head_dim,
+                                cfg.head_dim*(self.heads[0] + 2*self.heads[1]))
+        self.wqkv, self.wo = (nn.Linear(cfg.dim, width, bias=False),
+                              nn.Linear(cfg.dim, cfg.dim, bias=False))
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, rope, mask=None, cache=None, pos=0):
@@ -100,20 +113,26 @@ class Attention(nn.Module):
         q, k = rotate(h[:, :, :n+kv], rope).transpose(1, 2).split([n, kv], 1)
         v = h[:, :, n+kv:].transpose(1, 2)
         if cache is not None:
-            if torch.is_tensor(pos): k, v = (c.index_copy_(2, pos, new) for c, new in zip(cache, (k, v))) # fixed shapes, the mask hides the rest
+            # fixed shapes, the mask hides the rest
+            if torch.is_tensor(pos):
+                k, v = (c.index_copy_(2, pos, new) for c, new in zip(cache, (k, v)))
             else:
                 end = pos + x.shape[1]
                 cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
                 k, v = cache[0][:, :, :end], cache[1][:, :, :end]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1, enable_gqa=n != kv)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                           is_causal=mask is None and x.shape[1] > 1,
+                                           enable_gqa=n != kv)
         return self.drop(self.wo(h.transpose(1, 2).flatten(2)))
 
 class FeedForward(nn.Module):
     "Gated MLP, w2(silu(w1 x) · w3 x)"
     def __init__(self, cfg:GPTConfig):
         super().__init__()
-        self.w1, self.w3 = (nn.Linear(cfg.dim, cfg.ffn_dim, bias=False) for _ in range(2))
-        self.w2, self.drop = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False), nn.Dropout(cfg.dropout)
+        self.w1, self.w3 = (nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+                            for _ in range(2))
+        self.w2, self.drop = (nn.Linear(cfg.ffn_dim, cfg.dim, bias=False),
+                              nn.Dropout(cfg.dropout))
 
     def forward(self, x): return self.drop(self.w2(F.silu(self.w1(x))*self.w3(x)))
 
@@ -122,7 +141,8 @@ class Block(nn.Module):
     def __init__(self, cfg:GPTConfig):
         super().__init__()
         self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
-        self.attention_norm, self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps), RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attention_norm, self.ffn_norm = (RMSNorm(cfg.dim, cfg.norm_eps),
+                                              RMSNorm(cfg.dim, cfg.norm_eps))
 
     def forward(self, x, rope, mask=None, cache=None, pos=0):
         x = x + self.attention(self.attention_norm(x), rope, mask, cache, pos)
@@ -131,42 +151,58 @@ class Block(nn.Module):
 # %% ../../nbs/31_llamagen.ipynb #b55b48ad
 def _what(x):
     "A value in an error message"
-    return f'{str(x.dtype)[6:]} {list(x.shape)}' if torch.is_tensor(x) else f"({', '.join(map(_what, x))})" if isinstance(x, (tuple, list)) else type(x).__name__
+    return (f'{str(x.dtype)[6:]} {list(x.shape)}' if torch.is_tensor(x)
+            else f"({', '.join(map(_what, x))})" if isinstance(x, (tuple, list))
+            else type(x).__name__)
 
 def _check_ids(name, ids, n, meaning):
     "Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and says less"
     if ids.is_meta or not ids.numel() or torch.compiler.is_compiling(): return
-    if ids.is_cuda: return torch._assert_async((ids.min() >= 0) & (ids.max() < n), f"{name}: ids outside 0 ... {n-1} ({meaning})")
+    if ids.is_cuda:
+        return torch._assert_async((ids.min() >= 0) & (ids.max() < n),
+                                   f"{name}: ids outside 0 ... {n-1} ({meaning})")
     low, high = ids.min().item(), ids.max().item()
-    if low < 0 or high >= n: raise ValueError(f"{name}: ids from {low} to {high}, expected 0 ... {n-1} ({meaning})")
+    if low < 0 or high >= n:
+        raise ValueError(f"{name}: ids from {low} to {high}, expected "
+                         f"0 ... {n-1} ({meaning})")
 
 class ClassEmbedding(nn.Module):
     "One prefix token per class id; id `num_classes` is the null class"
     def __init__(self, cfg:GPTConfig):
         super().__init__()
         self.num_classes, self.p = cfg.num_classes, cfg.cond_dropout
-        self.embedding_table = nn.Embedding(cfg.num_classes + (cfg.cond_dropout > 0), cfg.dim)
+        self.embedding_table = nn.Embedding(cfg.num_classes + (cfg.cond_dropout > 0),
+                                            cfg.dim)
 
     def null(self, cond:Tensor) -> Tensor: 
         "The null class for every row"
-        if self.p == 0: raise ValueError("guidance needs a null class, and this model was built without one (cond_dropout=0); use cfg_scale=1")
+        if self.p == 0:
+            raise ValueError("guidance needs a null class, and this model "
+                             "was built without "
+                             "one (cond_dropout=0); use cfg_scale=1")
         return torch.full_like(cond, self.num_classes)
 
     def check(self, cond):
         "Refuse what is not a batch of class ids"
         if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
-            raise ValueError(f"cond: expected class ids, a [N] tensor of integers, got {_what(cond)}")
-        _check_ids('cond', cond, self.embedding_table.num_embeddings, f"num_classes={self.num_classes}" + (f", null class {self.num_classes}" if self.p else ''))
+            raise ValueError("cond: expected class ids, a [N] tensor of "
+                             f"integers, got {_what(cond)}")
+        _check_ids('cond', cond, self.embedding_table.num_embeddings,
+                   f"num_classes={self.num_classes}"
+                   + (f", null class {self.num_classes}" if self.p else ''))
 
     def forward(self, cond):
-        if self.training and self.p: cond = torch.where(torch.rand(cond.shape, device=cond.device) < self.p, self.null(cond), cond)
+        if self.training and self.p:
+            cond = torch.where(torch.rand(cond.shape, device=cond.device) < self.p,
+                               self.null(cond), cond)
         return self.embedding_table(cond)[:, None]
 
 class CaptionMLP(nn.Module):
     "Two linear layers around a tanh-approximated GELU"
     def __init__(self, cfg:GPTConfig):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(cfg.caption_dim, cfg.dim, bias=False), nn.Linear(cfg.dim, cfg.dim, bias=False)
+        self.fc1, self.fc2 = (nn.Linear(cfg.caption_dim, cfg.dim, bias=False),
+                              nn.Linear(cfg.dim, cfg.dim, bias=False))
 
     def forward(self, x): return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
 
@@ -175,7 +211,9 @@ class CaptionEmbedding(nn.Module):
     def __init__(self, cfg:GPTConfig):
         super().__init__()
         self.p, self.cap_proj = cfg.cond_dropout, CaptionMLP(cfg)
-        self.register_buffer('uncond_embedding', torch.randn(cfg.cond_len, cfg.caption_dim)/cfg.caption_dim**.5)
+        self.register_buffer('uncond_embedding',
+                             torch.randn(cfg.cond_len,
+                                         cfg.caption_dim)/cfg.caption_dim**.5)
 
     def null(self, cond:tuple) -> tuple:
         "The null caption, under the caption's own padding mask as in the official sampler"
@@ -184,12 +222,23 @@ class CaptionEmbedding(nn.Module):
     def check(self, cond):
         "Refuse what is not left-padded text features and their mask"
         want = tuple(self.uncond_embedding.shape)
-        if not isinstance(cond, (tuple, list)) or len(cond) != 2 or cond[0].dim() != 3 or cond[1].shape != cond[0].shape[:2]:
-            raise ValueError(f"cond: expected a pair of text features [N, {want[0]}, {want[1]}] and mask [N, {want[0]}], got {_what(cond)}")
+        if not isinstance(cond,
+                          (tuple,
+                           list)) or len(cond) != 2 or cond[0].dim() != 3 or cond[
+                               1].shape != cond[0].shape[:2]:
+            raise ValueError("cond: expected a pair of text features [N, "
+                             f"{want[0]}, {want[1]}] "
+                             f"and mask [N, {want[0]}], got {_what(cond)}")
         if tuple(cond[0].shape[1:]) != want:
-            raise ValueError(f"cond: text features of shape {list(cond[0].shape)}, expected [N, {want[0]}, {want[1]}]; captions.stack_features pads and cuts captions to {want[0]} tokens")
-        if not cond[1].is_meta and (cond[1].bool()[:, 1:] < cond[1].bool()[:, :-1]).any():
-            raise ValueError("cond: the mask has padding after text, but features must be padded on the left; use captions.left_pad(feats, mask)")
+            raise ValueError(f"cond: text features of shape {list(cond[0].shape)}, "
+                             "expected "
+                             f"[N, {want[0]}, {want[1]}]; captions.stack_features pads "
+                             f"and cuts captions to {want[0]} tokens")
+        if not cond[1].is_meta and (cond[1].bool()[:, 1:] < cond[1].bool()[:,
+                                                                           :-1]).any():
+            raise ValueError("cond: the mask has padding after text, "
+                             "but features must be "
+                             "padded on the left; use captions.left_pad(feats, mask)")
 
     def forward(self, cond):
         feats = cond[0]
@@ -205,13 +254,18 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.cls_embedding = (ClassEmbedding if cfg.cond == 'class' else CaptionEmbedding)(cfg)
+        self.cls_embedding = (ClassEmbedding if cfg.cond == 'class'
+                              else CaptionEmbedding)(cfg)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm, self.output = RMSNorm(cfg.dim, cfg.norm_eps), nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.norm, self.output = (RMSNorm(cfg.dim, cfg.norm_eps),
+                                  nn.Linear(cfg.dim, cfg.vocab_size, bias=False))
         self.drop, self.gradient_checkpointing = nn.Dropout(cfg.dropout), False
-        self.register_buffer('rope', rope_table(int(cfg.block_size**.5), cfg.head_dim, cfg.rope_base, cfg.cond_len), persistent=False)
+        self.register_buffer('rope',
+                             rope_table(int(cfg.block_size**.5), cfg.head_dim,
+                                        cfg.rope_base, cfg.cond_len), persistent=False)
         for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=.02)
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=.02)
         nn.init.zeros_(self.output.weight)
 
     def _apply(self, fn, *args, **kwargs):
@@ -219,7 +273,8 @@ class GPT(nn.Module):
         rope = self.rope
         super()._apply(fn, *args, **kwargs)
         side, prefix = int(self.cfg.block_size**.5), self.cfg.cond_len
-        if rope.is_meta and not self.rope.is_meta: rope = rope_table(side, self.cfg.head_dim, self.cfg.rope_base, prefix)
+        if rope.is_meta and not self.rope.is_meta:
+            rope = rope_table(side, self.cfg.head_dim, self.cfg.rope_base, prefix)
         self.rope = rope.to(self.rope.device)
         return self
 
@@ -230,7 +285,8 @@ class GPT(nn.Module):
     def mask(self, cond, length:int) -> Tensor|None:
         "For text, the causal mask without padded prefix columns but with the diagonal, [B, 1, length, length]; None for classes"
         if self.cfg.cond == 'class': return None
-        mask = torch.ones(length, length, dtype=torch.bool, device=cond[1].device).tril().repeat(len(cond[1]), 1, 1)
+        mask = torch.ones(length, length, dtype=torch.bool,
+                          device=cond[1].device).tril().repeat(len(cond[1]), 1, 1)
         mask[:, :, :self.cfg.cond_len] &= cond[1][:, None].bool()
         return (mask | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
 
@@ -238,13 +294,18 @@ class GPT(nn.Module):
         "Blocks and final norm"
         x = self.drop(x)
         for i, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled(): x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, mask, use_reentrant=False)
             else: x = layer(x, rope, mask, cache and cache[i], pos)
         return self.norm(x)
 
     def hidden(self, context:Tensor, cond) -> Tensor:
         "[N, T] context tokens to [N, T, dim]; state t has seen the condition and tokens before t"
-        if context.shape[1] > self.num_tokens: raise ValueError(f"context: {context.shape[1]} tokens, expected at most {self.num_tokens} (block_size); was it made by a tokenizer at another resolution?")
+        if context.shape[1] > self.num_tokens:
+            raise ValueError(f"context: {context.shape[1]} tokens, expected "
+                             f"at most {self.num_tokens} "
+                             "(block_size); was it made by a tokenizer "
+                             "at another resolution?")
         self.cls_embedding.check(cond)
         _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
         x = torch.cat([self.prefix(cond), self.tok_embeddings(context[:, :-1])], 1)
@@ -266,7 +327,8 @@ class GPT(nn.Module):
     def example_cond(self, n:int):
         "`n` conditions of the right shape, without content"
         if self.cfg.cond == 'class': return torch.zeros(n, dtype=torch.long)
-        return torch.zeros(n, self.cfg.cond_len, self.cfg.caption_dim), torch.ones(n, self.cfg.cond_len, dtype=torch.long)
+        return (torch.zeros(n, self.cfg.cond_len, self.cfg.caption_dim),
+                torch.ones(n, self.cfg.cond_len, dtype=torch.long))
 
     def new_cache(self, n:int, length:int) -> list:
         "Room for the keys and values of `n` sequences"
@@ -275,8 +337,10 @@ class GPT(nn.Module):
 
     def step(self, tokens:Tensor, pos, mask:Tensor|None, cache:list) -> Tensor:
         "Logits [N, V] after one more token each, at position `pos`; a tensor `pos` [1] keeps all shapes fixed, for compilation"
-        rope = self.rope.index_select(0, pos) if torch.is_tensor(pos) else self.rope[pos:pos+1]
-        return self.head(self.trunk(self.tok_embeddings(tokens)[:, None], rope, mask, cache, pos)[:, 0])
+        rope = (self.rope.index_select(0, pos) if torch.is_tensor(pos)
+                else self.rope[pos:pos+1])
+        return self.head(self.trunk(self.tok_embeddings(tokens)[:, None],
+                                    rope, mask, cache, pos)[:, 0])
 
 # %% ../../nbs/31_llamagen.ipynb #95b9e8f6
 @contextmanager
@@ -284,11 +348,16 @@ def packed_weights(module:nn.Module, # its linear layers
                    rows:int, # of the products to come; others are computed as usual
                   ):
     "Rearrange float32 weights for fast products on a CPU with MKL, within a `with`"
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear) and m.weight.device.type == 'cpu' and m.weight.dtype == torch.float32]
-    if rows < 2 or torch.is_autocast_enabled('cpu') or not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear')): layers = []
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear)
+              and m.weight.device.type == 'cpu' and m.weight.dtype == torch.float32]
+    if rows < 2 or torch.is_autocast_enabled('cpu') or not (
+        torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear')):
+        layers = []
     try:
         for m in layers:
-            packed, bias = torch.ops.mkl._mkl_reorder_linear_weight(m.weight.detach(), rows), m.bias if m.bias is None else m.bias.detach()
+            packed, bias = (torch.ops.mkl._mkl_reorder_linear_weight(m.weight.detach(),
+                                                                     rows),
+                            m.bias if m.bias is None else m.bias.detach())
             m.forward = _packed(m.weight.detach(), bias, packed, rows)
         yield module
     finally:
@@ -296,7 +365,9 @@ def packed_weights(module:nn.Module, # its linear layers
 
 def _packed(weight, bias, packed, rows):
     "The forward of a linear layer with packed weights"
-    return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows) if x.numel() == rows*weight.shape[1] else F.linear(x, weight, bias)
+    return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, bias,
+                                               rows) if x.numel() == rows*weight.shape[
+                                                   1] else F.linear(x, weight, bias)
 
 # %% ../../nbs/31_llamagen.ipynb #c9d055fe
 @torch.no_grad()
@@ -305,47 +376,75 @@ def generate(policy:GPT, # in eval mode
              streams:Streams, # one random stream per sample
              *, temperature:float=1., top_k:int=0, top_p:float=1.,
              cfg_scale:float=1., # guidance; 1 or less runs the conditional model alone
-             cfg_interval:int=-1, # guide image tokens 0 ... cfg_interval+1 only (LlamaGen's counting); -1 guides all
+             # guide image tokens 0 ... cfg_interval+1 only (LlamaGen's counting); -1
+             # guides all
+             cfg_interval:int=-1,
              greedy:bool=False, # most probable tokens, no randomness
-             compile=False, # True compiles a `step` of fixed shapes, on a GPU; a function, such as `torch.compile`, is used for it on any device
+             # True compiles a `step` of fixed shapes, on a GPU; a function, such as
+             # `torch.compile`, is used for it on any device
+             compile=False,
              progress=None, # called after every token, for a bar
             ) -> Tensor: # [N, T] int64
     "Draw token sequences free-running through a key/value cache"
     n, steps, guided = len(streams), policy.num_tokens, cfg_scale > 1
     if compile is True:
-        if policy.rope.device.type != 'cuda': raise ValueError(f"compile=True: expected a model on a CUDA device, this one is on {policy.rope.device}; leave it off, or pass a function such as torch.compile")
+        if policy.rope.device.type != 'cuda':
+            raise ValueError("compile=True: expected a model on a CUDA "
+                             "device, this one is on "
+                             f"{policy.rope.device}; leave it off, or pass a "
+                             "function such as torch.compile")
         compile = partial(torch.compile, mode='reduce-overhead', dynamic=False)
     policy.cls_embedding.check(cond)
-    if policy.cfg.cond == 'class': _check_ids('cond', cond, policy.cfg.num_classes, "num_classes; the null class is for guidance alone")
-    if len(cond[0] if isinstance(cond, tuple) else cond) != n: raise ValueError(f"streams: {n} random streams for {_what(cond)}, expected one per condition")
+    if policy.cfg.cond == 'class':
+        _check_ids('cond', cond, policy.cfg.num_classes,
+                   "num_classes; the null class is for guidance alone")
+    if len(cond[0] if isinstance(cond, tuple) else cond) != n:
+        raise ValueError(f"streams: {n} random streams for {_what(cond)}, "
+                         "expected one per condition")
     u = None if greedy else streams.uniform(steps, device=policy.rope.device)
     if guided: cond = _both(cond, policy.null_cond(cond))
     x, tokens = policy.prefix(cond), []
     start, length = x.shape[1], x.shape[1] + steps - 1
     mask, cache = policy.mask(cond, length), policy.new_cache(len(x), length)
-    if compile and mask is None: mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=x.device).tril()
+    if compile and mask is None:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool,
+                          device=x.device).tril()
     step = compile(policy.step) if compile else policy.step
     with packed_weights(policy, 0 if compile else len(x)): # a compiler brings its own
         for t in range(steps):
             pos = start + t - 1
-            if guided and 0 <= cfg_interval < t-1: # the unconditional half is not needed any more
-                guided, cache, mask = False, [c[:, :n] for c in cache], mask if mask is None or len(mask) == 1 else mask[:n]
-            if t == 0: logits = policy.head(policy.trunk(x, policy.rope[:start], None if mask is None else mask[:, :, :start, :start], cache)[:, -1])
+            # the unconditional half is not needed any more
+            if guided and 0 <= cfg_interval < t-1:
+                guided, cache, mask = (False, [c[:, :n] for c in cache],
+                                       mask if mask is None or len(mask) == 1
+                                       else mask[:n])
+            if t == 0:
+                logits = policy.head(policy.trunk(x, policy.rope[:start],
+                                                  None if mask is None
+                                                  else mask[:, :, :start, :start],
+                                                  cache)[:, -1])
             else:
-                rows = None if mask is None else mask[:, :, pos:pos+1, :length if compile else pos+1]
-                logits = step(tokens[-1].repeat(1 + guided), torch.tensor([pos], device=x.device) if compile else pos, rows, cache)
+                rows = (None if mask is None
+                        else mask[:, :, pos:pos+1, :length if compile else pos+1])
+                logits = step(tokens[-1].repeat(1 + guided),
+                              torch.tensor([pos], device=x.device) if compile else pos,
+                              rows, cache)
             if guided: logits = guide(*logits.chunk(2), cfg_scale)
-            tokens.append(sample_token(logits, None if greedy else u[:, t], temperature, top_k, top_p, greedy))
+            tokens.append(sample_token(logits, None if greedy else u[:, t],
+                                       temperature, top_k, top_p, greedy))
             if progress: progress()
     return torch.stack(tokens, 1)
 
-def _both(a, b): return tuple(map(_both, a, b)) if isinstance(a, tuple) else torch.cat([a, b])
+def _both(a, b):
+    return tuple(map(_both, a, b)) if isinstance(a, tuple) else torch.cat([a, b])
 
 GPT.generate = generate
 
 # %% ../../nbs/31_llamagen.ipynb #c7fe3247
-SIZES = dict(B=dict(n_layer=12, n_head=12, dim=768), L=dict(n_layer=24, n_head=16, dim=1024),
-             XL=dict(n_layer=36, n_head=20, dim=1280), XXL=dict(n_layer=48, n_head=24, dim=1536),
+SIZES = dict(B=dict(n_layer=12, n_head=12, dim=768),
+             L=dict(n_layer=24, n_head=16, dim=1024),
+             XL=dict(n_layer=36, n_head=20, dim=1280),
+             XXL=dict(n_layer=48, n_head=24, dim=1536),
              **{'3B': dict(n_layer=24, n_head=32, dim=3200)})
 
 def gpt_config(size:str, # 'B', 'L', 'XL', 'XXL' or '3B'
@@ -354,6 +453,8 @@ def gpt_config(size:str, # 'B', 'L', 'XL', 'XXL' or '3B'
                **kwargs, # overrides
               ) -> GPTConfig:
     "Configuration of a published LlamaGen transformer"
-    if size not in SIZES: raise ValueError(f"size={size!r}: choose one of {', '.join(SIZES)}")
+    if size not in SIZES:
+        raise ValueError(f"size={size!r}: choose one of {', '.join(SIZES)}")
     cond = dict(cond='text', cond_len=120) if text else {}
-    return GPTConfig(**{**SIZES[size], **cond, 'block_size': (image_size//16)**2, **kwargs})
+    return GPTConfig(**{**SIZES[size], **cond, 'block_size': (image_size//16)**2,
+                        **kwargs})

@@ -20,32 +20,45 @@ from .tokenizers import Downsample, ResBlock, Upsample
 # %% ../../nbs/32_multiscale_vq.ipynb #c636707a
 def check_patch_nums(patch_nums):
     "Refuse what is not the sides of growing square maps"
-    sides = patch_nums if isinstance(patch_nums, (tuple, list)) and all(type(p) is int for p in patch_nums) else ()
+    sides = (patch_nums if isinstance(patch_nums, (tuple, list))
+             and all(type(p) is int for p in patch_nums) else ())
     if len(sides) < 2 or min(sides) < 1 or max(sides) > sides[-1]:
-        raise ValueError(f"patch_nums={patch_nums!r}: expected the sides of at least two square token maps, positive integers of which the last is the largest, as in (1, 2, 3, 4)")
+        raise ValueError(f"patch_nums={patch_nums!r}: expected the "
+                         "sides of at least two "
+                         "square token maps, positive integers of which the last "
+                         "is the largest, as in (1, 2, 3, 4)")
 
 @dataclass(frozen=True)
 class MultiScaleConfig:
     "Shape of a multi-scale tokenizer; the defaults are VAR's, which serves all sizes of the transformer"
     ch: int = 160 # base width
-    ch_mult: tuple = (1, 1, 2, 2, 4) # width multiplier per level, highest resolution first
+    # width multiplier per level, highest resolution first
+    ch_mult: tuple = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2 # per level; the decoder has one more
     z_channels: int = 32 # C, length of a code
     codebook_size: int = 4096 # K
-    patch_nums: tuple = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16) # side of every token map, ending at the latent's own side
+    # side of every token map, ending at the latent's own side
+    patch_nums: tuple = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     quant_resi: float = .5 # share of the convolution in phi, 0 for no phi at all
-    share_quant_resi: int = 4 # number of phis shared by the scales; 1 for one, 0 for one per scale
+    # number of phis shared by the scales; 1 for one, 0 for one per scale
+    share_quant_resi: int = 4
     using_znorm: bool = False # compare latents and codes by direction only
     num_groups: int = 32 # of the group norms
     image_size: int = 256 # side in pixels
 
     def __post_init__(self):
         check_patch_nums(self.patch_nums)
-        if type(self.share_quant_resi) is not int or self.share_quant_resi < 0: raise ValueError(f"share_quant_resi={self.share_quant_resi!r}: expected the number of phis, or 0 for one per scale")
+        if type(self.share_quant_resi) is not int or self.share_quant_resi < 0:
+            raise ValueError(f"share_quant_resi={self.share_quant_resi!r}: "
+                             "expected the " "number of phis, or 0 for one per scale")
         latent = self.image_size//self.downsample
         if self.patch_nums[-1] != latent or self.image_size % self.downsample:
-            raise ValueError(f"patch_nums={self.patch_nums}: the last map has side {self.patch_nums[-1]}, but image_size={self.image_size} shrunk {self.downsample}-fold has a latent of side {self.image_size/self.downsample:g}; "
-                             f"end patch_nums with the latter, or use image_size={self.patch_nums[-1]*self.downsample}")
+            raise ValueError(f"patch_nums={self.patch_nums}: the last map has side "
+                             f"{self.patch_nums[-1]}, but image_size={self.image_size} "
+                             "shrunk " f"{self.downsample}-fold has a latent of side "
+                             f"{self.image_size/self.downsample:g}; "
+                             "end patch_nums with the latter, or use "
+                             f"image_size={self.patch_nums[-1]*self.downsample}")
 
     @property
     def downsample(self): return 2**(len(self.ch_mult)-1)
@@ -58,18 +71,24 @@ class FusedAttn(nn.Module):
     "Single-head self-attention over pixels, with one convolution for queries, keys and values"
     def __init__(self, c:int, groups:int):
         super().__init__()
-        self.norm, self.qkv, self.proj_out = nn.GroupNorm(groups, c, 1e-6), nn.Conv2d(c, 3*c, 1), nn.Conv2d(c, c, 1)
+        self.norm, self.qkv, self.proj_out = (nn.GroupNorm(groups, c, 1e-6),
+                                              nn.Conv2d(c, 3*c, 1), nn.Conv2d(c, c, 1))
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1) # [B, 1, hw, c]
+        # [B, 1, hw, c]
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:,
+                                                                    None].chunk(3, -1)
         return x + self.proj_out(F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape))
 
 class Stage(nn.Module):
     "Residual blocks of one resolution, each followed by attention if asked, then a change of resolution"
-    def __init__(self, c_in:int, c_out:int, n:int, groups:int, attn:bool, resize:nn.Module|None, name:str):
+    def __init__(self, c_in:int, c_out:int, n:int, groups:int, attn:bool,
+                 resize:nn.Module|None, name:str):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(n))
-        self.attn = nn.ModuleList(FusedAttn(c_out, groups) for _ in range(n if attn else 0))
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups)
+                                   for i in range(n))
+        self.attn = nn.ModuleList(FusedAttn(c_out, groups)
+                                  for _ in range(n if attn else 0))
         if resize: self.add_module(name, resize)
         self.resize = name if resize else None
 
@@ -83,7 +102,9 @@ class Middle(nn.Module):
     "Residual, attention, residual"
     def __init__(self, c:int, groups:int):
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResBlock(c, c, groups), FusedAttn(c, groups), ResBlock(c, c, groups)
+        self.block_1, self.attn_1, self.block_2 = (ResBlock(c, c, groups),
+                                                   FusedAttn(c, groups),
+                                                   ResBlock(c, c, groups))
 
     def forward(self, x): return self.block_2(self.attn_1(self.block_1(x)))
 
@@ -92,11 +113,15 @@ class Encoder(nn.Module):
     "Pixels in [-1, 1] to latents, [B, 3, H, W] to [B, C, h, w]"
     def __init__(self, cfg:MultiScaleConfig):
         super().__init__()
-        widths, g, last = [cfg.ch*m for m in cfg.ch_mult], cfg.num_groups, len(cfg.ch_mult)-1
+        widths, g, last = ([cfg.ch*m for m in cfg.ch_mult], cfg.num_groups,
+                           len(cfg.ch_mult)-1)
         self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
-        self.down = nn.ModuleList(Stage(([cfg.ch]+widths)[i], w, cfg.num_res_blocks, g, i == last, Downsample(w) if i < last else None, 'downsample')
-                                  for i, w in enumerate(widths))
-        self.mid, self.norm_out = Middle(widths[-1], g), nn.GroupNorm(g, widths[-1], 1e-6)
+        self.down = nn.ModuleList(Stage(([cfg.ch]+widths)[i], w, cfg.num_res_blocks,
+                                        g, i == last, Downsample(w) if i < last
+                                        else None, 'downsample') for i,
+                                  w in enumerate(widths))
+        self.mid, self.norm_out = (Middle(widths[-1], g),
+                                   nn.GroupNorm(g, widths[-1], 1e-6))
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
 
     def forward(self, x):
@@ -107,11 +132,16 @@ class Decoder(nn.Module):
     "Latents to pixels in about [-1, 1], [B, C, h, w] to [B, 3, H, W]"
     def __init__(self, cfg:MultiScaleConfig):
         super().__init__()
-        widths, g, last = [cfg.ch*m for m in cfg.ch_mult], cfg.num_groups, len(cfg.ch_mult)-1
-        self.conv_in, self.mid = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1), Middle(widths[-1], g)
-        self.up = nn.ModuleList(Stage((widths+widths[-1:])[i+1], w, cfg.num_res_blocks+1, g, i == last, Upsample(w) if i else None, 'upsample')
-                                for i, w in enumerate(widths))
-        self.norm_out, self.conv_out = nn.GroupNorm(g, widths[0], 1e-6), nn.Conv2d(widths[0], 3, 3, padding=1)
+        widths, g, last = ([cfg.ch*m for m in cfg.ch_mult], cfg.num_groups,
+                           len(cfg.ch_mult)-1)
+        self.conv_in, self.mid = (nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1),
+                                  Middle(widths[-1], g))
+        self.up = nn.ModuleList(Stage((widths+widths[-1:])[i+1], w,
+                                      cfg.num_res_blocks+1, g, i == last,
+                                      Upsample(w) if i else None, 'upsample') for i,
+                                w in enumerate(widths))
+        self.norm_out, self.conv_out = (nn.GroupNorm(g, widths[0], 1e-6),
+                                        nn.Conv2d(widths[0], 3, 3, padding=1))
 
     def forward(self, z):
         for f in (self.conv_in, self.mid, *reversed(self.up)): z = f(z)
@@ -124,7 +154,8 @@ def phi_table(num_phis:int, # K
     "Nearest tick to k/(S-1), in float64 as VAR computes it"
     edge = (1/3 if num_phis == 4 else 1/2)/num_phis
     ticks = np.linspace(edge, 1 - edge, num_phis)
-    return [int(np.abs(ticks - k/max(num_scales - 1, 1)).argmin()) for k in range(num_scales)]
+    return [int(np.abs(ticks - k/max(num_scales - 1, 1)).argmin())
+            for k in range(num_scales)]
 
 # %% ../../nbs/32_multiscale_vq.ipynb #af40c22b
 class Phi(nn.Conv2d):
@@ -140,16 +171,23 @@ def _phis(cfg):
     make = lambda: Phi(cfg.z_channels, cfg.quant_resi)
     if cfg.share_quant_resi == 0: return nn.ModuleList(make() for _ in cfg.patch_nums)
     if cfg.share_quant_resi == 1: return nn.ModuleDict(dict(qresi=make()))
-    return nn.ModuleDict(dict(qresi_ls=nn.ModuleList(make() for _ in range(cfg.share_quant_resi))))
+    return nn.ModuleDict(dict(qresi_ls=nn.ModuleList(make()
+                                                     for _ in range(
+                                                         cfg.share_quant_resi))))
 
 class MultiScaleQuantizer(nn.Module):
     "Residual quantisation of a latent map at growing resolutions, with one codebook"
     def __init__(self, cfg:MultiScaleConfig):
         super().__init__()
-        self.patch_nums, self.sizes, self.znorm = cfg.patch_nums, scale_sizes(cfg.patch_nums), cfg.using_znorm
+        self.patch_nums, self.sizes, self.znorm = (cfg.patch_nums,
+                                                   scale_sizes(cfg.patch_nums),
+                                                   cfg.using_znorm)
         self.embedding = nn.Embedding(cfg.codebook_size, cfg.z_channels)
-        nn.init.uniform_(self.embedding.weight, -1/cfg.codebook_size, 1/cfg.codebook_size)
-        self.register_buffer('ema_vocab_hit_SV', torch.zeros(len(self.sizes), cfg.codebook_size)) # usage counts of the official file, read by nobody
+        nn.init.uniform_(self.embedding.weight, -1/cfg.codebook_size,
+                         1/cfg.codebook_size)
+        # usage counts of the official file, read by nobody
+        self.register_buffer('ema_vocab_hit_SV',
+                             torch.zeros(len(self.sizes), cfg.codebook_size))
         self.quant_resi = _phis(cfg) if cfg.quant_resi else nn.Identity()
         found = sum(isinstance(m, Phi) for m in self.quant_resi.modules())
         self.which = phi_table(found, len(self.sizes)) if found else None
@@ -158,13 +196,16 @@ class MultiScaleQuantizer(nn.Module):
     def phis(self) -> list:
         "The phi of every scale"
         found = [m for m in self.quant_resi.modules() if isinstance(m, Phi)]
-        return [found[i] for i in self.which] if found else [nn.Identity()]*len(self.sizes)
+        return ([found[i] for i in self.which] if found
+                else [nn.Identity()]*len(self.sizes))
 
     def nearest(self, z:Tensor) -> Tensor:
         "[N, C] to ids [N] of the nearest codes"
         codes = self.embedding.weight
-        if self.znorm: return (F.normalize(z, dim=1) @ F.normalize(codes, dim=1).T).argmax(1)
-        return (z.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1) - 2*z @ codes.T).argmin(1)
+        if self.znorm:
+            return (F.normalize(z, dim=1) @ F.normalize(codes, dim=1).T).argmax(1)
+        return (z.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1)
+                - 2*z @ codes.T).argmin(1)
 
     def lift(self,
              k:int, # scale
@@ -174,14 +215,17 @@ class MultiScaleQuantizer(nn.Module):
         "Codes of one scale, enlarged and smoothed"
         p, side = self.patch_nums[k], side or self.patch_nums[-1]
         h = codes.transpose(1, 2).unflatten(2, (p, p))
-        return self.phis[k](h if p == side else F.interpolate(h, (side, side), mode='bicubic'))
+        return self.phis[k](h if p == side
+                            else F.interpolate(h, (side, side), mode='bicubic'))
 
     def encode(self, f:Tensor) -> Tensor:
         "Latents [N, C, h, w] to ids [N, T]"
         rest, ids = f, []
         for k, p in enumerate(self.patch_nums):
-            z = rest if p == rest.shape[-1] else F.interpolate(rest, (p, p), mode='area')
-            ids.append(self.nearest(z.permute(0, 2, 3, 1).flatten(0, 2)).view(len(f), -1))
+            z = (rest if p == rest.shape[-1]
+                 else F.interpolate(rest, (p, p), mode='area'))
+            ids.append(self.nearest(z.permute(0, 2, 3, 1).flatten(0, 2)).view(len(f),
+                                                                              -1))
             rest = rest - self.lift(k, self.embedding(ids[-1]))
         return torch.cat(ids, 1)
 
@@ -193,7 +237,8 @@ class MultiScaleQuantizer(nn.Module):
         "Add one scale"
         f_hat = f_hat + self.lift(k, codes)
         if k + 1 == len(self.sizes): return f_hat, None
-        return f_hat, F.interpolate(f_hat, (self.patch_nums[k+1],)*2, mode='area').flatten(2).transpose(1, 2)
+        return f_hat, F.interpolate(f_hat, (self.patch_nums[k+1],)*2,
+                                    mode='area').flatten(2).transpose(1, 2)
 
     def inputs(self, tokens:Tensor) -> Tensor:
         "Ids [N, T] to the transformer's teacher-forcing inputs [N, T - p_0², C]"
@@ -205,7 +250,9 @@ class MultiScaleQuantizer(nn.Module):
 
     def f_hats(self,
                codes:Tensor, # [N, T, C] of all scales
-               grow:bool=False, # keep f_hat at the scale's own side; an experiment of the official code, used by no published model
+               # keep f_hat at the scale's own side; an experiment of the official code,
+               # used by no published model
+               grow:bool=False,
               ) -> list: # [N, C, h, w] after every scale
         "The reconstruction after every scale"
         out = []
@@ -223,8 +270,11 @@ class MultiScaleVQ(nn.Module):
         super().__init__()
         self.cfg, self.image_size, self.codebook_size, self.num_tokens = cfg, cfg.image_size, cfg.codebook_size, cfg.num_tokens
         self.token_grid = tuple((p, p) for p in cfg.patch_nums)
-        self.encoder, self.decoder, self.quantize = Encoder(cfg), Decoder(cfg), MultiScaleQuantizer(cfg)
-        self.quant_conv, self.post_quant_conv = (nn.Conv2d(cfg.z_channels, cfg.z_channels, 3, padding=1) for _ in range(2))
+        self.encoder, self.decoder, self.quantize = (Encoder(cfg), Decoder(cfg),
+                                                     MultiScaleQuantizer(cfg))
+        self.quant_conv, self.post_quant_conv = (nn.Conv2d(cfg.z_channels,
+                                                           cfg.z_channels, 3, padding=1)
+                                                 for _ in range(2))
 
     def latents(self, images:Tensor) -> Tensor:
         "[N, 3, H, W] in [0, 1] to latents f [N, C, h, w]"
@@ -239,19 +289,30 @@ class MultiScaleVQ(nn.Module):
 
     def decode_latents(self, f_hat:Tensor, clamp:bool=True) -> Tensor:
         "Latents [N, C, h, w] to pixels [N, 3, H, W]"
-        pixels = (self.decoder(self.post_quant_conv(f_hat.contiguous(memory_format=torch.channels_last))) + 1)/2
+        pixels = (
+            self.decoder(
+                self.post_quant_conv(
+                    f_hat.contiguous(memory_format=torch.channels_last))) + 1)/2
         return pixels.clamp(0, 1) if clamp else pixels
 
     def decode(self, tokens:Tensor, clamp:bool=True) -> Tensor:
         "Ids [N, T] to pixels [N, 3, H, W], in [0, 1] unless unclamped"
-        if tokens.shape[1:] != (self.num_tokens,): raise ValueError(f"tokens: shape {list(tokens.shape)}, expected [N, {self.num_tokens}], the maps of sides {self.cfg.patch_nums} one after the other")
+        if tokens.shape[1:] != (self.num_tokens,):
+            raise ValueError(f"tokens: shape {list(tokens.shape)}, expected "
+                             f"[N, {self.num_tokens}], "
+                             f"the maps of sides {self.cfg.patch_nums} "
+                             "one after the other")
         if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
-            raise ValueError(f"tokens: ids from {tokens.min().item()} to {tokens.max().item()}, expected 0 ... {self.codebook_size-1} (codebook_size)")
-        return self.decode_latents(self.quantize.f_hats(self.quantize.embedding(tokens))[-1], clamp)
+            raise ValueError(f"tokens: ids from {tokens.min().item()} to "
+                             f"{tokens.max().item()}, "
+                             f"expected 0 ... {self.codebook_size-1} (codebook_size)")
+        return self.decode_latents(
+            self.quantize.f_hats(self.quantize.embedding(tokens))[-1], clamp)
 
     def decode_probs(self, probs:Tensor, clamp:bool=True) -> Tensor:
         "(Relaxed) one-hot rows [N, T, K] to pixels, differentiable in `probs`"
-        return self.decode_latents(self.quantize.f_hats(probs @ self.quantize.embedding.weight)[-1], clamp)
+        return self.decode_latents(
+            self.quantize.f_hats(probs @ self.quantize.embedding.weight)[-1], clamp)
 
     def decoder_parameters(self):
         "What tokenizer post-training moves: everything after the codebook and the phis (VA-π App. C.2)"
@@ -262,5 +323,8 @@ class MultiScaleVQ(nn.Module):
         f = self.latents(images)
         ids = self.quantize.encode(f.detach())
         f_hats = self.quantize.f_hats(self.quantize.embedding(ids))
-        vq, commit = (sum(F.mse_loss(*pair) for pair in pairs)/len(f_hats) for pairs in ([(h, f.detach()) for h in f_hats], [(h.detach(), f) for h in f_hats]))
-        return self.decode_latents(f + (f_hats[-1] - f).detach(), clamp=False), dict(vq=vq, commit=beta*commit), ids
+        vq, commit = (sum(F.mse_loss(*pair) for pair in pairs)/len(f_hats)
+                      for pairs in ([(h, f.detach()) for h in f_hats],
+                                    [(h.detach(), f) for h in f_hats]))
+        return self.decode_latents(f + (f_hats[-1] - f).detach(),
+                                   clamp=False), dict(vq=vq, commit=beta*commit), ids

@@ -27,14 +27,21 @@ def fit(model, # nn.Module to train, left in eval mode
         progress:bool=True, # show a bar
        ) -> list: # losses, one per step
     "Supervised training with a cosine schedule down to zero"
-    g, steps, losses = torch.Generator().manual_seed(seed), max(1, int(epochs*n/batch_size)), []
+    g, steps, losses = (torch.Generator().manual_seed(seed),
+                        max(1, int(epochs*n/batch_size)), [])
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
-    opt = torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.)], lr=learning_rate, betas=(.9, .95))
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, learning_rate, steps + 1, pct_start=min(.1, 100/steps), final_div_factor=1e4)
-    rows = torch.cat([torch.randperm(n, generator=g) for _ in range(-(-steps*batch_size//n))])
+    opt = torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay),
+                             dict(params=rest, weight_decay=0.)], lr=learning_rate,
+                            betas=(.9, .95))
+    sched = torch.optim.lr_scheduler.OneCycleLR(opt, learning_rate, steps + 1,
+                                                pct_start=min(.1, 100/steps),
+                                                final_div_factor=1e4)
+    rows = torch.cat([torch.randperm(n, generator=g)
+                      for _ in range(-(-steps*batch_size//n))])
     model.train()
-    for step in (bar := tqdm(range(steps), disable=not progress, desc=type(model).__name__, mininterval=5)):
+    for step in (bar := tqdm(range(steps), disable=not progress,
+                             desc=type(model).__name__, mininterval=5)):
         loss = loss_fn(rows[step*batch_size:(step+1)*batch_size])
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -53,14 +60,17 @@ def train_classifier(images:Tensor, # [N, 28, 28] uint8
     torch.manual_seed(seed)
     net = ToyNet(widths)
     loss = lambda rows: F.cross_entropy(net(to_pixels(images[rows]))[1], labels[rows])
-    return net, fit(net, loss, len(images), epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed, **kwargs)
+    return net, fit(net, loss, len(images), epochs=epochs, batch_size=batch_size,
+                    learning_rate=learning_rate, seed=seed, **kwargs)
 
 FAST = torch.channels_last # convolutions of few channels run faster so, on a CPU too
 
 def _pixel_loss(recon, x, perceptual, coef):
     "Squared error on [-1, 1], and of the features"
     with torch.no_grad(): real = perceptual.features(x)
-    return 4*(recon - x).pow(2).mean() + coef*sum((a - b).pow(2).sum(1).mean() for a, b in zip(perceptual.features(recon), real))
+    return (4*(recon - x).pow(2).mean() + coef*sum((a - b).pow(2).sum(1).mean() for a,
+                                                   b in zip(perceptual.features(recon),
+                                                            real)))
 
 def train_tokenizer(images:Tensor, # [N, 28, 28] uint8
                     cfg:VQConfig,
@@ -68,12 +78,15 @@ def train_tokenizer(images:Tensor, # [N, 28, 28] uint8
                     *, perceptual_coef:float=.1, entropy_ratio:float=.02, epochs:float=1., batch_size:int=64, learning_rate:float=2e-3, seed:int=0, **kwargs):
     "Train a `VQModel` on MSE + perceptual + VQ losses (VA-π Eq. 2); returns it with its losses"
     torch.manual_seed(seed)
-    vq, look = VQModel(cfg).to(memory_format=FAST), perceptual.requires_grad_(False).to(memory_format=FAST)
+    vq, look = (VQModel(cfg).to(memory_format=FAST),
+                perceptual.requires_grad_(False).to(memory_format=FAST))
     def loss(rows):
         x = to_pixels(images[rows]).contiguous(memory_format=FAST)
         recon, l = vq(x, entropy_ratio=entropy_ratio)
-        return _pixel_loss(recon, x, look, perceptual_coef) + l['vq'] + l['commit'] + l['entropy']
-    return vq, fit(vq, loss, len(images), epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed, weight_decay=0., **kwargs)
+        return (_pixel_loss(recon, x, look, perceptual_coef) + l['vq']
+                + l['commit'] + l['entropy'])
+    return vq, fit(vq, loss, len(images), epochs=epochs, batch_size=batch_size,
+                   learning_rate=learning_rate, seed=seed, weight_decay=0., **kwargs)
 
 def train_policy(tokens:Tensor, # [N, T] token ids
                  labels:Tensor, # [N]
@@ -82,8 +95,10 @@ def train_policy(tokens:Tensor, # [N, T] token ids
     "Train a `GPT` by maximum likelihood; returns it with its losses"
     torch.manual_seed(seed)
     gpt = GPT(cfg)
-    loss = lambda rows: F.cross_entropy(gpt(tokens[rows], labels[rows]).flatten(0, 1), tokens[rows].flatten())
-    return gpt, fit(gpt, loss, len(tokens), epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed, weight_decay=.05, **kwargs)
+    loss = lambda rows: F.cross_entropy(gpt(tokens[rows], labels[rows]).flatten(0, 1),
+                                        tokens[rows].flatten())
+    return gpt, fit(gpt, loss, len(tokens), epochs=epochs, batch_size=batch_size,
+                    learning_rate=learning_rate, seed=seed, weight_decay=.05, **kwargs)
 
 # %% ../../nbs/36_pretrain.ipynb #76f9a476
 @torch.no_grad()

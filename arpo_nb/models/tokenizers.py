@@ -17,16 +17,21 @@ from torch import Tensor, nn
 class VQConfig:
     "Shape of a VQ tokenizer; the defaults are LlamaGen's VQ-16"
     ch: int = 128 # base width
-    encoder_ch_mult: tuple = (1, 1, 2, 2, 4) # width multiplier per level, highest resolution first
-    decoder_ch_mult: tuple = (1, 1, 2, 2, 4) # same for the decoder, listed in the encoder's order
+    # width multiplier per level, highest resolution first
+    encoder_ch_mult: tuple = (1, 1, 2, 2, 4)
+    # same for the decoder, listed in the encoder's order
+    decoder_ch_mult: tuple = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2 # per level; the decoder has one more
     z_channels: int = 256 # width between the two halves
     codebook_size: int = 16384 # K
     codebook_embed_dim: int = 8 # length of a code vector
     num_groups: int = 32 # of the group norms
     image_size: int = 256 # side in pixels
-    usage_window: int = 65536 # ids remembered by the usage counter (a buffer of the official files)
-    codebook_l2_norm: bool = True # compare latents and codes on the unit sphere, as all published models do; False takes both as they are
+    # ids remembered by the usage counter (a buffer of the official files)
+    usage_window: int = 65536
+    # compare latents and codes on the unit sphere, as all published models do; False
+    # takes both as they are
+    codebook_l2_norm: bool = True
 
     @property
     def downsample(self): return 2**(len(self.encoder_ch_mult)-1)
@@ -36,8 +41,10 @@ class ResBlock(nn.Module):
     "Two normalised 3×3 convolutions around a shortcut"
     def __init__(self, c_in:int, c_out:int, groups:int):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, 1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, 1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = (nn.GroupNorm(groups, c_in, 1e-6),
+                                  nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.norm2, self.conv2 = (nn.GroupNorm(groups, c_out, 1e-6),
+                                  nn.Conv2d(c_out, c_out, 3, padding=1))
         if c_in != c_out: self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
@@ -54,8 +61,11 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v)) # [B, 1, hw, c]
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        # [B, 1, hw, c]
+        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None]
+                   for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1,
+                                                                    2).reshape(x.shape)
         return x + self.proj_out(h)
 
 class Downsample(nn.Module):
@@ -72,18 +82,26 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-    def forward(self, x): return self.conv(F.interpolate(x, scale_factor=2., mode='nearest'))
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2., mode='nearest'))
 
 # %% ../../nbs/30_tokenizers.ipynb #350efd52
-def _mid(c, groups): return nn.ModuleList([ResBlock(c, c, groups), AttnBlock(c, groups), ResBlock(c, c, groups)])
+def _mid(c, groups):
+    return nn.ModuleList([ResBlock(c, c, groups), AttnBlock(c, groups),
+                          ResBlock(c, c, groups)])
 
 class Level(nn.Module):
     "Residual blocks of one resolution, then (except at the end) a change of resolution"
-    def __init__(self, c_in:int, c_out:int, n:int, groups:int, attn:bool, resize:str|None):
+    def __init__(self, c_in:int, c_out:int, n:int, groups:int, attn:bool,
+                 resize:str|None):
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(n))
-        self.attn = nn.ModuleList(AttnBlock(c_out, groups) for _ in range(n if attn else 0))
-        if resize: self.add_module(resize, (Downsample if resize == 'downsample' else Upsample)(c_out))
+        self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups)
+                                 for i in range(n))
+        self.attn = nn.ModuleList(AttnBlock(c_out, groups)
+                                  for _ in range(n if attn else 0))
+        if resize:
+            self.add_module(resize,
+                            (Downsample if resize == 'downsample' else Upsample)(c_out))
         self.resize = resize
 
     def forward(self, x):
@@ -96,11 +114,13 @@ class Encoder(nn.Module):
     "Pixels in [-1, 1] to latents, [B, 3, H, W] to [B, z, h, w]"
     def __init__(self, cfg:VQConfig):
         super().__init__()
-        widths, g, last = [cfg.ch*m for m in cfg.encoder_ch_mult], cfg.num_groups, len(cfg.encoder_ch_mult)-1
+        widths, g, last = ([cfg.ch*m for m in cfg.encoder_ch_mult], cfg.num_groups,
+                           len(cfg.encoder_ch_mult)-1)
         self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
-        self.conv_blocks = nn.ModuleList(
-            Level(([cfg.ch]+widths)[i], w, cfg.num_res_blocks, g, i == last, 'downsample' if i < last else None)
-            for i, w in enumerate(widths))
+        self.conv_blocks = nn.ModuleList(Level(([cfg.ch]+widths)[i], w,
+                                               cfg.num_res_blocks, g, i == last,
+                                               'downsample' if i < last else None)
+                                         for i, w in enumerate(widths))
         self.mid, self.norm_out = _mid(widths[-1], g), nn.GroupNorm(g, widths[-1], 1e-6)
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
 
@@ -113,12 +133,16 @@ class Decoder(nn.Module):
     "Latents to pixels in about [-1, 1], [B, z, h, w] to [B, 3, H, W]"
     def __init__(self, cfg:VQConfig):
         super().__init__()
-        widths, g, last = [cfg.ch*m for m in cfg.decoder_ch_mult][::-1], cfg.num_groups, len(cfg.decoder_ch_mult)-1
-        self.conv_in, self.mid = nn.Conv2d(cfg.z_channels, widths[0], 3, padding=1), _mid(widths[0], g)
-        self.conv_blocks = nn.ModuleList(
-            Level(([widths[0]]+widths)[i], w, cfg.num_res_blocks+1, g, i == 0, 'upsample' if i < last else None)
-            for i, w in enumerate(widths))
-        self.norm_out, self.conv_out = nn.GroupNorm(g, widths[-1], 1e-6), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        widths, g, last = ([cfg.ch*m for m in cfg.decoder_ch_mult][::-1],
+                           cfg.num_groups, len(cfg.decoder_ch_mult)-1)
+        self.conv_in, self.mid = (nn.Conv2d(cfg.z_channels, widths[0], 3, padding=1),
+                                  _mid(widths[0], g))
+        self.conv_blocks = nn.ModuleList(Level(([widths[0]]+widths)[i],
+                                               w, cfg.num_res_blocks+1,
+                                               g, i == 0, 'upsample' if i < last
+                                               else None) for i, w in enumerate(widths))
+        self.norm_out, self.conv_out = (nn.GroupNorm(g, widths[-1], 1e-6),
+                                        nn.Conv2d(widths[-1], 3, 3, padding=1))
 
     def forward(self, z):
         z = self.conv_in(z)
@@ -130,8 +154,11 @@ class Quantizer(nn.Module):
     "Nearest-code lookup on the unit sphere, with LlamaGen's training losses"
     def __init__(self, cfg:VQConfig):
         super().__init__()
-        self.l2_norm, self.embedding = cfg.codebook_l2_norm, nn.Embedding(cfg.codebook_size, cfg.codebook_embed_dim)
-        nn.init.uniform_(self.embedding.weight, -1/cfg.codebook_size, 1/cfg.codebook_size)
+        self.l2_norm, self.embedding = (cfg.codebook_l2_norm,
+                                        nn.Embedding(cfg.codebook_size,
+                                                     cfg.codebook_embed_dim))
+        nn.init.uniform_(self.embedding.weight, -1/cfg.codebook_size,
+                         1/cfg.codebook_size)
         self.register_buffer('codebook_used', torch.zeros(cfg.usage_window))
 
     @property
@@ -152,16 +179,21 @@ class Quantizer(nn.Module):
                z:Tensor, # [N, C] normalised latents
                ids:Tensor, # [N] nearest codes
                beta:float=0.25, # weight of the commitment term
-               entropy_ratio:float=0., # weight of the entropy term, 0 in the published models
+               # weight of the entropy term, 0 in the published models
+               entropy_ratio:float=0.,
               ) -> dict: # vq, commit, entropy (weighted), and codebook usage in [0, 1]
         "VQ losses of a batch (VA-π Eq. 33 on unit vectors), updating the usage window"
         codes, n = self.codes[ids], min(len(ids), len(self.codebook_used))
-        with torch.no_grad(): self.codebook_used.copy_(torch.cat([self.codebook_used[n:], ids[-n:].to(self.codebook_used.dtype)]))
+        with torch.no_grad():
+            self.codebook_used.copy_(torch.cat([self.codebook_used[n:],
+                                                ids[-n:].to(self.codebook_used.dtype)]))
         entropy = z.new_zeros(())
         if entropy_ratio:
             p = (-self.distances(z)/0.01).softmax(-1)
             mean = p.mean(0)
-            entropy = -(p*(-self.distances(z)/0.01 + 1e-5).log_softmax(-1)).sum(-1).mean() + (mean*(mean + 1e-5).log()).sum()
+            entropy = (-(p*(-self.distances(z)/0.01
+                            + 1e-5).log_softmax(-1)).sum(-1).mean()
+                       + (mean*(mean + 1e-5).log()).sum())
         return dict(vq=(codes - z.detach()).pow(2).mean(), commit=beta*(codes.detach() - z).pow(2).mean(), entropy=entropy_ratio*entropy,
                     usage=self.codebook_used.unique().numel()/self.embedding.num_embeddings)
 
@@ -170,18 +202,23 @@ class VQModel(nn.Module):
     "LlamaGen's image tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
     def __init__(self, cfg:VQConfig):
         super().__init__()
-        self.cfg, self.image_size, self.codebook_size = cfg, cfg.image_size, cfg.codebook_size
+        self.cfg, self.image_size, self.codebook_size = (cfg, cfg.image_size,
+                                                         cfg.codebook_size)
         side = cfg.image_size//cfg.downsample
         self.token_grid, self.num_tokens = (side, side), side*side
-        self.encoder, self.decoder, self.quantize = Encoder(cfg), Decoder(cfg), Quantizer(cfg)
+        self.encoder, self.decoder, self.quantize = (Encoder(cfg), Decoder(cfg),
+                                                     Quantizer(cfg))
         self.quant_conv = nn.Conv2d(cfg.z_channels, cfg.codebook_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(cfg.codebook_embed_dim, cfg.z_channels, 1)
 
     def latents(self, images:Tensor) -> Tensor:
         "[B, 3, H, W] in [0, 1] to normalised latents [B, C, h, w]"
-        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % self.cfg.downsample or images.shape[3] % self.cfg.downsample or not images.is_floating_point():
+        if images.dim() != 4 or images.shape[1] != 3 or images.shape[
+            2] % self.cfg.downsample or images.shape[
+                3] % self.cfg.downsample or not images.is_floating_point():
             raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, expected floats in [0, 1] of shape [B, 3, H, W] with sides divisible by {self.cfg.downsample}; image_io.to_tensor(image_io.center_crop(picture, {self.image_size})) gives one")
-        return self.quantize.normalize(self.quant_conv(self.encoder(2*images - 1)), dim=1)
+        return self.quantize.normalize(self.quant_conv(self.encoder(2*images - 1)),
+                                       dim=1)
 
     def encode(self, images:Tensor) -> Tensor:
         "[B, 3, H, W] in [0, 1] to ids [B, h*w], row by row"
@@ -191,17 +228,26 @@ class VQModel(nn.Module):
     def decode_latents(self, z:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
         "Code vectors [B, T, C] to pixels [B, 3, H, W]; `grid` (h, w) where it is not square"
         h, w = grid or [int(z.shape[1]**.5)]*2
-        if h*w != z.shape[1]: raise ValueError(f"tokens: {z.shape[1]} per image, expected {f'{h}*{w}' if grid else 'a square number'}; pass the token map's grid=(h, w)")
-        pixels = (self.decoder(self.post_quant_conv(z.transpose(1, 2).unflatten(2, (h, w)))) + 1)/2
+        if h*w != z.shape[1]:
+            raise ValueError(f"tokens: {z.shape[1]} per image, expected "
+                             f"{f'{h}*{w}' if grid else 'a square number'}; pass "
+                             "the token map's grid=(h, w)")
+        pixels = (self.decoder(self.post_quant_conv(z.transpose(1, 2).unflatten(2,
+                                                                                (h,
+                                                                                 w))))
+                  + 1)/2
         return pixels.clamp(0, 1) if clamp else pixels
 
     def decode(self, tokens:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
         "Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped"
         if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
-            raise ValueError(f"tokens: ids from {tokens.min().item()} to {tokens.max().item()}, expected 0 ... {self.codebook_size-1} (codebook_size)")
+            raise ValueError(f"tokens: ids from {tokens.min().item()} to "
+                             f"{tokens.max().item()}, "
+                             f"expected 0 ... {self.codebook_size-1} (codebook_size)")
         return self.decode_latents(self.quantize.codes[tokens], clamp, grid)
 
-    def decode_probs(self, probs:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
+    def decode_probs(self, probs:Tensor, clamp:bool=True,
+                     grid:tuple|None=None) -> Tensor:
         "(Relaxed) one-hot rows [B, T, K] to pixels, differentiable in `probs`"
         return self.decode_latents(probs @ self.quantize.codes, clamp, grid)
 
@@ -214,5 +260,7 @@ class VQModel(nn.Module):
         z = self.latents(images).permute(0, 2, 3, 1)
         ids = self.quantize.distances(z.reshape(-1, z.shape[-1])).argmin(1)
         codes = self.quantize.codes[ids].view_as(z)
-        recon = self.decode_latents((z + (codes - z).detach()).flatten(1, 2), clamp=False, grid=z.shape[1:3])
-        return recon, self.quantize.losses(z.reshape(-1, z.shape[-1]), ids, beta, entropy_ratio)
+        recon = self.decode_latents((z + (codes - z).detach()).flatten(1, 2),
+                                    clamp=False, grid=z.shape[1:3])
+        return recon, self.quantize.losses(z.reshape(-1, z.shape[-1]),
+                                           ids, beta, entropy_ratio)

@@ -21,7 +21,8 @@ def resnet_input(images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
                  resize:int=232, crop:int=224,
                 ) -> Tensor: # [N, 3, crop, crop]
     "Preprocessing of ResNet-50 V2, batched and on the images' device"
-    return standardise(centre_crop(shortest_side(to_255(images)/255, resize, 'bilinear'), crop), MEAN, STD)
+    return standardise(centre_crop(shortest_side(to_255(images)/255, resize,
+                                                 'bilinear'), crop), MEAN, STD)
 
 # %% ../../nbs/54_classifier.ipynb #12cd5a17
 def top_k_accuracy(logits:Tensor, # [N, classes]
@@ -29,19 +30,28 @@ def top_k_accuracy(logits:Tensor, # [N, classes]
                    k:int=5,
                   ) -> dict: # top1 and top5 in [0, 1], and whether each item is a hit [N]
     "Share of images whose label is the first guess, and among the first k"
-    if len(logits) != len(labels): raise ValueError(f"{len(logits)} rows of logits and {len(labels)} labels; one label per image is needed")
-    if labels.max() >= logits.shape[1]: raise ValueError(f"labels reach {labels.max()}, but the classifier has {logits.shape[1]} classes")
+    if len(logits) != len(labels):
+        raise ValueError(f"{len(logits)} rows of logits and {len(labels)} labels; "
+                         "one label per image is needed")
+    if labels.max() >= logits.shape[1]:
+        raise ValueError(f"labels reach {labels.max()}, but the classifier "
+                         f"has {logits.shape[1]} classes")
     hits = logits.topk(k, 1).indices == labels[:, None]
-    return {'top1': hits[:, 0].double().mean().item(), f'top{k}': hits.any(1).double().mean().item(), f'per_item_top{k}': hits.any(1)}
+    return {'top1': hits[:, 0].double().mean().item(),
+            f'top{k}': hits.any(1).double().mean().item(),
+            f'per_item_top{k}': hits.any(1)}
 
 # %% ../../nbs/54_classifier.ipynb #719d5e6e
 def load_resnet50(weights:str|None=None, # None for the published file as `weights` finds it, 'random', or a path
                  ): # in eval mode
     "ResNet-50 with its V2 weights"
-    net = import_torchvision().models.resnet50(weights=None).eval().requires_grad_(False)
+    net = import_torchvision().models.resnet50(weights=None).eval().requires_grad_(
+        False)
     if weights == 'random': return net
     path = locate('resnet50_v2', weights)
-    return load_strict(net, read_state_dict(path), path, describe=lambda s: 'ResNet-50' if s.keys() == net.state_dict().keys() else f'a network of {len(s)} tensors')
+    return load_strict(net, read_state_dict(path), path, describe=lambda s: 'ResNet-50'
+                       if s.keys() == net.state_dict().keys()
+                       else f'a network of {len(s)} tensors')
 
 @torch.no_grad()
 def classify(batches, # iterable of (images [n, 3, H, W], labels [n])
@@ -54,6 +64,10 @@ def classify(batches, # iterable of (images [n, 3, H, W], labels [n])
     first = among = n = 0
     for images, labels in batches:
         got = top_k_accuracy(net(prepare(images.to(device))), labels.to(device), k)
-        first, among, n = first + got['top1']*len(labels), among + got[f'per_item_top{k}'].sum().item(), n + len(labels)
-    if not n: raise ValueError("no images to classify; the iterable of (images, labels) was empty")
+        first, among, n = (first + got['top1']*len(labels),
+                           among + got[f'per_item_top{k}'].sum().item(),
+                           n + len(labels))
+    if not n:
+        raise ValueError("no images to classify; the iterable of "
+                         "(images, labels) was empty")
     return {'top1': first/n, f'top{k}': among/n, 'n': n}

@@ -28,26 +28,33 @@ def import_open_clip():
     "open_clip, only when it is needed"
     import_torchvision()
     try: import open_clip
-    except ImportError as e: raise ImportError("CLIP, HPSv2 and the aesthetic score need the package open_clip_torch: pip install 'arpo_nb[rewards]'") from e
+    except ImportError as e:
+        raise ImportError("CLIP, HPSv2 and the aesthetic score need the package "
+                          "open_clip_torch: pip install 'arpo_nb[rewards]'") from e
     return open_clip
 
 # %% ../../nbs/23_clip.ipynb #8d8f17b5
 def cubic(x:Tensor) -> Tensor:
     "Keys' cubic kernel, a = −1/2"
     x = x.abs()
-    return torch.where(x < 1, (1.5*x - 2.5)*x*x + 1, torch.where(x < 2, ((-.5*x + 2.5)*x - 4)*x + 2, 0.))
+    return torch.where(x < 1, (1.5*x - 2.5)*x*x + 1,
+                       torch.where(x < 2, ((-.5*x + 2.5)*x - 4)*x + 2, 0.))
 
 def triangle(x:Tensor) -> Tensor: return (1 - x.abs()).clamp(min=0)
 
-FILTERS = dict(bicubic=(cubic, 2), bilinear=(triangle, 1)) # kernel and the half-width of its support
+# kernel and the half-width of its support
+FILTERS = dict(bicubic=(cubic, 2), bilinear=(triangle, 1))
 
 @lru_cache(64)
-def resize_matrix(src:int, dst:int, filter:str) -> Tensor: # [dst, src] float64, whole numbers: weights times 2²²
+# [dst, src] float64, whole numbers: weights times 2²²
+def resize_matrix(src:int, dst:int, filter:str) -> Tensor:
     "One pass of an antialiased resize in fixed point"
     kernel, half = FILTERS[filter]
     scale, pixel = src/dst, torch.arange(src, dtype=torch.float64)
-    stretch, centre = max(scale, 1.), (torch.arange(dst, dtype=torch.float64)[:, None] + .5)*scale
-    first, end = (centre - half*stretch + .5).floor(), (centre + half*stretch + .5).floor()
+    stretch, centre = (max(scale, 1.),
+                       (torch.arange(dst, dtype=torch.float64)[:, None] + .5)*scale)
+    first, end = ((centre - half*stretch + .5).floor(),
+                  (centre + half*stretch + .5).floor())
     w = kernel((pixel + .5 - centre)/stretch)*((pixel >= first) & (pixel < end))
     w = w/w.sum(1, keepdim=True)*2**22
     return (w + .5*w.sign()).trunc()
@@ -64,7 +71,8 @@ def resize_8bit(images:Tensor, # [N, C, h, w] whole numbers 0 to 255, any dtype
     return x
 
 # %% ../../nbs/23_clip.ipynb #4fb2a5e1
-CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+CLIP_MEAN, CLIP_STD = ((.48145466, .4578275, .40821073),
+                       (.26862954, .26130258, .27577711))
 
 def standardise(x:Tensor, # [N, 3, H, W] in [0, 1]
                 mean=CLIP_MEAN, std=CLIP_STD) -> Tensor: # float32
@@ -79,8 +87,11 @@ def shortest_side(images:Tensor, # [N, 3, H, W] in [0, 1]
     "Resize so that the shortest side is `size`, as torchvision does"
     h, w = images.shape[-2:]
     new = (size, int(size*w/h)) if h <= w else (int(size*h/w), size)
-    if eight_bit: return (resize_8bit((255*images.float()).round().clamp(0, 255), *new, filter)/255).float()
-    return F.interpolate(images.float(), new, mode=filter, antialias=True, align_corners=False)
+    if eight_bit:
+        return (resize_8bit((255*images.float()).round().clamp(0, 255),
+                            *new, filter)/255).float()
+    return F.interpolate(images.float(), new, mode=filter, antialias=True,
+                         align_corners=False)
 
 def centre_crop(x:Tensor, size:int) -> Tensor:
     "The middle `size` × `size` pixels, torchvision's rounding"
@@ -90,14 +101,17 @@ def centre_crop(x:Tensor, size:int) -> Tensor:
 def clip_preprocess(images:Tensor, # [N, 3, H, W] in [0, 1]
                     size:int=224, eight_bit:bool=True) -> Tensor: # [N, 3, size, size]
     "CLIP's preprocessing: shortest side, centre crop, standardise"
-    return standardise(centre_crop(shortest_side(images, size, eight_bit=eight_bit), size))
+    return standardise(centre_crop(shortest_side(images, size, eight_bit=eight_bit),
+                                   size))
 
 def hps_preprocess(images:Tensor, # [N, 3, H, W] in [0, 1]
                    size:int=224, antialias:bool=True) -> Tensor: # [N, 3, size, size]
     "HPSv2's preprocessing: longest side, black bars, standardise"
-    scale = size/max(images.shape[-2:]) # first: rounded once more, it decides sides of half a pixel
+    # first: rounded once more, it decides sides of half a pixel
+    scale = size/max(images.shape[-2:])
     h, w = (round(s*scale) for s in images.shape[-2:])
-    x = F.interpolate(images.float(), (h, w), mode='bicubic', antialias=antialias, align_corners=False)
+    x = F.interpolate(images.float(), (h, w), mode='bicubic', antialias=antialias,
+                      align_corners=False)
     left, top = (size - w)//2, (size - h)//2
     return standardise(F.pad(x, (left, size - w - left, top, size - h - top)))
 
@@ -110,8 +124,13 @@ def tokenize(prompts:list, # N strings
              length:int=77) -> Tensor: # [N, length] int64, zeros after the end
     "CLIP's tokens of some prompts"
     tokens = _tokenizer()(list(prompts), context_length=length)
-    full = [i for i in (tokens[:, -1] != 0).nonzero().flatten().tolist() if len(_tokenizer().encode(prompts[i])) > length - 2]
-    if full: warnings.warn(f"{len(full)} of {len(prompts)} prompts are longer than {length - 2} tokens and are cut, the first is {prompts[full[0]][:60]!r}…; what was cut is not scored")
+    full = [i for i in (tokens[:, -1] != 0).nonzero().flatten().tolist()
+            if len(_tokenizer().encode(prompts[i])) > length - 2]
+    if full:
+        warnings.warn(f"{len(full)} of {len(prompts)} prompts are "
+                      f"longer than {length - 2} "
+                      f"tokens and are cut, the first is {prompts[full[0]][:60]!r}…; "
+                      "what was cut is not scored")
     return tokens
 
 # %% ../../nbs/23_clip.ipynb #f38649d0
@@ -162,7 +181,9 @@ def build_clip(name:str='clip_l14', # key of `CLIPS`
 # %% ../../nbs/23_clip.ipynb #ca26838d
 def check_precision(precision:str) -> str: # the same
     "Raise for a precision `CLIPScorer` doesn't know"
-    if precision not in ('auto', 'float16', 'bfloat16', 'float32'): raise ValueError(f"precision={precision!r}: choose auto, float16, bfloat16 or float32")
+    if precision not in ('auto', 'float16', 'bfloat16', 'float32'):
+        raise ValueError(f"precision={precision!r}: choose auto, float16, "
+                         "bfloat16 or float32")
     return precision
 
 class CLIPScorer(nn.Module):
@@ -171,7 +192,9 @@ class CLIPScorer(nn.Module):
                  model:nn.Module, # from `build_clip`
                  preprocess=clip_preprocess, # [N, 3, H, W] in [0, 1] to network input
                  chunk_size:int=64, # images per forward, 0 for all
-                 precision:str='auto', # 'auto': float16 autocast on a GPU, float32 elsewhere; or 'float16', 'bfloat16', 'float32'
+                 # 'auto': float16 autocast on a GPU, float32 elsewhere; or 'float16',
+                 # 'bfloat16', 'float32'
+                 precision:str='auto',
                  max_cached:int=20_000, # prompts remembered
                 ):
         super().__init__()
@@ -180,10 +203,13 @@ class CLIPScorer(nn.Module):
 
     def _follow(self, device):
         "Move to a device, and forget embeddings that lie on another"
-        if next(self.model.parameters()).device != device: self.cache.clear(), self.to(device)
+        if next(self.model.parameters()).device != device:
+            self.cache.clear(), self.to(device)
 
     def _autocast(self, device):
-        half = dict(auto=torch.float16 if device.type == 'cuda' else None, float32=None).get(self.precision, getattr(torch, self.precision, None))
+        half = dict(auto=torch.float16 if device.type == 'cuda' else None,
+                    float32=None).get(self.precision,
+                                      getattr(torch, self.precision, None))
         return torch.autocast(device.type, half) if half else nullcontext()
 
     @torch.no_grad()
@@ -192,7 +218,9 @@ class CLIPScorer(nn.Module):
         "Embed images, `chunk_size` at a time"
         check_images(images)
         self._follow(images.device)
-        with self._autocast(images.device): out = [self.model.encode_image(self.preprocess(c)) for c in images.split(self.chunk_size or len(images))]
+        with self._autocast(images.device):
+            out = [self.model.encode_image(self.preprocess(c))
+                   for c in images.split(self.chunk_size or len(images))]
         return F.normalize(torch.cat(out).float(), dim=-1)
 
     @torch.no_grad()
@@ -204,7 +232,8 @@ class CLIPScorer(nn.Module):
         new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
         for i in range(0, len(new), 256):
             some = new[i:i + 256]
-            with self._autocast(device): e = self.model.encode_text(tokenize(some).to(device))
+            with self._autocast(device):
+                e = self.model.encode_text(tokenize(some).to(device))
             self.cache.update(zip(some, F.normalize(e.float(), dim=-1)))
         out = torch.stack([self.cache[p] for p in prompts])
         while len(self.cache) > self.max_cached: self.cache.pop(next(iter(self.cache)))
@@ -214,18 +243,28 @@ class CLIPScorer(nn.Module):
               prompts:list, # N strings
              ) -> Tensor: # [N] cosines
         "Cosine of every image with its prompt"
-        if len(images) != len(prompts): raise ValueError(f"prompts: expected one per image, got {len(prompts)} for {len(images)} images")
-        return (self.embed_images(images)*self.embed_texts(prompts, images.device)).sum(-1)
+        if len(images) != len(prompts):
+            raise ValueError(f"prompts: expected one per image, got {len(prompts)} "
+                             f"for {len(images)} images")
+        return (self.embed_images(images)*self.embed_texts(prompts,
+                                                           images.device)).sum(-1)
 
 # %% ../../nbs/23_clip.ipynb #6c4a128a
-SCALES = dict(cosine=lambda c: c, percent=lambda c: 100*c, torchmetrics=lambda c: (100*c).clamp(min=0), clipscore=lambda c: 2.5*c.clamp(min=0))
+SCALES = dict(cosine=lambda c: c, percent=lambda c: 100*c,
+              torchmetrics=lambda c: (100*c).clamp(min=0),
+              clipscore=lambda c: 2.5*c.clamp(min=0))
 
 def cosine_scores(image_features:Tensor, text_features:Tensor, # [..., D], any length
-                  scale:str='cosine', # cosine, percent (HPSv2's benchmark), torchmetrics, or clipscore (the original 2.5·max(c, 0))
+                  # cosine, percent (HPSv2's benchmark), torchmetrics, or clipscore (the
+                  # original 2.5·max(c, 0))
+                  scale:str='cosine',
                  ) -> Tensor: # [...]
     "The score of paired features, by its name in the literature"
-    if scale not in SCALES: raise ValueError(f"scale={scale!r}: choose one of {', '.join(SCALES)}")
-    return SCALES[scale]((F.normalize(image_features, dim=-1)*F.normalize(text_features, dim=-1)).sum(-1))
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r}: choose one of {', '.join(SCALES)}")
+    return SCALES[scale]((F.normalize(image_features, dim=-1)*F.normalize(text_features,
+                                                                          dim=-1)).sum(
+                                                                              -1))
 
 # %% ../../nbs/23_clip.ipynb #eea42356
 class AestheticHead(nn.Module):
@@ -233,8 +272,11 @@ class AestheticHead(nn.Module):
     def __init__(self, dim:int=768):
         super().__init__()
         sizes, drops = (dim, 1024, 128, 64, 16, 1), (.2, .2, .1, 0, 0)
-        layers = [m for i, d in enumerate(drops) for m in ([nn.Linear(*sizes[i:i + 2])] + ([nn.Dropout(d)] if d else []))]
-        self.layers = nn.Sequential(*layers) # the linear ones are 0, 2, 4, 6, 7, as in the published file
+        layers = [m for i, d in enumerate(drops)
+                  for m in ([nn.Linear(*sizes[i:i + 2])]
+                            + ([nn.Dropout(d)] if d else []))]
+        # the linear ones are 0, 2, 4, 6, 7, as in the published file
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, embeddings:Tensor) -> Tensor: # [N, D] of any length to [N]
         return self.layers(F.normalize(embeddings, dim=-1)).squeeze(-1)
@@ -243,7 +285,10 @@ class AestheticHead(nn.Module):
     def collapse(self) -> tuple: # w [D], b [1], float64
         "The affine map that the layers amount to"
         w, b = torch.eye(self.layers[0].in_features, dtype=torch.float64), 0.
-        for m in (m for m in self.layers if isinstance(m, nn.Linear)): w, b = m.weight.double() @ w, m.weight.double() @ (b + torch.zeros(m.in_features).double()) + m.bias.double()
+        for m in (m for m in self.layers if isinstance(m, nn.Linear)):
+            w, b = (m.weight.double() @ w,
+                    m.weight.double() @ (b + torch.zeros(m.in_features).double())
+                    + m.bias.double())
         return w[0], b
 
 def affine_score(embeddings:Tensor, # [N, D], any length
@@ -256,12 +301,22 @@ class CLIPReward:
     "Cosine of image and prompt: CLIPScore, or HPSv2 with its weights and preprocessing"
     def __init__(self, scorer:CLIPScorer): self.scorer = scorer
 
-    def __call__(self, images:Tensor, batch:Batch, state=None) -> tuple: # rewards [B, G], state untouched
+    # rewards [B, G], state untouched
+    def __call__(self, images:Tensor, batch:Batch, state=None) -> tuple:
         "[B, G, 3, H, W] images against `batch.prompts`"
-        if batch.prompts is None: raise ValueError("batch.prompts is None, but this reward compares images with prompts; for class labels let the data write them, for example 'a photo of a {class name}'")
-        if len(batch.prompts) != len(images): raise ValueError(f"batch.prompts: expected {len(images)}, one per row of images, got {len(batch.prompts)}")
-        e = self.scorer.embed_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        return (e*self.scorer.embed_texts(batch.prompts, images.device)[:, None]).sum(-1), state
+        if batch.prompts is None:
+            raise ValueError("batch.prompts is None, but this reward "
+                             "compares images with "
+                             "prompts; for class labels let the data write them, for "
+                             "example 'a photo of a {class name}'")
+        if len(batch.prompts) != len(images):
+            raise ValueError(f"batch.prompts: expected {len(images)}, one per row of "
+                             f"images, got {len(batch.prompts)}")
+        e = self.scorer.embed_images(images.flatten(0, 1)).unflatten(0,
+                                                                     images.shape[:2])
+        return (e*self.scorer.embed_texts(batch.prompts, images.device)[:,
+                                                                        None]).sum(
+                                                                            -1), state
 
 class AestheticReward:
     "LAION's aesthetic score V2 of every image"
@@ -271,7 +326,8 @@ class AestheticReward:
     def score(self, images:Tensor) -> Tensor: # [N, 3, H, W] to [N]
         return self.head.to(images.device)(self.scorer.embed_images(images))
 
-    def __call__(self, images:Tensor, batch=None, state=None) -> tuple: # rewards [B, G], state untouched
+    # rewards [B, G], state untouched
+    def __call__(self, images:Tensor, batch=None, state=None) -> tuple:
         return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
 
 # %% ../../nbs/23_clip.ipynb #1cec03c0
@@ -283,15 +339,24 @@ def clip_reward(name:str='clip_l14', # key of `CLIPS`; 'hps_v2.1' and 'hps_v2.0'
                ) -> CLIPReward:
     "CLIPScore or HPSv2 by name"
     pre = hps_preprocess if name.startswith('hps') else clip_preprocess
-    return CLIPReward(CLIPScorer(build_clip(name, weights, arch, quick_gelu, cache_dir, offline), **{'preprocess': pre, **options}))
+    return CLIPReward(CLIPScorer(build_clip(name, weights, arch, quick_gelu,
+                                            cache_dir, offline),
+                                 **{'preprocess': pre, **options}))
 
 def aesthetic_reward(weights=None, # of the head: None for the published file, 'random', or a local file
-                     scorer:CLIPScorer|None=None, # share the one of a `clip_l14` reward; None builds it
+                     # share the one of a `clip_l14` reward; None builds it
+                     scorer:CLIPScorer|None=None,
                      clip_weights=None, # of ViT-L/14, if it is built
                      cache_dir=None, offline:bool|None=None) -> AestheticReward:
     "The aesthetic score with its weights"
-    path = None if weights == 'random' else locate('aesthetic_v2', weights, cache_dir, offline)
-    scorer = scorer or CLIPScorer(build_clip('clip_l14', clip_weights, cache_dir=cache_dir, offline=offline))
+    path = (None if weights == 'random'
+            else locate('aesthetic_v2', weights, cache_dir, offline))
+    scorer = (scorer
+              or CLIPScorer(build_clip('clip_l14', clip_weights, cache_dir=cache_dir,
+                                       offline=offline)))
     head = AestheticHead(scorer.model.text_projection.shape[1])
-    if path is not None: load_strict(head, read_state_dict(path), path, describe=lambda s: f'an aesthetic head of {len(s)} tensors' if 'layers.0.weight' in s else f'a network of {len(s)} tensors')
+    if path is not None:
+        load_strict(head, read_state_dict(path), path,
+                    describe=lambda s: f'an aesthetic head of {len(s)} tensors'
+                    if 'layers.0.weight' in s else f'a network of {len(s)} tensors')
     return AestheticReward(scorer, head)

@@ -13,35 +13,57 @@ from ..models.checkpoints import load_strict, read_state_dict
 from ..weights import import_torchvision, locate
 
 # %% ../../nbs/22_features.ipynb #d2bf66d3
-TRUNKS = dict(vgg=('vgg16', 16), alex=('alexnet', 31), squeeze=('squeezenet', 17)) # published file and smallest side
+# published file and smallest side
+TRUNKS = dict(vgg=('vgg16', 16), alex=('alexnet', 31), squeeze=('squeezenet', 17))
 
 class LPIPSFeatures(nn.Module):
     "The lpips package's network as a `Perceptual`: feature maps whose squared differences add up to LPIPS"
     def __init__(self,
                  net:str='vgg', # 'vgg' (the papers'), 'alex' or 'squeeze'
-                 random:bool=False, # a random trunk with the real heads, for rehearsals; no download
-                 weights=None, # of the trunk: a local file, or None for the published one
+                 # a random trunk with the real heads, for rehearsals; no download
+                 random:bool=False,
+                 # of the trunk: a local file, or None for the published one
+                 weights=None,
                 ):
         super().__init__()
-        if net not in TRUNKS: raise ValueError(f"net={net!r}: choose one of {', '.join(TRUNKS)}")
+        if net not in TRUNKS:
+            raise ValueError(f"net={net!r}: choose one of {', '.join(TRUNKS)}")
         import_torchvision()
         try: import lpips
-        except ImportError as e: raise ImportError("LPIPS needs the package lpips: pip install 'arpo_nb[rewards]'") from e
+        except ImportError as e:
+            raise ImportError("LPIPS needs the package lpips: pip install "
+                              "'arpo_nb[rewards]'") from e
         self.published, self.side = TRUNKS[net]
-        path = None if random else locate(self.published, weights) # before building anything
-        self.lpips = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
+        # before building anything
+        path = None if random else locate(self.published, weights)
+        self.lpips = lpips.LPIPS(net=net, pnet_rand=True,
+                                 verbose=False).eval().requires_grad_(False)
         if path is not None: self._load_trunk(path)
 
     def _load_trunk(self, path):
         "Fill the trunk from torchvision's file; layers keep their numbers there"
-        state, own = read_state_dict(path), {f"features.{k.split('.', 1)[1]}": k for k in self.lpips.net.state_dict()}
-        load_strict(self.lpips.net, {own[k]: v for k, v in state.items() if k in own}, path, describe=lambda s: f'{len(s)} tensors of the trunk of {self.published}')
+        state, own = (read_state_dict(path),
+                      {f"features.{k.split('.', 1)[1]}": k
+                       for k in self.lpips.net.state_dict()})
+        load_strict(self.lpips.net, {own[k]: v for k, v in state.items() if k in own},
+                    path, describe=lambda s: f'{len(s)} tensors of the trunk of '
+                    f'{self.published}')
 
     def features(self, images:Tensor) -> list:
         "[N, 3, H, W] in [0, 1] to weighted feature maps"
-        if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"images: expected [N, 3, H, W], got {list(images.shape)}; flatten groups with images.flatten(0, 1)")
-        if not images.is_floating_point(): raise ValueError(f"images: expected floats in [0, 1], got {images.dtype}; divide by 255")
-        if min(images.shape[2:]) < self.side: raise ValueError(f"images: {images.shape[2]} × {images.shape[3]} pixels are too few for {self.published}, which needs sides of {self.side}; enlarge them or set perceptual_coef=0")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError("images: expected [N, 3, H, W], got "
+                             f"{list(images.shape)}; "
+                             "flatten groups with images.flatten(0, 1)")
+        if not images.is_floating_point():
+            raise ValueError("images: expected floats in [0, 1], got "
+                             f"{images.dtype}; divide by 255")
+        if min(images.shape[2:]) < self.side:
+            raise ValueError(f"images: {images.shape[2]} × {images.shape[3]} "
+                             "pixels are too " f"few for {self.published}, which needs "
+                             f"sides of {self.side}; "
+                             "enlarge them or set perceptual_coef=0")
         maps = self.lpips.net(self.lpips.scaling_layer(2*images - 1))
         heads = [lin.model[-1].weight.clamp(min=0).sqrt() for lin in self.lpips.lins]
-        return [m/(m.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)*w for m, w in zip(maps, heads)]
+        return [m/(m.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)*w for m,
+                w in zip(maps, heads)]

@@ -23,7 +23,10 @@ def to_255(images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
           ) -> Tensor: # [N, 3, H, W] float32 in 0 ... 255
     "Pixels on the scale of 8-bit files, after a check of shape and range"
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
-        raise ValueError(f"images have shape {tuple(images.shape)}, expected [N, 3, H, W] with N > 0: RGB, channels first; grey pictures need .expand(-1, 3, -1, -1), an alpha channel must go")
+        raise ValueError(f"images have shape {tuple(images.shape)}, "
+                         "expected [N, 3, H, W] "
+                         "with N > 0: RGB, channels first; grey pictures "
+                         "need .expand(-1, " "3, -1, -1), an alpha channel must go")
     if images.dtype == torch.uint8: return images.float()
     check_images(images)
     x = 255*images.float()
@@ -34,7 +37,8 @@ def tf1_resize(x:Tensor, # [N, C, H, W] float
                size:int=299, # new side
               ) -> Tensor: # [N, C, size, size]
     "Bilinear resize as in TensorFlow 1: corners at i·n/n', no half-pixel shift"
-    def taps(n): # the two neighbours of every output pixel, and how far it is from the first
+    # the two neighbours of every output pixel, and how far it is from the first
+    def taps(n):
         at = torch.arange(size, device=x.device, dtype=torch.float32)*(torch.tensor(n, dtype=torch.float32)/size).item()
         low = at.long().clamp(max=n-1)
         return low, (low + 1).clamp(max=n-1), at - low
@@ -49,7 +53,9 @@ class Conv(nn.Module):
     def __init__(self, inp, out, kernel, stride=1, pad=True):
         super().__init__()
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        self.conv = nn.Conv2d(inp, out, kernel, stride, tuple(k//2 if pad and stride == 1 else 0 for k in kernel), bias=False)
+        self.conv = nn.Conv2d(inp, out, kernel, stride,
+                              tuple(k//2 if pad and stride == 1 else 0 for k in kernel),
+                              bias=False)
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
     def forward(self, x): return F.relu(self.bn(self.conv(x)), inplace=True)
 
@@ -67,29 +73,42 @@ class Mixed(nn.Module):
             width, names = inp, []
             for i, step in enumerate(chain, 1):
                 label = f'{name}_{i}' if len(chain) > 1 else name
-                fork = {label + s: c for s, c in zip('ab', step)} if isinstance(step, list) else {label: step}
+                fork = ({label + s: c for s, c in zip('ab', step)}
+                        if isinstance(step, list) else {label: step})
                 for n, c in fork.items(): setattr(self, n, Conv(width, *c))
                 width = sum(c[0] for c in fork.values())
                 names.append(list(fork))
             self.plan.append((name, names))
             self.channels += width
     def branch(self, x, names):
-        for fork in names: x = torch.cat([getattr(self, n)(x) for n in fork], 1) if len(fork) > 1 else getattr(self, fork[0])(x)
+        for fork in names:
+            x = (torch.cat([getattr(self, n)(x) for n in fork], 1) if len(fork) > 1
+                 else getattr(self, fork[0])(x))
         return x
     def forward(self, x):
-        outs = [self.branch(self.pool(x) if name == 'branch_pool' else x, names) for name, names in self.plan]
+        outs = [self.branch(self.pool(x) if name == 'branch_pool' else x, names)
+                for name, names in self.plan]
         return torch.cat(outs + ([halve(x)] if self.pool is halve else []), 1)
 
-def mixed_a(inp, pooled): return Mixed(inp, avg_pool, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
-def mixed_b(inp): return Mixed(inp, halve, branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)])
+def mixed_a(inp, pooled):
+    return Mixed(inp, avg_pool, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                 branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
+def mixed_b(inp):
+    return Mixed(inp, halve, branch3x3=[(384, 3, 2)],
+                 branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)])
 def mixed_c(inp, c):
     row, column = (c, (1, 7)), (c, (7, 1))
-    return Mixed(inp, avg_pool, branch1x1=[(192, 1)], branch7x7=[(c, 1), row, (192, (7, 1))],
-                 branch7x7dbl=[(c, 1), column, row, column, (192, (1, 7))], branch_pool=[(192, 1)])
-def mixed_d(inp): return Mixed(inp, halve, branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)])
+    return Mixed(inp, avg_pool, branch1x1=[(192, 1)],
+                 branch7x7=[(c, 1), row, (192, (7, 1))],
+                 branch7x7dbl=[(c, 1), column, row, column, (192, (1, 7))],
+                 branch_pool=[(192, 1)])
+def mixed_d(inp):
+    return Mixed(inp, halve, branch3x3=[(192, 1), (320, 3, 2)],
+                 branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)])
 def mixed_e(inp, pool):
     fork = [(384, (1, 3)), (384, (3, 1))]
-    return Mixed(inp, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), fork], branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=[(192, 1)])
+    return Mixed(inp, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), fork],
+                 branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=[(192, 1)])
 
 # %% ../../nbs/26_inception.ipynb #27165f14
 class Features(NamedTuple):
@@ -103,10 +122,19 @@ class Inception(nn.Module):
     def __init__(self):
         super().__init__()
         self.name = 'uninitialised Inception'
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3 = Conv(3, 32, 3, 2), Conv(32, 32, 3, 1, False), Conv(32, 64, 3)
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3, 1, False)
-        blocks = dict(Mixed_5b=(mixed_a, 32), Mixed_5c=(mixed_a, 64), Mixed_5d=(mixed_a, 64), Mixed_6a=(mixed_b,), Mixed_6b=(mixed_c, 128), Mixed_6c=(mixed_c, 160),
-                      Mixed_6d=(mixed_c, 160), Mixed_6e=(mixed_c, 192), Mixed_7a=(mixed_d,), Mixed_7b=(mixed_e, avg_pool), Mixed_7c=(mixed_e, max_pool))
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3 = (Conv(3, 32, 3, 2),
+                                                                      Conv(32,
+                                                                           32,
+                                                                           3, 1, False),
+                                                                      Conv(32, 64, 3))
+        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = (Conv(64, 80, 1),
+                                                  Conv(80, 192, 3, 1, False))
+        blocks = dict(Mixed_5b=(mixed_a, 32), Mixed_5c=(mixed_a, 64),
+                      Mixed_5d=(mixed_a, 64), Mixed_6a=(mixed_b,),
+                      Mixed_6b=(mixed_c, 128), Mixed_6c=(mixed_c, 160),
+                      Mixed_6d=(mixed_c, 160), Mixed_6e=(mixed_c, 192),
+                      Mixed_7a=(mixed_d,), Mixed_7b=(mixed_e, avg_pool),
+                      Mixed_7c=(mixed_e, max_pool))
         channels = 192
         for name, (block, *args) in blocks.items():
             setattr(self, name, block(channels, *args))
@@ -118,7 +146,9 @@ class Inception(nn.Module):
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x))))
         for name in self.blocks:
-            if name == 'Mixed_6d': spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+            if name == 'Mixed_6d':
+                spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0,
+                                                                    2, 3, 1).flatten(1)
             x = getattr(self, name)(x)
         pool = x.mean((2, 3))
         return Features(pool, spatial, pool@self.fc.weight.T)
@@ -131,8 +161,10 @@ class Inception(nn.Module):
                 ) -> Features:
         "Evaluator features of images, on the network's device, in full float32"
         device, flags = self.fc.weight.device, torch.backends.cudnn
-        with flags.flags(enabled=True, benchmark=flags.benchmark, deterministic=flags.deterministic, allow_tf32=False):
-            parts = [self.trunk((tf1_resize(to_255(part.to(device), quantize)) - 128)/128) for part in images.split(batch_size)]
+        with flags.flags(enabled=True, benchmark=flags.benchmark,
+                         deterministic=flags.deterministic, allow_tf32=False):
+            parts = [self.trunk((tf1_resize(to_255(part.to(device), quantize))
+                                 - 128)/128) for part in images.split(batch_size)]
         return Features(*map(torch.cat, zip(*parts)))
 
     def forward(self, images:Tensor): # features [N, 2048] and logits [N, 1008]
@@ -154,7 +186,11 @@ def load_inception(weights:str|None=None, # None for the published file as `weig
         net.name = f'random Inception {seed}'
         return net
     path = locate('inception', weights)
-    load_strict(net, read_state_dict(path), path, describe=lambda s: f'the FID Inception ({FILES["inception"].file})' if s.keys() == net.state_dict().keys() else f'a network of {len(s)} tensors')
+    load_strict(net, read_state_dict(path), path,
+                describe=lambda s: f'the FID Inception ({FILES["inception"].file})'
+                if s.keys() == net.state_dict().keys()
+                else f'a network of {len(s)} tensors')
     digest = noted_sha256(path)
-    net.name = 'Inception 2015-12-05' if digest == FILES['inception'].sha256 else f'Inception from {path.name} (sha {digest[:8]})'
+    net.name = ('Inception 2015-12-05' if digest == FILES['inception'].sha256
+                else f'Inception from {path.name} (sha {digest[:8]})')
     return net

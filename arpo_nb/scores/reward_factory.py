@@ -22,22 +22,30 @@ from .maniqa import maniqa_reward
 from ..weights import FILES, require
 
 # %% ../../nbs/25_reward_factory.ipynb #99ca069c
-CLIP_OF = dict(clip='clip_l14', clip_b32='clip_b32', hps='hps_v2.1', aesthetic='clip_l14') | {f'hps_v2.{i}': f'hps_v2.{i}' for i in (0, 1)}
+CLIP_OF = dict(clip='clip_l14', clip_b32='clip_b32', hps='hps_v2.1',
+               aesthetic='clip_l14') | {f'hps_v2.{i}': f'hps_v2.{i}' for i in (0, 1)}
 REWARDS = *CLIP_OF, 'maniqa', 'brightness', 'darkness', 'loo_fid'
 
 def read_rewards(spec, # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict name → weight
                 ) -> dict: # name → weight
     "Names and weights, checked"
     text = spec
-    if isinstance(spec, str) and re.search('[:,]', spec): # the second form, written as the first
-        text = '+'.join('*'.join(reversed([w.strip() for w in part.split(':', 1)])) for part in spec.split(',') if part.strip())
+    # the second form, written as the first
+    if isinstance(spec, str) and re.search('[:,]', spec):
+        text = '+'.join('*'.join(reversed([w.strip() for w in part.split(':', 1)]))
+                        for part in spec.split(',') if part.strip())
     try: out = dict(spec) if isinstance(spec, dict) else parse_rewards(text)
-    except ValueError as e: raise ValueError(f"{e} (read from {spec!r})" if text != spec else str(e)) from None
+    except ValueError as e:
+        raise ValueError(f"{e} (read from {spec!r})" if text != spec
+                         else str(e)) from None
     for name in out:
         if name in REWARDS: continue
         near = difflib.get_close_matches(name, REWARDS, 1)
-        raise ValueError(f"rewards={spec!r}: no reward named {name!r}{f', did you mean {near[0]!r}?' if near else '.'} Known: {', '.join(REWARDS)}")
-    if not out: raise ValueError(f"rewards={spec!r}: empty; expected something like 'clip+hps'")
+        raise ValueError(f"rewards={spec!r}: no reward named "
+                         f"{name!r}{f', did you mean {near[0]!r}?' if near else '.'} "
+                         f"Known: {', '.join(REWARDS)}")
+    if not out:
+        raise ValueError(f"rewards={spec!r}: empty; expected something like 'clip+hps'")
     return out
 
 # %% ../../nbs/25_reward_factory.ipynb #5097d9b1
@@ -52,54 +60,72 @@ class PCA:
     @classmethod
     def fit(cls, reference:Reference, k:int):
         "The first `k` directions of a reference with covariance"
-        if reference.cov is None: raise ValueError("pca: needs the reference's covariance, got standard deviations only")
-        if not 1 <= k <= len(reference.mean): raise ValueError(f"pca={k}: expected 1 to {len(reference.mean)}, the number of features")
+        if reference.cov is None:
+            raise ValueError("pca: needs the reference's covariance, got "
+                             "standard deviations only")
+        if not 1 <= k <= len(reference.mean):
+            raise ValueError(f"pca={k}: expected 1 to {len(reference.mean)}, "
+                             "the number of features")
         lam, U = torch.linalg.eigh(reference.cov)
-        return cls(reference.mean, U[:, -k:].flip(1).contiguous(), lam[-k:].flip(0).clamp(min=0), reference.fingerprint)
+        return cls(reference.mean, U[:, -k:].flip(1).contiguous(),
+                   lam[-k:].flip(0).clamp(min=0), reference.fingerprint)
 
     def __call__(self, features:Tensor) -> Tensor: # [N, D] to [N, k], float32 or float64
         "Project features"
-        mean, basis = self.mean.to(features.device), self.basis.to(features.device)
-        return ((features.double() - mean)@basis).to(torch.promote_types(features.dtype, torch.float32))
+        mean, basis = (t.to(features.device) for t in (self.mean, self.basis))
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        return ((features.double() - mean)@basis).to(dtype)
 
     @property
     def reference(self) -> Reference:
         "The reference's moments in these directions"
-        return Reference(torch.zeros_like(self.variances), self.variances.sqrt(), self.variances.diag())
+        return Reference(torch.zeros_like(self.variances), self.variances.sqrt(),
+                         self.variances.diag())
 
     def save(self, path):
         "Write a safetensors file"
-        save_file({k: getattr(self, k).contiguous() for k in ('mean', 'basis', 'variances', 'of')}, path)
+        save_file({k: getattr(self, k).contiguous()
+                   for k in ('mean', 'basis', 'variances', 'of')}, path)
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote"
-        if not Path(path).exists(): raise FileNotFoundError(f"pca={str(path)!r}: no such file; PCA.fit(reference, k).save(path) writes one")
+        if not Path(path).exists():
+            raise FileNotFoundError(f"pca={str(path)!r}: no such file; "
+                                    "PCA.fit(reference, " "k).save(path) writes one")
         return cls(**load_file(path))
 
 # %% ../../nbs/25_reward_factory.ipynb #b50d080d
-def load_reference(reference, # whatever `as_reference` takes: `Reference`, pair, features, or a file
-                   network:str|None=None, # name of the extractor; a file that says it was made with another is refused
+def load_reference(reference, # anything `as_reference` takes: pair, features, file, …
+                   network:str|None=None, # name of the extractor, if it must be its own
                   ) -> Reference:
     "A `Reference` that belongs to an extractor"
     ref = as_reference(reference)
     if network and ref.network and ref.network != network:
-        raise ValueError(f"reference={str(reference)!r}: made with the network {ref.network!r}, but the features here come from {network!r}; "
-                         "make the reference again with that one")
+        raise ValueError(f"reference={str(reference)!r}: made with the network "
+                         f"{ref.network!r}, but the features here come from "
+                         f"{network!r}; make the reference again with that one")
     return ref
 
 def make_loo_fid(extractor, # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`, if it has one, must be that of the reference's network
-                 reference=None, # as for `load_reference`; not needed with a stored `pca`
-                 pca=0, # number of directions, a stored basis (file or `PCA`), or 0 for the features themselves
+                 reference=None, # as above; not needed with a stored `pca`
+                 # number of directions, a stored basis (file or `PCA`), or 0 for the
+                 # features themselves
+                 pca=0,
                  **options, # of `LOOFIDReward` and `loo_fid_reward`
                 ) -> LOOFIDReward:
     "The leave-one-out reward, on principal directions if asked for"
-    ref = None if reference is None else load_reference(reference, getattr(extractor, 'name', None))
+    ref = (None if reference is None
+           else load_reference(reference, getattr(extractor, 'name', None)))
     if isinstance(pca, (str, Path)): pca = PCA.load(pca)
     if isinstance(pca, int) and pca: pca = PCA.fit(ref, pca) if ref else None
-    if pca is None or (not pca and ref is None): raise ValueError("reference: expected moments of real features, got None; only a stored pca can do without")
+    if pca is None or (not pca and ref is None):
+        raise ValueError("reference: expected moments of real features, got None; "
+                         "only a stored pca can do without")
     if not pca: return LOOFIDReward(extractor, ref, **options)
-    if ref and not torch.allclose(ref.fingerprint, pca.of): raise ValueError("pca: this basis was made from another reference; fit it again, or leave reference out")
+    if ref and not torch.allclose(ref.fingerprint, pca.of):
+        raise ValueError("pca: this basis was made from another reference; fit "
+                         "it again, or leave reference out")
     return LOOFIDReward(lambda images: pca(extractor(images)), pca.reference, **options)
 
 # %% ../../nbs/25_reward_factory.ipynb #0796dc19

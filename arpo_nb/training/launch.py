@@ -20,17 +20,21 @@ from pathlib import Path
 import torch
 
 from ..config import RECIPES, VARIANTS, Config, from_json, override, preset, uses_perceptual
-from ..systems import MODELS, load_data, load_reward, load_system
+from ..specs import known_models
+from ..systems import load_data, load_reward, load_system
 from .plan import check_memory, describe, make_plan
-from .trainer import claim_folder, train
+from .run_folder import claim_folder
+from .trainer import train
 
 # %% ../../nbs/42_launch.ipynb #944ac585
 def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> list:
     "Load the system and its data and train, in this process; returns the metrics"
     claim_folder(out_dir, cfg, resume) # refuse before loading gigabytes
     check_memory(make_plan(cfg), cfg)
-    system = load_system(cfg.model, cfg.weights, cfg.seed, uses_perceptual(cfg), cfg.tokenizer_weights)
-    return train(system, load_data(cfg, system), cfg, out_dir, reward=load_reward(cfg, system), resume=resume, progress=progress)
+    system = load_system(cfg.model, cfg.weights, cfg.seed, uses_perceptual(cfg),
+                         cfg.tokenizer_weights)
+    return train(system, load_data(cfg, system), cfg, out_dir,
+                 reward=load_reward(cfg, system), resume=resume, progress=progress)
 
 def launch(cfg:Config, # what to run
            out_dir:str|Path, # gets config.json, metrics.jsonl and checkpoint/
@@ -41,9 +45,11 @@ def launch(cfg:Config, # what to run
     if cfg.num_processes == 1: return run(cfg, out_dir, resume, progress)
     out = claim_folder(out_dir, cfg, resume)
     job = out/'launch.json'
-    job.write_text(json.dumps(dict(config=asdict(cfg), out_dir=str(out.resolve()), resume=True, progress=progress)))
+    job.write_text(json.dumps(dict(config=asdict(cfg), out_dir=str(out.resolve()),
+                                   resume=True, progress=progress)))
     cmd = [*launch_command(cfg), str(job.resolve())]
-    child = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+    child = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
     lines = []
     try:
         for line in child.stdout:
@@ -53,7 +59,9 @@ def launch(cfg:Config, # what to run
         if child.poll() is None:
             child.terminate()
             child.wait()
-    if child.wait(): raise RuntimeError(f"{' '.join(cmd)} failed with code {child.returncode}:\n{''.join(lines)}")
+    if child.wait():
+        raise RuntimeError(f"{' '.join(cmd)} failed with code "
+                           f"{child.returncode}:\n{''.join(lines)}")
     job.unlink()
     return [json.loads(line) for line in (out/'metrics.jsonl').read_text().splitlines()]
 
@@ -65,27 +73,37 @@ def free_port() -> int:
 
 def launch_command(cfg:Config) -> list:
     "The command line that starts `cfg.num_processes` processes, without the job file"
-    gpus = ['accelerate.commands.launch', '--multi_gpu', f'--num_processes={cfg.num_processes}', '--num_machines=1', f'--main_process_port={free_port()}',
+    gpus = ['accelerate.commands.launch', '--multi_gpu',
+            f'--num_processes={cfg.num_processes}', '--num_machines=1',
+            f'--main_process_port={free_port()}',
             f'--mixed_precision={cfg.mixed_precision}', '--dynamo_backend=no']
-    cpus = ['torch.distributed.run', '--standalone', f'--nproc_per_node={cfg.num_processes}'] # accelerate would start one process, whatever the number
-    return [sys.executable, '-m', *(gpus if torch.cuda.is_available() else cpus), '-m', 'arpo_nb.training.launch']
+    # accelerate would start one process, whatever the number
+    cpus = ['torch.distributed.run', '--standalone',
+            f'--nproc_per_node={cfg.num_processes}']
+    return [sys.executable, '-m', *(gpus if torch.cuda.is_available() else cpus),
+            '-m', 'arpo_nb.training.launch']
 
 # %% ../../nbs/42_launch.ipynb #3e2879b5
 def provenance() -> dict:
     "Versions, commit and hardware, to store with every number"
     import accelerate
     import arpo_nb
-    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=Path(arpo_nb.__file__).parent, capture_output=True, text=True)
+    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'],
+                         cwd=Path(arpo_nb.__file__).parent, capture_output=True,
+                         text=True)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return dict(arpo_nb=arpo_nb.__version__, commit=git.stdout.strip() or None, torch=torch.__version__, accelerate=accelerate.__version__,
-                python=platform.python_version(), hardware=gpus or [platform.processor() or platform.machine()], threads=torch.get_num_threads())
+    return dict(arpo_nb=arpo_nb.__version__, commit=git.stdout.strip() or None,
+                torch=torch.__version__, accelerate=accelerate.__version__,
+                python=platform.python_version(), hardware=gpus
+                or [platform.processor() or platform.machine()],
+                threads=torch.get_num_threads())
 
 # %% ../../nbs/42_launch.ipynb #32d981a3
 def main(argv=None):
     "python -m arpo_nb.training.launch FILE | --model NAME [...] [--dry-run]"
     p = argparse.ArgumentParser(prog='python -m arpo_nb.training.launch', description='Post-train an autoregressive image generator.')
     p.add_argument('file', type=Path, nargs='?', help='config.json of a run, or the launch.json a notebook wrote')
-    p.add_argument('--model', help=f"instead of a file: {', '.join(MODELS)}")
+    p.add_argument('--model', help=f"instead of a file: {', '.join(known_models())}")
     p.add_argument('--method', default='vapi', help=', '.join(RECIPES))
     p.add_argument('--variant', default='paper', help=', '.join(VARIANTS))
     p.add_argument('--set', default='', metavar='A=1,B=2', help='changed fields of the configuration')

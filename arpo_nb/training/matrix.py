@@ -21,7 +21,8 @@ from ..models.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
 from ..protocols import System
 from ..rewards import LOOFIDReward, WeightedSum
 from ..systems import load_system
-from .trainer import find_checkpoint, train
+from .run_folder import find_checkpoint
+from .trainer import train
 
 # %% ../../nbs/61_matrix.ipynb #63c4a8f3
 _FEW = dict(vocab_size=24, num_classes=5)
@@ -84,24 +85,38 @@ CELLS = { # a method: changed fields of `BASE`
        'AR-GRPO': dict(method='grpo', rewards='bright', beta=.1), 'LOO-FID': dict(method='grpo', **_BOTH, **_SEQUENCE), 'VA-π + LOO-FID': dict(method='mixed', **_BOTH)}
 
 # %% ../../nbs/61_matrix.ipynb #ece08900
-BASE = Config(model='tiny', steps=2, batch_size=4, num_generations=4, learning_rate=1e-3, save_steps=2, perceptual_coef=0., noise_rate=.2, gradient_checkpointing=True, micro_batch_size=3)
+BASE = Config(model='tiny', steps=2, batch_size=4, num_generations=4,
+              learning_rate=1e-3, save_steps=2, perceptual_coef=0., noise_rate=.2,
+              gradient_checkpointing=True, micro_batch_size=3)
 
-def _same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+def _same(a, b):
+    return all(torch.equal(x, y) for x,
+               y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 def run_cell(backbone:str, # in BACKBONES
              changes:dict, # fields of `BASE`, such as those in CELLS
              out, # folder for the run
             ) -> list: # metrics of the two steps
     "Train two steps and raise for what does not hold"
-    system, before, fresh, cfg = *(build_tiny(backbone) for _ in range(3)), replace(BASE, **changes)
-    trained, frozen = ('tokenizer', 'policy') if cfg.method == 'tokenizer' else ('policy', 'tokenizer')
+    system, before, fresh, cfg = (*(build_tiny(backbone) for _ in range(3)),
+                                  replace(BASE, **changes))
+    trained, frozen = (('tokenizer', 'policy') if cfg.method == 'tokenizer'
+                       else ('policy', 'tokenizer'))
     data = _Pictures(BACKBONES[backbone][1], system.tokenizer.image_size)
-    rows = train(system, data, cfg, out, reward=_rewards(cfg.rewards.split('+')) if cfg.method in FREE else None, progress=False)
-    if len(rows) != 2 or not all(v - v == 0 for r in rows for v in r.values()): raise AssertionError(f'metrics: expected two steps of finite numbers, got {rows}')
-    if _same(getattr(system, trained), getattr(before, trained)): raise AssertionError(f'{trained}: has not moved')
-    if not _same(getattr(system, frozen), getattr(before, frozen)): raise AssertionError(f'{frozen}: has moved, but should be frozen')
+    rows = train(system, data, cfg, out, reward=_rewards(cfg.rewards.split('+'))
+                 if cfg.method in FREE else None, progress=False)
+    if len(rows) != 2 or not all(v - v == 0 for r in rows for v in r.values()):
+        raise AssertionError('metrics: expected two steps of finite '
+                             f'numbers, got {rows}')
+    if _same(getattr(system, trained), getattr(before, trained)):
+        raise AssertionError(f'{trained}: has not moved')
+    if not _same(getattr(system, frozen), getattr(before, frozen)):
+        raise AssertionError(f'{frozen}: has moved, but should be frozen')
     for key in ('policy/ratio', 'vapi/policy/ratio'):
-        if not abs(rows[0].get(key, 1.) - 1) < 1e-4: raise AssertionError(f'{key}: {rows[0][key]} on the first step, expected 1')
+        if not abs(rows[0].get(key, 1.) - 1) < 1e-4:
+            raise AssertionError(f'{key}: {rows[0][key]} on the first step, expected 1')
     load_weights(getattr(fresh, trained), find_checkpoint(out))
-    if not _same(getattr(fresh, trained), getattr(system, trained)): raise AssertionError(f'{trained}: the checkpoint holds other weights than the trained model')
+    if not _same(getattr(fresh, trained), getattr(system, trained)):
+        raise AssertionError(f'{trained}: the checkpoint holds other weights '
+                             'than the trained model')
     return rows

@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import FREE, SAMPLING, Config, contexts, uses_perceptual
 from ..protocols import map_cond
-from ..systems import check_data, load_system, model_files
+from ..systems import check_data, load_shapes, model_files
 from ..weights import _hub, plan_file, url_cache
 
 # %% ../../nbs/43_plan.ipynb #0f26d176
-BLOCK = 24 # values per token and channel that a transformer block keeps for its backward pass
+# values per token and channel that a transformer block keeps for its backward pass
+BLOCK = 24
 DECODER = 5 # maps of the decoder's full-resolution width that exist at a time
 
 @dataclass(frozen=True)
@@ -41,55 +42,77 @@ def memory_estimate(cfg:Config, system # `System`, may be on the meta device
     "Peak memory of a training step, by part"
     policy, side = system.policy, system.tokenizer.image_size
     half, world = cfg.mixed_precision == 'bf16', cfg.num_processes
-    trained = system.tokenizer.decoder_parameters() if cfg.method == 'tokenizer' else list(policy.parameters())
+    trained = (system.tokenizer.decoder_parameters() if cfg.method == 'tokenizer'
+               else list(policy.parameters()))
     n = sum(p.numel() for p in trained)
     dim, layers = _width(policy)
-    rows = min(cfg.micro_batch_size or 10**9, (cfg.mini_batch_size or contexts(cfg))//world)
+    rows = min(cfg.micro_batch_size or 10**9,
+               (cfg.mini_batch_size or contexts(cfg))//world)
     tokens, size = rows*policy.num_tokens, 2 if half else 4
-    kept = (layers + BLOCK if cfg.gradient_checkpointing else layers*BLOCK)*tokens*dim*size
+    kept = (layers + BLOCK if cfg.gradient_checkpointing
+            else layers*BLOCK)*tokens*dim*size
     group = cfg.free_generations or cfg.num_generations
     samples = min(cfg.generate_batch_size or 10**9, cfg.batch_size*group//world)*(2 if cfg.rollout_cfg_scale > 1 else 1) if cfg.method in FREE else 0
     width = getattr(getattr(system.tokenizer, 'cfg', None), 'ch', 128)
-    out = {'weights, gradients, Adam': n*(16 + 2*half), 'frozen networks': 4*(_count(system.modules()) - n) + (4*n if cfg.beta and cfg.method in SAMPLING and not cfg.ref_offload else 0)}
-    phases = {'activations': kept, 'logits': 16*min(cfg.logps_chunk, tokens)*policy.vocab_size}
+    out = {'weights, gradients, Adam': n*(16 + 2*half),
+           'frozen networks': 4*(_count(system.modules()) - n)
+           + (4*n if cfg.beta and cfg.method in SAMPLING and not cfg.ref_offload
+              else 0)}
+    phases = {'activations': kept,
+              'logits': 16*min(cfg.logps_chunk, tokens)*policy.vocab_size}
     decode = DECODER*4*width*side*side*min(cfg.decode_batch_size, max(1, cfg.batch_size*cfg.num_generations//world))
     cache = samples*2*layers*dim*policy.num_tokens*4
-    return out | (phases if sum(phases.values()) > max(decode, cache) else {'decoder': decode} if decode > cache else {'key/value cache': cache})
+    return out | (phases if sum(phases.values()) > max(decode, cache)
+                  else {'decoder': decode} if decode > cache
+                  else {'key/value cache': cache})
 
 def _width(policy):
     "Channels and number of the transformer's blocks"
     blocks = next(m for m in policy.modules() if isinstance(m, torch.nn.ModuleList))
-    return next(m.in_features for m in blocks.modules() if isinstance(m, torch.nn.Linear)), len(blocks)
+    return next(m.in_features for m in blocks.modules()
+                if isinstance(m, torch.nn.Linear)), len(blocks)
 
 # %% ../../nbs/43_plan.ipynb #069c10df
 def _example(system):
     "A condition of the right shape, without content"
-    return torch.zeros(1, dtype=torch.long, device='meta') if system.num_classes else map_cond(lambda x: x.to('meta'), system.policy.example_cond(1))
+    return (torch.zeros(1, dtype=torch.long, device='meta') if system.num_classes
+            else map_cond(lambda x: x.to('meta'), system.policy.example_cond(1)))
 
 def _flops(f):
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device('meta'): f()
+    with FlopCounterMode(
+        display=False) as counter, torch.no_grad(), torch.device('meta'):
+        f()
     return counter.get_total_flops()
 
 def flop_estimate(cfg:Config, system # `System` on the meta device
                  ) -> dict: # operations per step, over all processes
     "Operations of a step, by part"
     policy, tokenizer = system.policy, system.tokenizer
-    ids, image = torch.zeros(1, policy.num_tokens, dtype=torch.long, device='meta'), torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size, device='meta')
+    ids, image = (torch.zeros(1, policy.num_tokens, dtype=torch.long, device='meta'),
+                  torch.zeros(1, 3, tokenizer.image_size, tokenizer.image_size,
+                              device='meta'))
     trunk = _flops(lambda: policy.head(policy.hidden(ids, _example(system))))
-    decode, encode = _flops(lambda: tokenizer.decode(ids)), _flops(lambda: tokenizer.encode(image))
-    score = _flops(lambda: system.perceptual.features(image)) if system.perceptual is not None else 0
+    decode, encode = (_flops(lambda: tokenizer.decode(ids)),
+                      _flops(lambda: tokenizer.encode(image)))
+    score = (_flops(lambda: system.perceptual.features(image))
+             if system.perceptual is not None else 0)
     back = 4 if cfg.gradient_checkpointing else 3
-    out, free = {}, cfg.batch_size*(cfg.free_generations or cfg.num_generations) if cfg.method in FREE else 0
+    out, free = ({}, cfg.batch_size*(cfg.free_generations or cfg.num_generations)
+                 if cfg.method in FREE else 0)
     guided = 2 if cfg.rollout_cfg_scale > 1 else 1
     forced = cfg.batch_size if cfg.method != 'grpo' else 0
-    samples = forced*cfg.num_generations if cfg.method in ('vapi', 'mixed', 'tokenizer') else 0
+    samples = (forced*cfg.num_generations
+               if cfg.method in ('vapi', 'mixed', 'tokenizer') else 0)
     if free: out |= {'generate': free*trunk*guided, 'score': free*trunk}
     if forced: out |= {'encode': forced*encode, 'teacher forcing': forced*trunk}
-    out |= {'decode': (free + samples)*decode, 'perceptual': samples*score, 'update': (free + forced)*trunk*back*cfg.num_iterations}
+    out |= {'decode': (free + samples)*decode, 'perceptual': samples*score,
+            'update': (free + forced)*trunk*back*cfg.num_iterations}
     return {k: v for k, v in out.items() if v}
 
 # %% ../../nbs/43_plan.ipynb #49222f12
-PEAKS = dict(H200=(989e12, 67e12), H100=(989e12, 67e12), A100=(312e12, 19.5e12), L40=(181e12, 90e12), V100=(125e12, 15.7e12)) # bf16 (fp16), float32 operations per second
+# bf16 (fp16), float32 operations per second
+PEAKS = dict(H200=(989e12, 67e12), H100=(989e12, 67e12), A100=(312e12, 19.5e12),
+             L40=(181e12, 90e12), V100=(125e12, 15.7e12))
 
 def make_plan(cfg:Config,
               cache_dir=None, offline=None, # see `plan_file`
@@ -97,48 +120,74 @@ def make_plan(cfg:Config,
              ) -> Plan:
     "All that can be known before a run starts; all files and data that can't be had are named in one error"
     files, missing = [], []
-    for name, path in model_files(cfg.model, cfg.weights, uses_perceptual(cfg), cfg.tokenizer_weights):
+    for name, path in model_files(cfg.model, cfg.weights, uses_perceptual(cfg),
+                                  cfg.tokenizer_weights):
         try: files.append(plan_file(name, path, cache_dir, offline))
         except (OSError, ImportError, ValueError) as e: missing.append(e)
-    with warnings.catch_warnings(), torch.device('meta'):
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore') # that weights read into shapes are lost
-        system = load_system(cfg.model, 'random', perceptual=uses_perceptual(cfg)).to('meta')
+        system = load_shapes(cfg.model, uses_perceptual(cfg))
     try: check_data(cfg, system)
     except (OSError, ImportError, ValueError) as e: missing.append(e)
-    if len(missing) > 1 and not missing_ok: raise FileNotFoundError(f'{cfg.model}: {len(missing)} things are missing:\n' + '\n'.join(f'- {e}' for e in missing))
+    if len(missing) > 1 and not missing_ok:
+        raise FileNotFoundError(f'{cfg.model}: {len(missing)} things are missing:\n'
+                                + '\n'.join(f'- {e}' for e in missing))
     if missing and not missing_ok: raise missing[0]
     check_disk(files)
-    if cfg.method in FREE and cfg.rollout_cfg_scale != 1: system.policy.null_cond(_example(system)) # raises without a null class
+    # raises without a null class
+    if cfg.method in FREE and cfg.rollout_cfg_scale != 1:
+        system.policy.null_cond(_example(system))
     per = cfg.mini_batch_size or contexts(cfg)
-    batch = {'per rollout': f"{cfg.batch_size} {'prompts' if cfg.method == 'grpo' else 'images'} × {cfg.num_generations} samples", 'steps': cfg.steps,
-             'contexts per optimiser step': f'{per} on {cfg.num_processes} process{"es"*(cfg.num_processes > 1)}, {min(cfg.micro_batch_size or per, per//cfg.num_processes)} per pass',
+    batch = {'per rollout': f"{cfg.batch_size} "
+             f"{'prompts' if cfg.method == 'grpo' else 'images'} "
+             f"× {cfg.num_generations} samples", 'steps': cfg.steps,
+             'contexts per optimiser step': f'{per} on {cfg.num_processes} '
+             f'process{"es"*(cfg.num_processes > 1)}, '
+             f'{min(cfg.micro_batch_size or per, per//cfg.num_processes)} per pass',
              'optimiser steps per rollout': contexts(cfg)//per*cfg.num_iterations}
-    return Plan(files, batch, memory_estimate(cfg, system), flop_estimate(cfg, system), missing)
+    return Plan(files, batch, memory_estimate(cfg, system), flop_estimate(cfg, system),
+                missing)
 
-SOURCES = dict(local='given', cache='in the cache', package='in its package', hub='to be downloaded', url='to be downloaded') # in the words of `describe`
+# in the words of `describe`
+SOURCES = dict(local='given', cache='in the cache', package='in its package',
+               hub='to be downloaded', url='to be downloaded')
 
 def check_disk(files:list): # of `plan_file`
     "Raise if what is to be downloaded does not fit where it goes, all of it together"
     for source, variable in dict(hub='HF_HOME', url='ARPO_WEIGHTS').items():
         size = sum(f['size'] for f in files if f['source'] == source)
         if not size: continue
-        root = (url_cache() if source == 'url' else Path(_hub().constants.HF_HUB_CACHE)).absolute()
-        free = shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free
-        if free < 1.02*size: raise OSError(f"{size/1e9:.2f} GB are to be downloaded to {root}, which has {free/1e9:.2f} GB free; free some, or set {variable} to a folder on another disk")
+        root = (url_cache() if source == 'url'
+                else Path(_hub().constants.HF_HUB_CACHE)).absolute()
+        free = shutil.disk_usage(next(p for p in (root, *root.parents)
+                                      if p.exists())).free
+        if free < 1.02*size:
+            raise OSError(f"{size/1e9:.2f} GB are to be downloaded to "
+                          f"{root}, which has "
+                          f"{free/1e9:.2f} GB free; free some, or set {variable} "
+                          "to a folder on another disk")
 
 def describe(plan:Plan, cfg:Config) -> str:
     "The plan in words, for a terminal or a notebook"
-    lines = [f'{cfg.model}, {cfg.method}', *(f'  {k}: {v}' for k, v in plan.batch.items()), '  files:' if plan.files or plan.missing else '  files: none needed, weights are random or come with the package']
-    lines += [f"    {f['path'] or f['address']} ({f['size']/1e9:.2f} GB, {SOURCES[f['source']]})" for f in plan.files] + [f'    missing: {e}' for e in plan.missing]
-    lines += [f'  memory per device, estimated: {plan.peak/1e9:.2f} GB', *(f'    {k}: {v/1e9:.2f} GB' for k, v in plan.memory.items())]
+    lines = [f'{cfg.model}, {cfg.method}',
+             *(f'  {k}: {v}' for k, v in plan.batch.items()),
+             '  files:' if plan.files or plan.missing
+             else '  files: none needed, weights are random or come with the package']
+    lines += ([f"    {f['path'] or f['address']} ({f['size']/1e9:.2f} "
+               f"GB, {SOURCES[f['source']]})" for f in plan.files]
+              + [f'    missing: {e}' for e in plan.missing])
+    lines += [f'  memory per device, estimated: {plan.peak/1e9:.2f} GB',
+              *(f'    {k}: {v/1e9:.2f} GB' for k, v in plan.memory.items())]
     total = sum(plan.flops.values())
-    lines += [f'  operations per step: {total/1e12:.2f} T', *(f'    {k}: {v/1e12:.3f} T' for k, v in plan.flops.items())]
+    lines += [f'  operations per step: {total/1e12:.2f} T',
+              *(f'    {k}: {v/1e12:.3f} T' for k, v in plan.flops.items())]
     for name, speeds in PEAKS.items():
         if torch.cuda.is_available() and name in torch.cuda.get_device_name():
             lines.append(f'  at the peak of {cfg.num_processes} × {name}: {total/speeds[cfg.mixed_precision == "no"]/cfg.num_processes:.2f} s a step')
     return '\n'.join(lines)
 
-CURES = {'activations': 'micro_batch_size', 'logits': 'logps_chunk', 'decoder': 'decode_batch_size', 'key/value cache': 'generate_batch_size'}
+CURES = {'activations': 'micro_batch_size', 'logits': 'logps_chunk',
+         'decoder': 'decode_batch_size', 'key/value cache': 'generate_batch_size'}
 
 def device_memory() -> tuple: # bytes, whose
     "Memory of the device a run would use"

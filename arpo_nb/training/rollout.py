@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..maths.entropy import token_entropy
 from ..maths.noisy_context import corrupt_tokens
 from ..maths.sampling import draw, guide
 from ..protocols import NOISE, SAMPLE, Batch, Rollout, map_cond, repeat_cond
@@ -22,7 +23,8 @@ from ..protocols import NOISE, SAMPLE, Batch, Rollout, map_cond, repeat_cond
 def _score(head, hidden, tokens, temperature, entropy_grad):
     logits = head(hidden)/temperature
     lse = logits.logsumexp(-1, keepdim=True)
-    with nullcontext() if entropy_grad else torch.no_grad(): entropy = lse[:, 0] - ((logits - lse).exp()*logits).sum(-1)
+    with nullcontext() if entropy_grad else torch.no_grad():
+        entropy = lse[:, 0] - ((logits - lse).exp()*logits).sum(-1)
     return logits.gather(-1, tokens) - lse, entropy
 
 def token_logps(policy, # `Policy`
@@ -35,14 +37,18 @@ def token_logps(policy, # `Policy`
     "Log-probabilities of S sequences per context from one set of states"
     n, s, t = tokens.shape
     flat_h, flat_t = hidden.flatten(0, 1), tokens.transpose(1, 2).reshape(n*t, s)
-    grad = torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in policy.parameters()))
+    grad = (torch.is_grad_enabled()
+            and (hidden.requires_grad
+                 or any(p.requires_grad for p in policy.parameters())))
     run = (lambda *a: checkpoint(_score, *a, use_reentrant=False)) if grad else _score
-    out = [run(policy.head, h, k, temperature, entropy_grad) for h, k in zip(flat_h.split(chunk), flat_t.split(chunk))]
+    out = [run(policy.head, h, k, temperature, entropy_grad) for h,
+           k in zip(flat_h.split(chunk), flat_t.split(chunk))]
     logps, entropy = (torch.cat(x) for x in zip(*out))
     return logps.view(n, t, s).transpose(1, 2), entropy.view(n, t)
 
 # %% ../../nbs/40_rollout.ipynb #13460cbc
-def _slices(n:int, size:int): return [slice(i, i+size) for i in range(0, n, size)] if size else [slice(0, n)]
+def _slices(n:int, size:int):
+    return [slice(i, i+size) for i in range(0, n, size)] if size else [slice(0, n)]
 
 @torch.no_grad()
 def encode_images(tokenizer, # `Tokenizer`
@@ -57,31 +63,40 @@ def teacher_forced(policy, # `Policy`, in eval mode
                    batch:Batch, # conditions and streams
                    targets:Tensor, # [B, T] tokens x* of the reference images
                    *, num_generations:int=8, # G; 0 for no samples, only targets
-                   noise_rate:float=0., noise_kernel:str='others', # see `corrupt_tokens`
+                   # see `corrupt_tokens`
+                   noise_rate:float=0., noise_kernel:str='others',
                    temperature:float=1., # of the policy
                    micro_batch_size:int=0, # contexts per forward pass, 0 for all
                    chunk:int=4096, # states whose logits exist at a time
+                   entropy:bool=False, # compute the entropies too
                   ) -> Rollout: # tokens [B, G, T], context [B, 1, T], targets [B, T]
     "Corrupt the tokens of the images and sample every position from one forward pass (VA-π Eq. 7)"
     context = targets
     if noise_rate:
-        u = batch.streams.uniform(targets.shape[1], 2, purpose=NOISE, device=targets.device)
-        context = corrupt_tokens(targets, noise_rate, policy.vocab_size, u, noise_kernel)
-    tokens, logps = _sample_all(policy, batch, context, num_generations, temperature, micro_batch_size, chunk)
-    return Rollout(batch, tokens, logps, context[:, None], targets)
+        u = batch.streams.uniform(targets.shape[1], 2, purpose=NOISE,
+                                  device=targets.device)
+        context = corrupt_tokens(targets, noise_rate, policy.vocab_size,
+                                 u, noise_kernel)
+    tokens, logps, h = _sample_all(policy, batch, context, num_generations, temperature,
+                                   micro_batch_size, chunk, entropy)
+    return Rollout(batch, tokens, logps, context[:, None], targets, entropy=h)
 
-def _sample_all(policy, batch, context, g, temperature, micro_batch_size, chunk):
-    b, t = context.shape
-    if not g: return context.new_empty(b, 0, t), torch.empty(b, 0, t, device=context.device)
+def _sample_all(policy, batch, context, g, temperature, micro_batch_size, chunk, entropy):
+    (b, t), new = context.shape, context.new_empty
+    if not g: return new(b, 0, t), new(b, 0, t, dtype=torch.float32), None
     u = batch.streams.uniform(t, g, purpose=SAMPLE, device=context.device)
-    tokens, logps = [], []
+    tokens, logps, entropies = [], [], []
     for s in _slices(b, micro_batch_size):
         hidden = policy.hidden(context[s], map_cond(lambda c: c[s], batch.cond))
-        for h, v in zip(hidden.flatten(0, 1).split(chunk), u[s].flatten(0, 1).split(chunk)):
+        for h, v in zip(hidden.flatten(0, 1).split(chunk),
+                        u[s].flatten(0, 1).split(chunk)):
             logits = policy.head(h)/temperature
             tokens.append(draw(logits, v))
-            logps.append(logits.gather(-1, tokens[-1]) - logits.logsumexp(-1, keepdim=True))
-    return (torch.cat(x).view(b, t, g).transpose(1, 2) for x in (tokens, logps))
+            logps.append(logits.gather(-1, tokens[-1]) - logits.logsumexp(-1,
+                                                                          keepdim=True))
+            if entropy: entropies.append(token_entropy(logits))
+    grouped = (torch.cat(x).view(b, t, g).transpose(1, 2) for x in (tokens, logps))
+    return *grouped, torch.cat(entropies).view(b, 1, t) if entropy else None
 
 # %% ../../nbs/40_rollout.ipynb #4d4bb69d
 class Guided:
@@ -94,20 +109,29 @@ class Guided:
 
     def hidden(self, context:Tensor, cond) -> Tensor:
         "[N, T] to [N, T, 2D+1]: conditional and unconditional states side by side, and the scale, which some policies raise along the way"
-        states = [self.policy.hidden(context, c) for c in (cond, self.policy.null_cond(cond))]
-        scale = self.policy.guidance(self.cfg_scale) if hasattr(self.policy, 'guidance') else torch.full((context.shape[1],), float(self.cfg_scale))
-        return torch.cat([*states, scale.to(context.device).expand(len(context), -1)[..., None]], -1)
+        states = [self.policy.hidden(context, c)
+                  for c in (cond, self.policy.null_cond(cond))]
+        scale = (self.policy.guidance(self.cfg_scale)
+                 if hasattr(self.policy, 'guidance')
+                 else torch.full((context.shape[1],), float(self.cfg_scale)))
+        return torch.cat([*states,
+                          scale.to(context.device).expand(len(context), -1)[..., None]],
+                         -1)
 
     def head(self, hidden:Tensor) -> Tensor:
         "[..., 2D+1] to guided logits [..., V]"
-        return guide(*(self.policy.head(h) for h in hidden[..., :-1].chunk(2, -1)), hidden[..., -1:])
+        return guide(*(self.policy.head(h) for h in hidden[..., :-1].chunk(2, -1)),
+                     hidden[..., -1:])
 
 @torch.no_grad()
 def free_running(policy, # `Policy`, in eval mode
                  batch:Batch, # conditions and streams
                  *, num_generations:int=8, # G
-                 temperature:float=1., cfg_scale:float=1., top_k:int=0, top_p:float=1., # of the sampler
-                 logprob_cfg:str='off', # score under the conditional policy ('off') or the guided one ('guided')
+                 # of the sampler
+                 temperature:float=1., cfg_scale:float=1., top_k:int=0, top_p:float=1.,
+                 # score under the conditional policy ('off') or the guided one
+                 # ('guided')
+                 logprob_cfg:str='off',
                  generate_batch_size:int=0, # samples drawn at a time, 0 for all
                  micro_batch_size:int=0, # contexts per scoring pass, 0 for all
                  chunk:int=4096, # states whose logits exist at a time
@@ -116,30 +140,43 @@ def free_running(policy, # `Policy`, in eval mode
                 ) -> Rollout: # tokens, context and entropy [B, G, T]
     "Sample token by token, then score the samples in one pass"
     clock = clock or Clock()
-    streams, cond = batch.streams.repeat(num_generations), repeat_cond(batch.cond, num_generations)
-    comparable = getattr(policy, 'has_sampler_logps', False) and (cfg_scale == 1 or logprob_cfg == 'guided')
+    streams, cond = (batch.streams.repeat(num_generations),
+                     repeat_cond(batch.cond, num_generations))
+    comparable = (getattr(policy, 'has_sampler_logps', False)
+                  and (cfg_scale == 1 or logprob_cfg == 'guided'))
     with clock('generate'):
         if comparable: options = options | dict(return_logps=True)
-        drawn = [policy.generate(map_cond(lambda x: x[s], cond), streams.take(s), temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale, **options)
+        drawn = [policy.generate(map_cond(lambda x: x[s], cond), streams.take(s),
+                                 temperature=temperature, top_k=top_k,
+                                 top_p=top_p, cfg_scale=cfg_scale, **options)
                  for s in _slices(len(streams), generate_batch_size)]
-    tokens, seen = (torch.cat(x) for x in zip(*drawn)) if comparable else (torch.cat(drawn), None)
-    scored, view = [], Guided(policy, cfg_scale) if logprob_cfg == 'guided' and cfg_scale != 1 else policy
+    tokens, seen = ((torch.cat(x) for x in zip(*drawn)) if comparable
+                    else (torch.cat(drawn), None))
+    scored, view = ([], Guided(policy, cfg_scale) if logprob_cfg == 'guided'
+                    and cfg_scale != 1 else policy)
     with clock('score'):
         for s in _slices(len(streams), micro_batch_size):
-            scored.append(token_logps(view, view.hidden(tokens[s], map_cond(lambda x: x[s], cond)), tokens[s, None], temperature, chunk))
+            scored.append(token_logps(view,
+                                      view.hidden(tokens[s],
+                                                  map_cond(lambda x: x[s], cond)),
+                                      tokens[s, None], temperature, chunk))
     group = lambda x: x.unflatten(0, (len(batch), num_generations))
-    logps, entropy = (group(torch.cat(x)) for x in zip(*((l[:, 0], e) for l, e in scored)))
-    return Rollout(batch, group(tokens), logps, group(tokens), entropy=entropy, sampler_logps=group(seen) if comparable else None)
+    logps, entropy = (group(torch.cat(x))
+                      for x in zip(*((l[:, 0], e) for l, e in scored)))
+    return Rollout(batch, group(tokens), logps, group(tokens), entropy=entropy,
+                   sampler_logps=group(seen) if comparable else None)
 
 class Clock:
     "Adds up the seconds of named parts of a step, waiting for the device at both ends"
-    def __init__(self, device='cpu'): self.device, self.seconds = torch.device(device), {}
+    def __init__(self, device='cpu'):
+        self.device, self.seconds = torch.device(device), {}
 
     @contextmanager
     def __call__(self, name:str):
         self.wait(); start = time.perf_counter()
         yield
-        self.wait(); self.seconds[name] = self.seconds.get(name, 0.) + time.perf_counter() - start
+        self.wait()
+        self.seconds[name] = self.seconds.get(name, 0.) + time.perf_counter() - start
 
     def wait(self):
         if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
@@ -150,7 +187,8 @@ def sampling_gap(rollout:Rollout, # with `sampler_logps`
                 ) -> dict: # nats per token
     "Distance between the sampler's and the scorer's log-probabilities"
     d = gather((rollout.old_logps - rollout.sampler_logps).contiguous())
-    return {f'sampling/sampling_logp_difference/{k}': v for k, v in dict(mean=d.abs().mean(), std=d.std(), max=d.abs().max()).items()}
+    return {f'sampling/sampling_logp_difference/{k}': v for k,
+            v in dict(mean=d.abs().mean(), std=d.std(), max=d.abs().max()).items()}
 
 # %% ../../nbs/40_rollout.ipynb #a23f3aa2
 def rollout_logps(policy, # `Policy`
@@ -161,10 +199,13 @@ def rollout_logps(policy, # `Policy`
                  ) -> tuple: # log π of the samples [B, G, T], of the targets [B, T] or None, entropy [B, C, T]
     "Log-probabilities of a rollout under the policy as it is now"
     b, c, t = rollout.context.shape
-    hidden = policy.hidden(rollout.context.flatten(0, 1), repeat_cond(rollout.batch.cond, c))
+    hidden = policy.hidden(rollout.context.flatten(0, 1),
+                           repeat_cond(rollout.batch.cond, c))
     tokens = rollout.tokens.reshape(b*c, -1, t)
-    if rollout.targets is not None: tokens = torch.cat([tokens, rollout.targets[:, None]], 1)
-    logps, entropy = token_logps(policy, hidden, tokens, temperature, chunk, entropy_grad)
+    if rollout.targets is not None:
+        tokens = torch.cat([tokens, rollout.targets[:, None]], 1)
+    logps, entropy = token_logps(policy, hidden, tokens, temperature, chunk,
+                                 entropy_grad)
     target = None
     if rollout.targets is not None: logps, target = logps[:, :-1], logps[:, -1]
     return logps.reshape(b, -1, t), target, entropy.view(b, c, t)
@@ -180,9 +221,12 @@ def score_groups(reward, # `Reward`
                  clock=None, # `Clock`
                 ) -> tuple: # rewards [B, G] or [B, G, T], new state
     "Decode groups of samples and score them"
-    g, out, together, clock = tokens.shape[1], [], getattr(reward, 'together', False), clock or Clock()
+    g, out, together, clock = (tokens.shape[1], [], getattr(reward, 'together', False),
+                               clock or Clock())
+    raw = dict(clamp=False) if getattr(reward, 'unclamped', False) else {}
     for s in _slices(len(tokens), max(1, decode_batch_size//g)):
-        with clock('decode'): images = tokenizer.decode(tokens[s].flatten(0, 1)).unflatten(0, (-1, g))
+        with clock('decode'):
+            images = tokenizer.decode(tokens[s].flatten(0, 1), **raw).unflatten(0, (-1, g))
         if together: out.append(images); continue
         with clock('reward'): rewards, state = reward(images, batch.take(s), state)
         out.append(rewards)
