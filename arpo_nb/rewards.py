@@ -260,18 +260,19 @@ from torch import Tensor
 from .maths.moments import Reference, as_reference, loo_rewards, state_fid
 
 # %% ../nbs/21_loo_fid.ipynb #d203895f
-def loo_fid_reward(features, # [N, D] features of this process's images, any device, any float dtype
-                   reference, # real features: `Reference`, pair (mean, std) or (mean, covariance), matrix [N, D], or file
-                   state=None, # what the previous call returned, or a pair (mean, raw second moment); None at the first step
+def loo_fid_reward(features, # [N, D] of this process's images, any float dtype
+                   reference, # of real ones: pair of moments, matrix, file, `Reference`
+                   state=None, # what the previous call returned, None at the first step
                    *, ema_weight:float=.5, # α, weight of the new batch, in (0, 1]
                    eps:float=1e-6, # added to generated variances, 0 or more
                    covariance:str='diag', # diag (the paper's) or full
-                   first_step:str='adopt', # what the average starts from: adopt, blend, zero or reference
+                   first_step:str='adopt', # what the average starts from, see moments
                    gather=None, # callable, [n, D] of this process to [N, D] of all
-                  ) -> tuple: # rewards [N], float32 or float64, on the features' device, and the new state
-    "What each image does for the Fréchet distance: positive if leaving it out makes the distance worse (LOO-FID Eq. 5-10)"
-    rewards, state = loo_rewards(features, reference, state, ema_weight=ema_weight, eps=eps, covariance=covariance,
-                                 first_step=first_step, gather=gather)
+                  ) -> tuple: # rewards [N], float32 or float64, and the new state
+    "What each image does for the distance, positive if it helps (LOO-FID Eq. 5-10)"
+    rewards, state = loo_rewards(features, reference, state, ema_weight=ema_weight,
+                                 eps=eps, covariance=covariance, first_step=first_step,
+                                 gather=gather)
     x = torch.as_tensor(features)
     return rewards.to(x.device, torch.promote_types(x.dtype, torch.float32)), state
 
@@ -286,17 +287,25 @@ class LOOFIDReward:
                  **options): # of `loo_fid_reward`
         known = list(signature(loo_fid_reward).parameters)[3:-1]
         if bad := options.keys() - known:
-            raise ValueError(f"loo_fid: no option named {', '.join(sorted(bad))}; there is {', '.join(known)}")
-        self.extractor, self.reference, self.chunk_size, self.gather = extractor, as_reference(reference), chunk_size, gather
-        self.options, self.stats = options, {} # stats: the distance after the last step
-        rehearsal = Reference(torch.zeros(2), torch.ones(2), None if self.reference.cov is None else torch.eye(2))
-        loo_fid_reward(torch.eye(2), rehearsal, **options) # raises for values it does not know
+            raise ValueError(f"loo_fid: no option named {', '.join(sorted(bad))}; "
+                             f"there is {', '.join(known)}")
+        self.extractor, self.reference = extractor, as_reference(reference)
+        self.chunk_size, self.gather, self.options = chunk_size, gather, options
+        self.stats = {} # the distance after the last step
+        cov = None if self.reference.cov is None else torch.eye(2)
+        # raises for values it does not know
+        rehearsal = Reference(torch.zeros(2), torch.ones(2), cov)
+        loo_fid_reward(torch.eye(2), rehearsal, **options)
 
     @torch.no_grad()
-    def __call__(self, images:Tensor, batch=None, state=None) -> tuple: # rewards [B, G] and the new state
+    # rewards [B, G] and the new state
+    def __call__(self, images:Tensor, batch=None, state=None) -> tuple:
         "[B, G, 3, H, W] images: one distribution for all of them, one reward for each"
-        chunks = images.flatten(0, 1).split(self.chunk_size or images.shape[:2].numel())
+        flat = images.flatten(0, 1)
+        chunks = flat.split(self.chunk_size or len(flat))
         features = torch.cat([self.extractor(c) for c in chunks])
-        rewards, state = loo_fid_reward(features, self.reference, state, gather=self.gather, **self.options)
-        self.stats = {'ema_fid': state_fid(state, self.reference, self.options.get('eps', 1e-6)).item()}
+        rewards, state = loo_fid_reward(features, self.reference, state,
+                                        gather=self.gather, **self.options)
+        fid = state_fid(state, self.reference, self.options.get('eps', 1e-6))
+        self.stats = {'ema_fid': fid.item()}
         return rewards.unflatten(0, images.shape[:2]), state

@@ -39,45 +39,56 @@ def wide(x, # tensor, numpy array or nested list, of floats
          name:str='features or moments', # what the message calls it
         ) -> Tensor:
     "Detached float64, on the CPU where the device has no float64"
-    if isinstance(x, np.ndarray) and x.dtype.kind == 'f': x = torch.from_numpy(x.astype(np.float64))
+    if isinstance(x, np.ndarray) and x.dtype.kind == 'f':
+        x = torch.from_numpy(x.astype(np.float64))
     try: x = torch.as_tensor(x).detach()
     except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{name}: expected a tensor or an array of floats, got {type(x).__name__} [{e}]") from e
-    if not x.is_floating_point(): raise ValueError(f"{name}: expected a floating tensor, got {x.dtype}; convert it with .float()")
+        raise ValueError(f"{name}: expected a tensor or an array of floats, "
+                         f"got {type(x).__name__} [{e}]") from e
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected a floating tensor, got {x.dtype}; "
+                         "convert it with .float()")
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
 def check_features(x:Tensor, D:int|None=None, name:str='features'):
     "Raise unless `x` is a finite [N, D] with N >= 2"
     if x.ndim != 2:
-        raise ValueError(f"{name} must be an [N, D] tensor, got shape {tuple(x.shape)}; flatten images and groups into rows")
+        raise ValueError(f"{name} must be an [N, D] tensor, got {tuple(x.shape)}; "
+                         "flatten images and groups into rows")
     if len(x) < 2:
-        raise ValueError(f"{name} has N = {len(x)} row: leaving one out needs at least 2; "
-                         "gather over processes or sample more images")
+        raise ValueError(f"{name} has N = {len(x)} row: leaving one out needs at least "
+                         "2; gather over processes or sample more images")
     if D is not None and x.shape[1] != D:
-        raise ValueError(f"{name} has D = {x.shape[1]} columns but the reference has {D}; use the same feature extractor for both")
+        raise ValueError(f"{name} has D = {x.shape[1]} columns but the reference has "
+                         f"{D}; use the same feature extractor for both")
     if not x.sum(0).isfinite().all():
         bad = (~x.isfinite()).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"{name} holds values that are not finite in rows {bad[:8]}; check the images and the extractor's precision")
+        raise ValueError(f"{name} holds values that are not finite in rows {bad[:8]}; "
+                         "check the images and the extractor's precision")
 
 # %% ../../nbs/15_moments.ipynb #54903f25
 def check_shape(t:Tensor, shape:tuple, name:str, hint:str):
     "Raise unless a tensor has this shape and is finite"
-    if t.shape != shape: raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}: {hint}")
-    if not t.isfinite().all(): raise ValueError(f"{name} holds values that are not finite; recompute it from clean features")
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}: {hint}")
+    if not t.isfinite().all():
+        raise ValueError(f"{name} holds values that are not finite; "
+                         "recompute it from clean features")
 
 def check_covariance(cov:Tensor, # [D, D] float64
                      name:str, # what the message calls it
                     ):
-    "Raise unless a matrix is symmetric and positive semi-definite, within float32's rounding"
+    "Raise unless symmetric and positive semi-definite, within float32's rounding"
     if not torch.allclose(cov, cov.T, rtol=1e-6, atol=1e-9*float(cov.abs().max())):
-        raise ValueError(f"{name} is not symmetric; expected a covariance matrix, e.g. from Reference.from_features")
+        raise ValueError(f"{name} is not symmetric; expected a covariance matrix, "
+                         "e.g. from Reference.from_features")
     ridged = cov.clone()
     ridged.diagonal().add_(1e-6*torch.linalg.matrix_norm(cov))
     if torch.linalg.cholesky_ex(ridged).info == 0: return
     low, high = torch.linalg.eigvalsh(cov)[[0, -1]].tolist()
     if low < -1e-6*abs(high):
-        raise ValueError(f"{name} is not positive semi-definite: smallest eigenvalue {low:.3g}, largest {high:.3g}; "
-                         "expected a covariance matrix")
+        raise ValueError(f"{name} is not positive semi-definite: smallest eigenvalue "
+                         f"{low:.3g}, largest {high:.3g}; expected a covariance matrix")
 
 # %% ../../nbs/15_moments.ipynb #f6b04b7e
 @dataclass(frozen=True)
@@ -87,18 +98,22 @@ class Reference:
     std: Tensor # [D]
     cov: Tensor|None = None # [D, D]; only the full form needs it
     network: str = '' # name of the extractor, if known
-    _moved: dict = field(default_factory=dict, init=False, repr=False, compare=False) # device → the same, there
+    # device → the same, there
+    _moved: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         for name in ('mean', 'std', 'cov'):
             t = getattr(self, name)
-            if t is not None: object.__setattr__(self, name, wide(t, f'reference.{name}'))
+            if t is None: continue
+            object.__setattr__(self, name, wide(t, f'reference.{name}'))
         D = self.mean.shape[-1] if self.mean.ndim else 0
         hint = 'a [D] mean with a [D] std or a [D, D] covariance'
         check_shape(self.mean, (D,), 'reference.mean', hint)
         check_shape(self.std, (D,), 'reference.std', hint)
         if (self.std < 0).any():
-            raise ValueError(f"reference.std has a negative entry ({self.std.min():.3g}); pass standard deviations or a covariance")
+            raise ValueError("reference.std has a negative entry, "
+                             f"{self.std.min():.3g}; pass standard deviations or a "
+                             "covariance")
         if self.cov is None: return
         check_shape(self.cov, (D, D), 'reference.cov', hint)
         check_covariance(self.cov, 'reference.cov')
@@ -116,15 +131,16 @@ class Reference:
     def root(self) -> Tensor: # [D, D]
         "Symmetric square root of the covariance"
         if self.cov is None:
-            raise ValueError("covariance='full' needs a reference covariance, got standard deviations only; "
-                             "use Reference.from_features or a (mean, covariance) pair")
+            raise ValueError("covariance='full' needs a reference covariance, got "
+                             "standard deviations only; use Reference.from_features or "
+                             "a (mean, covariance) pair")
         lam, U = torch.linalg.eigh(self.cov)
         return (U*lam.clamp(min=0).sqrt())@U.T
 
     @cached_property
     def fingerprint(self) -> Tensor: # [2]
-        "Two numbers that tell references apart, so that a state can't be used with the wrong one"
-        w = torch.arange(len(self.mean), dtype=torch.float64, device=self.mean.device).cos()
+        "Two numbers that tell references apart: a state belongs to one"
+        w = torch.arange(len(self.mean)).to(self.mean).cos()
         return torch.stack([self.mean@w, self.std@w])
 
     def to(self, device):
@@ -133,8 +149,8 @@ class Reference:
         if self.mean.device == device: return self
         if device not in self._moved:
             self._moved[device] = new = copy.copy(self)
-            tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-            vars(new).update(tensors, _moved={})
+            tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+            vars(new).update({k: v.to(device) for k, v in tensors.items()}, _moved={})
         return self._moved[device]
 
 # %% ../../nbs/15_moments.ipynb #bef5f691
@@ -162,12 +178,14 @@ READERS = {'.npz': _npz, '.npy': np.load, '.pt': _pt, '.pth': _pt, '.safetensors
 def read_file(path): # contents, by name where they have names
     "A file of moments or features"
     path, given = Path(path), f"reference={str(path)!r}"
-    if not path.exists(): raise FileNotFoundError(f"{given}: no such file; give one with mu and sigma, or with features")
+    if not path.exists():
+        raise FileNotFoundError(f"{given}: no such file; give one with mu and sigma, or with features")
     if path.is_dir():
         raise ValueError(f"{given}: a folder; expected a file of mu and sigma, which "
                          "arpo_nb.evaluation.metrics.make_reference(folder, file, net) makes of pictures")
     kind = path.suffix if path.suffix in READERS else '.npz'
-    damaged = f"{given}: not an {kind[1:]} file, or a damaged one ({path.stat().st_size:,} bytes); make or download it again"
+    damaged = (f"{given}: not an {kind[1:]} file, or a damaged one ({path.stat().st_size:,} bytes); "
+               "make or download it again")
     if kind == '.npz' and not is_zipfile(path): raise ValueError(damaged)
     try: return READERS[kind](path)
     except Exception as e: raise ValueError(f"{damaged} [{e}]") from e # whatever its reader trips over
@@ -178,7 +196,8 @@ def find_moments(given, # path, mapping, object with mu and sigma, pair, or matr
     "The arrays in anything that can be a reference"
     name, network = 'reference', ''
     if isinstance(given, (str, Path)): name, given = f"reference={str(given)!r}", read_file(given)
-    if hasattr(given, 'mu') and hasattr(given, 'sigma'): given = {k: getattr(given, k) for k in ('mu', 'sigma', 'network') if hasattr(given, k)}
+    if hasattr(given, 'mu') and hasattr(given, 'sigma'):
+        given = {k: getattr(given, k) for k in ('mu', 'sigma', 'network') if hasattr(given, k)}
     if isinstance(given, Mapping):
         names, network = list(given), str(given['network']) if 'network' in given else ''
         if 'mu' in names and 'sigma' in names: return (given['mu'], given['sigma']), network
@@ -189,8 +208,9 @@ def find_moments(given, # path, mapping, object with mu and sigma, pair, or matr
         given = given[alone]
     if isinstance(given, (tuple, list)) and len(given) == 2: return tuple(given), network
     if getattr(given, 'ndim', 0) == 2 and len(given) > 2: return (given,), network
-    what = f"{type(given).__name__} of shape {tuple(given.shape)}" if hasattr(given, 'shape') else f"{type(given).__name__}"
-    raise ValueError(f"{name}: expected a pair (mean, sigma), a matrix [N, D] of features, or a file of either, got {what}")
+    shape = f" of shape {tuple(given.shape)}" if hasattr(given, 'shape') else ''
+    raise ValueError(f"{name}: expected a pair (mean, sigma), a matrix [N, D] of features, or a file of either, "
+                     f"got {type(given).__name__}{shape}")
 
 # %% ../../nbs/15_moments.ipynb #2b18b14a
 def _mark(x):
@@ -214,7 +234,8 @@ def _build(source:_Source) -> Reference:
     check_shape(sigma, (len(mean), len(mean)), 'reference.cov', 'a [D] mean with a [D] std or a [D, D] covariance')
     var = sigma.diagonal()
     if (var < 0).any():
-        raise ValueError(f"reference covariance has a negative variance ({var.min():.3g}) and is not positive semi-definite")
+        raise ValueError(f"reference covariance has a negative variance ({var.min():.3g}) "
+                         "and is not positive semi-definite")
     return Reference(mean, var.sqrt(), sigma, source.network)
 
 @lru_cache(maxsize=2)
@@ -236,22 +257,28 @@ class Moments(NamedTuple):
     reference: Tensor|None = None # [2] fingerprint of the reference
     mapped: Tensor|None = None # [D, D] second moment of Σr^½ x in full form, else empty
 
-torch.serialization.add_safe_globals([Moments]) # so that torch.load(..., weights_only=True) knows it
+torch.serialization.add_safe_globals([Moments]) # for torch.load(…, weights_only=True)
 
 def as_moments(state) -> Moments:
-    "A state from what holds one, float64: `Moments`, its fields by name, or a pair (mean, raw second moment)"
+    "A state in float64, from `Moments`, its fields by name, or a pair of moments"
     if isinstance(state, Mapping):
-        if odd := set(state) - set(Moments._fields): raise ValueError(f"state: no field {', '.join(map(repr, sorted(odd)))}; there is {', '.join(Moments._fields)}")
+        if odd := set(state) - set(Moments._fields):
+            raise ValueError(f"state: no field {', '.join(map(repr, sorted(odd)))}; "
+                             f"there is {', '.join(Moments._fields)}")
         state = tuple(state.get(k) for k in Moments._fields)
-    if not isinstance(state, (tuple, list)) or not 2 <= len(state) <= 4 or any(t is None for t in state[:2]):
-        raise ValueError(f"state: expected what the previous call returned, or a pair (mean, raw second moment), got {type(state).__name__}"
-                         f"{f' of {len(state)}' if isinstance(state, (tuple, list, Mapping)) else ''}")
+    listed = isinstance(state, (tuple, list))
+    if not listed or not 2 <= len(state) <= 4 or any(t is None for t in state[:2]):
+        raise ValueError("state: expected what the previous call returned, or a pair "
+                         f"(mean, raw second moment), got {type(state).__name__}"
+                         f"{f' of {len(state)}' if listed else ''}")
     return Moments(*(None if t is None else wide(t, 'state') for t in state))
 
 # %% ../../nbs/15_moments.ipynb #11962a1c
 def check_eps(eps:float):
     "Raise unless this can be added to variances"
-    if not 0 <= eps < math.inf: raise ValueError(f"eps={eps}: expected a finite number not below 0, it is added to variances")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps={eps}: expected a finite number not below 0, "
+                         "it is added to variances")
 
 def batch_moments(x:Tensor, # [N, D] features
                   ref:Reference, # only the full form reads its root
@@ -260,9 +287,11 @@ def batch_moments(x:Tensor, # [N, D] features
     "Moments of a batch (LOO-FID Eq. 11, 12)"
     x = wide(x, 'features'); n = len(x)
     check_features(x, len(ref.mean))
-    if not full: return Moments(x.mean(0), sum(rows.square().sum(0) for rows in x.split(32))/n, ref.fingerprint, x.new_empty(0))
-    y = x@ref.root
-    return Moments(x.mean(0), x.T@x/n, ref.fingerprint, y.T@y/n)
+    if full:
+        y = x@ref.root
+        return Moments(x.mean(0), x.T@x/n, ref.fingerprint, y.T@y/n)
+    second = sum(rows.square().sum(0) for rows in x.split(32))/n
+    return Moments(x.mean(0), second, ref.fingerprint, x.new_empty(0))
 
 def moments_std(m:Moments, eps:float=1e-6) -> Tensor: # [D]
     "Standard deviations √(max(m₂-μ², 0) + ε) (LOO-FID Eq. 13)"
@@ -272,15 +301,19 @@ def moments_std(m:Moments, eps:float=1e-6) -> Tensor: # [D]
 # %% ../../nbs/15_moments.ipynb #354d7e54
 def ema_update(old:Moments, new:Moments, ema_weight:float) -> Moments:
     "Blend moments, `ema_weight` is the share of the new ones (LOO-FID Eq. 7, 8)"
-    mix = lambda a, b: b if a is None or b is None or a.shape != b.shape else torch.lerp(a, b, ema_weight)
-    return Moments(mix(old.mean, new.mean), mix(old.second, new.second), new.reference, mix(old.mapped, new.mapped))
+    def mix(a, b):
+        return b if a is None or a.shape != b.shape else torch.lerp(a, b, ema_weight)
+    return Moments(mix(old.mean, new.mean), mix(old.second, new.second),
+                   new.reference, mix(old.mapped, new.mapped))
 
 # %% ../../nbs/15_moments.ipynb #8751e0d5
 FIRST_STEPS = 'adopt', 'blend', 'zero', 'reference'
 
 def check_first_step(first_step:str):
     "Raise unless it names one of the four readings"
-    if first_step not in FIRST_STEPS: raise ValueError(f"first_step must be adopt, blend, zero or reference, got {first_step!r}")
+    if first_step not in FIRST_STEPS:
+        raise ValueError("first_step must be adopt, blend, zero or reference, "
+                         f"got {first_step!r}")
 
 def first_moments(first_step:str, # adopt, blend, zero or reference
                   batch:Moments, # moments of the first batch
@@ -292,19 +325,21 @@ def first_moments(first_step:str, # adopt, blend, zero or reference
     if first_step == 'blend': return batch
     if first_step == 'zero': return Moments(*map(torch.zeros_like, batch))
     if batch.second.ndim == 1: return Moments(ref.mean, ref.std**2 + ref.mean**2)
-    return Moments(ref.mean, second := ref.cov + torch.outer(ref.mean, ref.mean), None, ref.root@second@ref.root)
+    second = ref.cov + torch.outer(ref.mean, ref.mean)
+    return Moments(ref.mean, second, None, ref.root@second@ref.root)
 
 # %% ../../nbs/15_moments.ipynb #a2abe051
-def leave_one_out(old:Moments|None, # state before this step, None at an adopted first step
+def leave_one_out(old:Moments|None, # state before this step, None if adopted
                   batch:Moments, # moments of the whole batch
                   n:int, # N
                   ema_weight:float, # α
                  ) -> tuple: # a, m₀ and B of the text
     "What all leave-one-out states share: a, m₀ and the raw second moment B"
     a = ema_weight/(n-1)
-    share = lambda o, b: b*(a*n) if old is None else torch.add(b*(a*n), o, alpha=1-ema_weight)
-    mean, second = (None, None) if old is None else old[:2]
-    return a, share(mean, batch.mean), share(second, batch.second)
+    mean, second = batch.mean*(a*n), batch.second*(a*n)
+    if old is None: return a, mean, second
+    keep = lambda sum_, past: torch.add(sum_, past, alpha=1-ema_weight)
+    return a, keep(mean, old.mean), keep(second, old.second)
 
 # %% ../../nbs/15_moments.ipynb #3ac043bf
 def loo_diag(x:Tensor, # [n, D] features to be judged, among those of the batch
@@ -324,11 +359,11 @@ def loo_diag(x:Tensor, # [n, D] features to be judged, among those of the batch
 # %% ../../nbs/15_moments.ipynb #9014e2b1
 def geometric_nodes(top:Tensor, # scalar, the largest eigenvalue
                     spacing:float=2/3, # h, between the logarithms of neighbours
-                    reach:float=64., # log-distance of the last nodes from `top`, on both sides
+                    reach:float=64., # log-distance of the last nodes from `top`
                    ) -> tuple: # s and weights, [nodes] each, ascending
     "Nodes and weights with Σ w·f(s) ≈ (1/2π) ∫₀^∞ s^-½ f(s) ds"
     m = math.ceil(reach/spacing)
-    s = top*torch.exp(spacing*torch.arange(-m, m + 1, dtype=top.dtype, device=top.device))
+    s = top*torch.exp(spacing*torch.arange(-m, m + 1).to(top))
     return s, spacing/(2*math.pi)*s.sqrt()
 
 # %% ../../nbs/15_moments.ipynb #51118e56
@@ -340,10 +375,12 @@ def root_quadrature(lam:Tensor, # [D] eigenvalues, ascending, not negative
     for h in (spacing, spacing/2, spacing/4):
         s, w = geometric_nodes(lam[-1], h)
         probe = torch.cat([lam, lam*math.exp(h/4)])
-        error = (torch.log1p(probe[:, None]/s)@w - probe.sqrt()).abs().max()/lam[-1].sqrt()
+        error = (torch.log1p(probe[:, None]/s)@w - probe.sqrt()).abs().max()
+        error = error/lam[-1].sqrt()
         if error <= tol: return s, w
-    raise ArithmeticError(f"quadrature of √λ is off by {error:.1e} of the largest root on a spectrum from {lam[0]:.3g} to {lam[-1]:.3g}; "
-                          "use covariance='diag', or rescale the features")
+    raise ArithmeticError(f"quadrature of √λ is off by {error:.1e} of the largest root "
+                          f"on a spectrum from {lam[0]:.3g} to {lam[-1]:.3g}; use "
+                          "covariance='diag', or rescale the features")
 
 # %% ../../nbs/15_moments.ipynb #efec203a
 def removed_shares(lam:Tensor, # [D] eigenvalues of M₁, ascending, not negative
@@ -375,17 +412,19 @@ def root_drop(lam:Tensor, # [D] eigenvalues of M₁, ascending, not negative
 def root_drop_all(lam:Tensor, # [D] eigenvalues of M₁, ascending, not negative
                   z:Tensor, # [m, D] rows of Z in its eigenbasis
                  ) -> Tensor: # tr (M₁ - ZᵀZ)^½ - tr M₁^½
-    "The same for all rows at once: determinants of size m, or singular values where D is small"
+    "All rows at once: determinants of size m, or singular values where D is small"
     if lam[-1] <= 0: return lam.new_zeros(())
     known = lam.clamp(min=2*len(lam)**.5*torch.finfo(lam.dtype).eps*lam[-1])
     if 4*len(z) < len(lam):
         s, w = root_quadrature(lam)
-        parts = (torch.linalg.eigvalsh(z/(known + si)@z.T).clamp(max=1 - 1e-15) for si in s)
-        return torch.stack([torch.log1p(-part).sum() for part in parts])@w
+        gone = (torch.linalg.eigvalsh(z/(known + si)@z.T) for si in s)
+        return torch.stack([torch.log1p(-g.clamp(max=1 - 1e-15)).sum() for g in gone])@w
     root = known.sqrt()
     k = z/root
-    factor, failed = torch.linalg.cholesky_ex(torch.eye(len(lam), dtype=z.dtype, device=z.device) - k.T@k)
-    if failed: return torch.linalg.eigvalsh(torch.diag(known) - z.T@z).clamp(min=0).sqrt().sum() - root.sum() # no covariance
+    factor, failed = torch.linalg.cholesky_ex(torch.eye(len(lam)).to(k) - k.T@k)
+    if failed: # no covariance
+        lam = torch.linalg.eigvalsh(torch.diag(known) - z.T@z)
+        return lam.clamp(min=0).sqrt().sum() - root.sum()
     return torch.linalg.svdvals(factor.T*root).sum() - root.sum()
 
 # %% ../../nbs/15_moments.ipynb #09079b6c
@@ -429,25 +468,31 @@ def loo_full(x:Tensor, # [n, D] features to be judged
 
 # %% ../../nbs/15_moments.ipynb #c627ca27
 def check_state(state, ref:Reference, full:bool) -> Moments:
-    "A `Moments` on the reference's device, or an error if it does not belong to this reference"
-    old = Moments(*(None if t is None else t.to(ref.mean.device) for t in as_moments(state)))
+    "A state on the reference's device, or an error if it is not of this reference"
+    there = ref.mean.device
+    old = Moments(*(None if t is None else t.to(there) for t in as_moments(state)))
     D = len(ref.mean); shape = (D, D) if full else (D,)
     if old.mean.shape != (D,) or old.second.shape != shape:
-        raise ValueError(f"state holds moments of shape {tuple(old.mean.shape)} and {tuple(old.second.shape)}, expected {(D,)} and {shape}: "
-                         "it comes from another extractor or another `covariance`; start with state=None")
+        raise ValueError(f"state holds moments of shape {tuple(old.mean.shape)} and "
+                         f"{tuple(old.second.shape)}, expected {(D,)} and {shape}: it "
+                         "comes from another extractor or another `covariance`; "
+                         "start with state=None")
     if not (old.mean.isfinite().all() and old.second.isfinite().all()):
-        raise ValueError("state holds values that are not finite; start with state=None")
-    if old.reference is not None and not torch.allclose(old.reference, ref.fingerprint, rtol=1e-7, atol=1e-9):
-        raise ValueError("state was collected against another reference; resume with the reference it was made with, or start with state=None")
-    if full and (old.mapped is None or old.mapped.shape != shape): old = old._replace(mapped=ref.root@old.second@ref.root)
-    return old
+        raise ValueError("state holds values that are not finite; start with "
+                         "state=None")
+    close = lambda a, b: torch.allclose(a, b, rtol=1e-7, atol=1e-9)
+    if old.reference is not None and not close(old.reference, ref.fingerprint):
+        raise ValueError("state was collected against another reference; resume with "
+                         "the reference it was made with, or start with state=None")
+    if not full or (old.mapped is not None and old.mapped.shape == shape): return old
+    return old._replace(mapped=ref.root@old.second@ref.root)
 
 # %% ../../nbs/15_moments.ipynb #0d08dbed
 @torch.no_grad()
 def loo_rewards(features, # [n, D] of this process, tensor or array
                 reference, # anything that `as_reference` takes
-                state=None, # `Moments` or what came of it in a file, or a pair (mean, raw second moment), or None at the first step
-                *, ema_weight:float=.5, # α, weight of the new batch, in (0, 1]; 1 is the batch reward of Eq. 6
+                state=None, # what `as_moments` takes, None at the first step
+                *, ema_weight:float=.5, # α, weight of the new batch, in (0, 1]
                 eps:float=1e-6, # added to generated variances
                 covariance:str='diag', # diag or full
                 first_step:str='adopt', # adopt, blend, zero or reference
@@ -455,33 +500,38 @@ def loo_rewards(features, # [n, D] of this process, tensor or array
                ) -> tuple: # rewards [n] float64 and the new `Moments`
     "Leave-one-out Fréchet rewards and the new state (LOO-FID Eq. 5-10, 21-27)"
     check_eps(eps), check_first_step(first_step)
-    if not 0 < ema_weight <= 1: raise ValueError(f"ema_weight is the share of the new batch and must lie in (0, 1], got {ema_weight}")
-    if covariance not in ('diag', 'full'): raise ValueError(f"covariance must be 'diag' or 'full', got {covariance!r}")
+    if not 0 < ema_weight <= 1:
+        raise ValueError("ema_weight is the share of the new batch and must lie in "
+                         f"(0, 1], got {ema_weight}")
+    if covariance not in ('diag', 'full'):
+        raise ValueError(f"covariance must be 'diag' or 'full', got {covariance!r}")
     full, x = covariance == 'full', wide(features, 'features')
     ref = as_reference(reference).to(x.device)
     everyone = x if gather is None else wide(gather(features), 'features')
     batch = batch_moments(everyone, ref, full)
-    old = first_moments(first_step, batch, ref) if state is None else check_state(state, ref, full)
+    if state is None: old = first_moments(first_step, batch, ref)
+    else: old = check_state(state, ref, full)
     w = 1. if old is None else ema_weight
     new = batch if old is None else ema_update(old, batch, w)
     if full: return loo_full(x, everyone, ref, new, old, w, eps), new
     shared = leave_one_out(old, batch, len(everyone), w)
     blocks = x.split(max(32, 65536//len(ref.mean))) # which stay in the cache
-    return torch.cat([loo_diag(rows, ref, new, *shared, eps) for rows in blocks]), new
+    return torch.cat([loo_diag(b, ref, new, *shared, eps) for b in blocks]), new
 
 # %% ../../nbs/15_moments.ipynb #e5b23ef1
 @torch.no_grad()
-def state_fid(state, # `Moments` or what came of it in a file, or a pair (mean, raw second moment)
+def state_fid(state, # what `as_moments` takes
               reference, # as for `loo_rewards`
               eps:float=1e-6, # added to generated variances
              ) -> Tensor: # scalar
-    "Fréchet distance between a state and the reference, diagonal or full as the state is (LOO-FID Eq. 19, 24)"
+    "Fréchet distance of a state, diagonal or full as it is (LOO-FID Eq. 19, 24)"
     check_eps(eps)
     state = as_moments(state); full = state.second.ndim == 2
     ref = as_reference(reference).to(state.mean.device)
     m = check_state(state, ref, full)
     if not full: return fid_diag(m.mean, moments_std(m, eps), ref.mean, ref.std)
     root_mean = ref.root@m.mean
-    lam = torch.linalg.eigvalsh(m.mapped - torch.outer(root_mean, root_mean) + eps*ref.cov).clamp(min=0)
+    M = m.mapped - torch.outer(root_mean, root_mean) + eps*ref.cov
+    lam = torch.linalg.eigvalsh(M).clamp(min=0)
     trace = m.second.trace() - m.mean@m.mean + eps*len(m.mean) + ref.cov.trace()
     return (m.mean - ref.mean).square().sum() + trace - 2*lam.sqrt().sum()

@@ -70,7 +70,7 @@ class PCA:
         return cls(reference.mean, U[:, -k:].flip(1).contiguous(),
                    lam[-k:].flip(0).clamp(min=0), reference.fingerprint)
 
-    def __call__(self, features:Tensor) -> Tensor: # [N, D] to [N, k], float32 or float64
+    def __call__(self, features:Tensor) -> Tensor: # [N, D] to [N, k], float32 or 64
         "Project features"
         mean, basis = (t.to(features.device) for t in (self.mean, self.basis))
         dtype = torch.promote_types(features.dtype, torch.float32)
