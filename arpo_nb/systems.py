@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['model_table', 'load_system', 'name_classes', 'load_shapes', 'model_files', 'usual_guidance', 'ClassScore',
-           'own_images', 'own_reference', 'imagenet_classes', 'spec_of', 'load_reward', 'load_data', 'check_data',
-           'check_hub_model', 'prompt_encoder', 'load_metric_net', 'main']
+           'own_images', 'own_reference', 'imagenet_classes', 'imagenet_synonyms', 'spec_of', 'load_reward',
+           'load_data', 'check_data', 'check_hub_model', 'prompt_encoder', 'load_metric_net', 'main']
 
 # %% ../nbs/37_models.ipynb #de9ccbda
 import argparse
@@ -17,11 +17,11 @@ import torch
 
 from .config import FREE, Config, parse_rewards
 from .data.captions import DiskFeatures, NamedClasses, PromptData, T5Features, TextData
-from .data.images import ArrayData, LabelData, folder_data, hub_data, is_hub_folder
+from .data.images import ArrayData, LabelData, folder_data, hub_data, imagenet_ids, is_hub_folder
 from .maths.moments import Reference
 from .protocols import MetricNet, System
 from .rewards import WeightedSum
-from .scores.features import LPIPSFeatures
+from .scores.features import TRUNKS, LPIPSFeatures
 from .scores.reward_factory import CLIP_OF, make_rewards
 from .specs import ModelSpec, families, find_model, known_models, resolve
 from .weights import FILES, _hub, human_size, import_torchvision
@@ -46,7 +46,8 @@ def model_table(models=None, # names; None for all that are known
 def load_system(model, # name, dotted path, or `ModelSpec`
                 weights:str='default', # 'default', 'random', or a file or folder
                 seed:int=0, # of random weights
-                perceptual:bool=True, # with LPIPS, which only some methods need; a model that has another always has it
+                # with LPIPS on VGG, or on the trunk that is named; a model that has another network always has it
+                perceptual:bool|str=True,
                 tokenizer_weights:str='default', # the tokenizer's, where it is not the one that belongs to `weights`
                ) -> System: # in eval mode
     "Build a system and load its weights"
@@ -55,7 +56,9 @@ def load_system(model, # name, dotted path, or `ModelSpec`
     encode = resolve(spec.encoder)(given) if spec.encoder else None # before gigabytes are read
     system = _as_system(spec, _build(spec, given, None if tokenizer_weights == 'default' else tokenizer_weights))
     if system.perceptual is None and spec.perceptual: system.perceptual = resolve(spec.perceptual)()
-    if system.perceptual is None and perceptual: system.perceptual = LPIPSFeatures(random=weights == 'random')
+    if system.perceptual is None and perceptual:
+        net = perceptual if isinstance(perceptual, str) else 'vgg'
+        system.perceptual = LPIPSFeatures(net, random=weights == 'random')
     if encode: system.encode_prompts, system.answers = encode, spec.answers and resolve(spec.answers)(given, encode)
     system.name, system.spec = model if isinstance(model, str) else spec.name, spec
     for m in system.modules(): m.eval()
@@ -84,8 +87,11 @@ def _as_system(spec, made):
     system = System(spec.name, *made, num_classes=classes, spec=spec)
     return name_classes(system) if isinstance(spec.class_names, (list, tuple)) else system
 
-def name_classes(system:System) -> System: # the same
+def name_classes(system:System,
+                 kind:str='short', # of ImageNet's: 'short', or 'synonyms'
+                ) -> System: # the same
     "Give a system's classes the names that its record knows, where it has none and their number agrees"
+    if kind == 'synonyms' and system.num_classes == 1000: system.class_names = imagenet_synonyms()
     names = system.spec and system.spec.class_names
     if system.class_names is None and system.num_classes and names is not None:
         names = list(names) if isinstance(names, (list, tuple)) else resolve(names)()
@@ -113,7 +119,9 @@ def model_files(model, weights:str='default', perceptual:bool=True, tokenizer_we
     out = [(policy, given)]
     if text: out.append((text, given and resolve(spec.text_beside)(given)))
     if vq and own != 'random': out.append((vq, own))
-    return out + [(name, None) for name in ('vgg16', 'lpips_vgg') if perceptual and not spec.perceptual]
+    if not perceptual or spec.perceptual: return out
+    net = perceptual if isinstance(perceptual, str) else 'vgg'
+    return [*out, (TRUNKS[net][0], None), (f'lpips_{net}', None)]
 
 def usual_guidance(model) -> float:
     "The guidance weight that a model's own sampler has; 1 is none"
@@ -147,6 +155,14 @@ def imagenet_classes() -> list:
     "The names of ImageNet's 1,000 classes, as torchvision has them"
     return import_torchvision().models.ResNet50_Weights.IMAGENET1K_V2.meta['categories']
 
+def imagenet_synonyms() -> list: # 'tench, Tinca tinca', …
+    "All names that WordNet has for ImageNet's 1,000 classes, as AR-GRPO's prompts list them"
+    try: import timm
+    except ImportError as e: raise ImportError("class_names='synonyms' are read from timm's WordNet list: pip install 'arpo_nb[rewards]'") from e
+    text = (Path(timm.__file__).parent/'data'/'_info'/'imagenet_synset_to_lemma.txt').read_text()
+    names = dict(line.split('\t') for line in text.splitlines())
+    return [names[s] for s in imagenet_ids()]
+
 def spec_of(system:System) -> ModelSpec:
     "The record of a system; an empty one for a system of your own making"
     if system.spec is not None: return system.spec
@@ -163,7 +179,7 @@ def load_reward(cfg:Config, # its rewards and how they are combined
     options = dict(normalise=cfg.normalize_rewards, pca=cfg.pca_dim, weights='random' if random else None,
                    loo_fid=dict(ema_weight=cfg.ema_weight, covariance=cfg.covariance))
     if 'loo_fid' in names: options |= _loo_fid_options(cfg, spec, judge)
-    if names.keys() & CLIP_OF.keys(): name_classes(system)
+    if names.keys() & CLIP_OF.keys(): name_classes(system, cfg.class_names)
     terms = make_rewards(names, **options).rewards if names else {}
     for name, threshold in zip(('brightness', 'darkness'), spec.brightness):
         if name in terms: terms[name][0].threshold = cfg.brightness_threshold or threshold
@@ -257,7 +273,7 @@ def _text_data(cfg, system):
     encode = (DiskFeatures(path) if on_disk else None if kind == 'stored'
               and system.encode_prompts is None else prompt_encoder(system, kind))
     if cfg.method != 'grpo':
-        return TextData(cfg.data, system.tokenizer.image_size, encode)
+        return TextData(cfg.data, system.tokenizer.image_size, encode, crop=cfg.image_crop)
     if encode is None or isinstance(encode, DiskFeatures):
         raise ValueError(f"text_features={kind!r}: prompts alone come "
                          "without features; "

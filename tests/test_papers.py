@@ -118,7 +118,7 @@ def test_mle_needs_no_perceptual_network(monkeypatch, tmp_path):
     for i, (want, more) in enumerate(((False, dict(method='mle')), (False, dict(overrides='perceptual_coef=0')), (True, {}))):
         asked.clear()
         cells('run_vapi', 'system = build()', baselines='none', steps=1, eval_images=0, out_dir=str(tmp_path/str(i)), **more)
-        assert set(asked) == {want}, more
+        assert set(map(bool, asked)) == {want}, more
 
 
 @pytest.mark.parametrize('given, want', [('default', 'brightness'), ('darkness', 'darkness')])
@@ -138,3 +138,69 @@ def test_pictures_in_folders_named_by_numbers(tmp_path):
     space = dict(pictures=str(tmp_path), text=False, model='x', system=type('S', (), dict(num_classes=12)), class_ids=class_ids, image_files=image_files, torch=torch)
     exec(source[source.index('if pictures:'):], space)
     assert space['shown'].tolist() == [int(Path(f).parent.name) for f in image_files(str(tmp_path))]
+
+
+def test_one_bicubic_resize_is_torchvisions():
+    torchvision = pytest.importorskip('torchvision')
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+    import numpy as np
+    from arpo_nb.data.image_io import center_crop, resize_crop
+    rng = np.random.default_rng(0)
+    for h, w in ((61, 90), (200, 77), (64, 64), (65, 131)):
+        image = Image.fromarray(rng.integers(256, size=(h, w, 3), dtype=np.uint8))
+        want = Compose([Resize(32, interpolation=InterpolationMode.BICUBIC), CenterCrop(32)])(image)
+        assert np.array_equal(np.asarray(resize_crop(image, 32)), np.asarray(want)), (h, w)
+    assert not np.array_equal(np.asarray(resize_crop(image, 32)), np.asarray(center_crop(image, 32)))
+
+
+def test_class_prompts_have_no_article_and_synonyms_on_request():
+    system = load_system('toy')
+    asked = system.with_prompts(Batch(torch.tensor([8]), Streams.range(0, 0, 1)))
+    assert asked.prompts == ['a photo of bag']
+    assert preset('llamagen_l', 'loofid').class_names == 'short' and preset('llamagen_xl', 'ar_grpo').class_names == 'synonyms'
+    pytest.importorskip('timm')
+    names = arpo_nb.systems.imagenet_synonyms()
+    assert names[0] == 'tench, Tinca tinca' and names[999] == 'toilet tissue, toilet paper, bathroom tissue' and len(names) == 1000
+
+
+def test_presets_read_the_papers():
+    assert [preset(m, 'ar_grpo').batch_size for m in ('llamagen_xl', 'llamagen_t2i_xl')] == [4, 8]
+    assert preset('var_d16', 'var_grpo').steps == 40_000 and preset('var_d16', 'var_grpo', 'updates').steps == 2500
+    mine = preset('llamagen_l', 'loofid', 'per_gpu')
+    assert mine.batch_size*mine.num_generations == 4*144 and mine.num_processes == 4
+    from arpo_nb.config import LOOFID_ABLATIONS
+    for name in ('mle_500', 'mle_5000'):
+        row = replace(preset('llamagen_l', 'loofid'), **LOOFID_ABLATIONS[name])
+        assert row.batch_size == 144 and row.update_dropout
+    longer = replace(preset('llamagen_xxl'), **choose_baselines('tokenizer_longer')['tokenizer_longer'])
+    assert (longer.method, longer.steps) == ('tokenizer', 10_000)
+
+
+def test_the_perceptual_network_is_the_one_that_is_asked_for():
+    from arpo_nb.config import uses_perceptual
+    from arpo_nb.systems import model_files
+    code = preset('janus_pro_1b', variant='released_code')
+    assert uses_perceptual(code) == 'alex' and not uses_perceptual(replace(code, method='mle'))
+    names = [n for n, _ in model_files('llamagen_xl', perceptual=uses_perceptual(code))]
+    assert {'alexnet', 'lpips_alex'} < {*names} and 'vgg16' not in names
+    pytest.importorskip('lpips')
+    assert load_system('llamagen_b', 'random', perceptual=False).perceptual is None
+
+
+def test_the_papers_rows_are_all_papers():
+    from arpo_nb.evaluation.metrics import paper_rows, rows_beside
+    assert {r['paper'] for r in paper_rows()} == {'VA-π', 'LOO-FID', 'VAR-GRPO'}
+    from arpo_nb.specs import find_model
+    for model, paper, guidance in (('llamagen_xl', 'VA-π', 2.), ('llamagen_xxl', 'VA-π', 1.75), ('llamagen_l', 'LOO-FID', 1.5),
+                                   ('llamagen_t2i_xl', 'VA-π', 7.5), ('var_d16', 'VAR-GRPO', 2.5)):
+        theirs = find_model(model).sampling
+        assert theirs[paper]['cfg_scale'] == guidance
+        assert {r['paper'] for r in rows_beside(model, guidance, theirs) if r['guided']} == {paper}, model
+        assert not any(r['guided'] for r in rows_beside(model, guidance + .1, theirs))
+    assert find_model('llamagen_t2i_xl').sampling['VA-π']['top_k'] == 2000
+
+
+def test_run_eval_takes_a_papers_sampler():
+    space = cells('run_eval', 'system, sampling, speed = arms', paper='', guidance=1.5)
+    assert space['sampling']['cfg_scale'] == 1.5
+    with pytest.raises(ValueError, match="paper='VA-π'"): cells('run_eval', 'system, sampling, speed = arms', paper='VA-π')
