@@ -25,7 +25,8 @@ from ..protocols import Batch, Streams, System
 from ..systems import load_reward, load_system
 from .plan import make_plan
 from .rollout import teacher_forced
-from .trainer import PolicyGradient, train
+from .objectives import PolicyGradient
+from .trainer import train
 
 # %% ../../nbs/52_bench.ipynb #64091c2c
 def vapi_update(size:str='B', # LlamaGen size

@@ -22,7 +22,8 @@ import torch
 from ..config import RECIPES, VARIANTS, Config, from_json, override, preset, uses_perceptual
 from ..systems import MODELS, load_data, load_reward, load_system
 from .plan import check_memory, describe, make_plan
-from .trainer import claim_folder, train
+from .run_folder import claim_folder
+from .trainer import train
 
 # %% ../../nbs/42_launch.ipynb #944ac585
 def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> list:

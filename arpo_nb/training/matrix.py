@@ -21,7 +21,8 @@ from ..models.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
 from ..protocols import System
 from ..rewards import LOOFIDReward, WeightedSum
 from ..systems import load_system
-from .trainer import find_checkpoint, train
+from .run_folder import find_checkpoint
+from .trainer import train
 
 # %% ../../nbs/61_matrix.ipynb #63c4a8f3
 _FEW = dict(vocab_size=24, num_classes=5)
