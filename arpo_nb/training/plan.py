@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'DECODER', 'PEAKS', 'SOURCES', 'CURES', 'Plan', 'memory_estimate', 'flop_estimate', 'make_plan', 'check_disk',
-           'describe', 'device_memory', 'check_memory']
+           'describe', 'device_memory', 'check_memory', 'sampling_of', 'eval_command', 'sampling_memory',
+           'check_sampling']
 
 # %% ../../nbs/43_plan.ipynb #2c01a9b3
 import os, shutil, warnings
@@ -16,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import FREE, SAMPLING, Config, contexts, uses_perceptual
 from ..protocols import map_cond
-from ..systems import check_data, load_system, model_files
+from ..specs import find_model
+from ..systems import check_data, load_shapes, model_files
+from .sharding import shard_count, shard_units
 from ..weights import _hub, plan_file, url_cache
 
 # %% ../../nbs/43_plan.ipynb #0f26d176
@@ -37,7 +40,8 @@ class Plan:
 
 def _count(modules): return sum(p.numel() for m in modules for p in m.parameters())
 
-def memory_estimate(cfg:Config, system # `System`, may be on the meta device
+def memory_estimate(cfg:Config, system, # `System`, may be on the meta device
+                    shards:int=1, # parts that the policy and what belongs to it is cut into
                    ) -> dict: # bytes per device
     "Peak memory of a training step, by part"
     policy, side = system.policy, system.tokenizer.image_size
@@ -54,17 +58,23 @@ def memory_estimate(cfg:Config, system # `System`, may be on the meta device
     group = cfg.free_generations or cfg.num_generations
     samples = min(cfg.generate_batch_size or 10**9, cfg.batch_size*group//world)*(2 if cfg.rollout_cfg_scale > 1 else 1) if cfg.method in FREE else 0
     width = getattr(getattr(system.tokenizer, 'cfg', None), 'ch', 128)
-    out = {'weights, gradients, Adam': n*(16 + 2*half),
+    out = {'weights, gradients, Adam': n*16//shards + n*2*half,
            'frozen networks': 4*(_count(system.modules()) - n)
-           + (4*n if cfg.beta and cfg.method in SAMPLING and not cfg.ref_offload
-              else 0)}
+           + (4*n//shards if cfg.beta and cfg.method in SAMPLING
+              and not cfg.ref_offload else 0)}
     phases = {'activations': kept,
               'logits': 16*min(cfg.logps_chunk, tokens)*policy.vocab_size}
+    gathered = 'gathered weights' # in float32, of all units to sample, of two at a time to train
+    if shards > 1: phases[gathered] = 4*_at_a_time(policy)
     decode = DECODER*4*width*side*side*min(cfg.decode_batch_size, max(1, cfg.batch_size*cfg.num_generations//world))
     cache = samples*2*layers*dim*policy.num_tokens*4
-    return out | (phases if sum(phases.values()) > max(decode, cache)
-                  else {'decoder': decode} if decode > cache
-                  else {'key/value cache': cache})
+    sampling = {'key/value cache': cache} | ({gathered: 4*n} if shards > 1 and samples else {})
+    return out | max(phases, {'decoder': decode}, sampling, key=lambda p: sum(p.values()))
+
+def _at_a_time(policy):
+    "Parameters that exist whole in a pass: what belongs to no unit, and two units, one in use and one on its way"
+    units = [_count([m]) for m in shard_units(policy)]
+    return _count([policy]) - sum(units) + 2*max(units, default=0)
 
 def _width(policy):
     "Channels and number of the transformer's blocks"
@@ -117,6 +127,7 @@ PEAKS = dict(H200=(989e12, 67e12), H100=(989e12, 67e12), A100=(312e12, 19.5e12),
 def make_plan(cfg:Config,
               cache_dir=None, offline=None, # see `plan_file`
               missing_ok:bool=False, # list what can't be had instead of raising
+             shards:int|None=None, # see `memory_estimate`; None for those of the launcher this process was started by
              ) -> Plan:
     "All that can be known before a run starts; all files and data that can't be had are named in one error"
     files, missing = [], []
@@ -124,10 +135,9 @@ def make_plan(cfg:Config,
                                   cfg.tokenizer_weights):
         try: files.append(plan_file(name, path, cache_dir, offline))
         except (OSError, ImportError, ValueError) as e: missing.append(e)
-    with warnings.catch_warnings(), torch.device('meta'):
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore') # that weights read into shapes are lost
-        system = load_system(cfg.model, 'random',
-                             perceptual=uses_perceptual(cfg)).to('meta')
+        system = load_shapes(cfg.model, uses_perceptual(cfg))
     try: check_data(cfg, system)
     except (OSError, ImportError, ValueError) as e: missing.append(e)
     if len(missing) > 1 and not missing_ok:
@@ -139,6 +149,7 @@ def make_plan(cfg:Config,
     if cfg.method in FREE and cfg.rollout_cfg_scale != 1:
         system.policy.null_cond(_example(system))
     per = cfg.mini_batch_size or contexts(cfg)
+    shards = shards or shard_count(cfg)
     batch = {'per rollout': f"{cfg.batch_size} "
              f"{'prompts' if cfg.method == 'grpo' else 'images'} "
              f"× {cfg.num_generations} samples", 'steps': cfg.steps,
@@ -146,7 +157,8 @@ def make_plan(cfg:Config,
              f'process{"es"*(cfg.num_processes > 1)}, '
              f'{min(cfg.micro_batch_size or per, per//cfg.num_processes)} per pass',
              'optimiser steps per rollout': contexts(cfg)//per*cfg.num_iterations}
-    return Plan(files, batch, memory_estimate(cfg, system), flop_estimate(cfg, system),
+    if shards > 1: batch['policy sharded over'] = f'{shards} processes'
+    return Plan(files, batch, memory_estimate(cfg, system, shards), flop_estimate(cfg, system),
                 missing)
 
 # in the words of `describe`
@@ -188,7 +200,8 @@ def describe(plan:Plan, cfg:Config) -> str:
     return '\n'.join(lines)
 
 CURES = {'activations': 'micro_batch_size', 'logits': 'logps_chunk',
-         'decoder': 'decode_batch_size', 'key/value cache': 'generate_batch_size'}
+         'decoder': 'decode_batch_size', 'key/value cache': 'generate_batch_size',
+         'weights, gradients, Adam': 'model, or shard this one over several processes (accelerate/fsdp2.yaml)'}
 
 def device_memory() -> tuple: # bytes, whose
     "Memory of the device a run would use"
@@ -205,3 +218,58 @@ def check_memory(plan:Plan, cfg:Config,
         parts = ', '.join(f'{k} {v/1e9:.1f} GB' for k, v in plan.memory.items())
         raise MemoryError(f"{cfg.model}: a step needs about {needed/1e9:.1f} GB ({parts}), {whose} has {total/1e9:.1f} GB. Use a smaller {CURES.get(max(plan.memory, key=plan.memory.get), 'model')}"
                           f"{'' if cfg.gradient_checkpointing else ', or gradient_checkpointing=True'}")
+
+# %% ../../nbs/43_plan.ipynb #45660642
+def sampling_of(cfg:Config) -> dict: # arguments of `policy.generate`
+    "How the policy that a run trains is asked for pictures"
+    if cfg.method not in FREE:
+        return dict(temperature=cfg.temperature, cfg_scale=find_model(cfg.model).guidance)
+    return dict(temperature=cfg.temperature, cfg_scale=cfg.rollout_cfg_scale,
+                top_k=cfg.rollout_top_k, top_p=cfg.rollout_top_p)
+
+def eval_command(cfg:Config, folder, # of the run
+                 n:int=0, # images; 0 for 50,000, or GenEval's 2,212 for text
+                 labels:str='', # 'seen' or 'unseen' classes of a run on a share of them
+                ) -> str:
+    "The command that measures a run as it was trained"
+    spec, given = find_model(cfg.model), sampling_of(cfg)
+    usual = dict(temperature=1., top_k=0, top_p=1.)
+    text = not spec.num_classes
+    asked = dict(model=cfg.model, checkpoint=f'{folder}/checkpoint', n=n or (2212 if text else 50_000))
+    asked |= dict(guidance=given.pop('cfg_scale')) | {k: v for k, v in given.items() if v != usual[k]}
+    if spec.image_size == 384 and not text: asked |= dict(size=256) # as the papers score them
+    if cfg.weights != 'default': asked |= dict(base=cfg.weights)
+    if cfg.tokenizer_weights != 'default': asked |= dict(tokenizer=cfg.tokenizer_weights)
+    if cfg.method == 'tokenizer': asked |= dict(part='tokenizer')
+    if labels: asked |= dict(labels=labels, class_split=cfg.class_split, class_seed=cfg.seed)
+    out = f'{folder}/eval' + f'_{labels}'*bool(labels)
+    words = ' '.join(f'-p {k} {v}' for k, v in (asked | dict(out_dir=out)).items())
+    return f'papermill nbs/run_eval.ipynb {out}.ipynb {words}'
+
+# %% ../../nbs/43_plan.ipynb #c839ef68
+def sampling_memory(system, # `System`, may be on the meta device
+                    batch_size:int, # images at a time
+                    cfg_scale:float=1., # guidance doubles the batch
+                    bytes_each:int=4, # of a value: 4 in float32, 2 in bfloat16
+                   ) -> dict: # bytes, by part
+    "Peak memory of free-running samples"
+    dim, layers = _width(system.policy)
+    rows, side = batch_size*(1 if cfg_scale == 1 else 2), system.tokenizer.image_size
+    width = getattr(getattr(system.tokenizer, 'cfg', None), 'ch', 128)
+    return {'weights': bytes_each*_count([system.policy]) + 4*_count([system.tokenizer]),
+            'key/value cache': rows*2*layers*dim*system.policy.num_tokens*bytes_each,
+            'decoder': DECODER*4*width*side*side*batch_size}
+
+def check_sampling(system, batch_size:int, cfg_scale:float=1., bytes_each:int=4,
+                   memory:tuple|None=None, # None asks `device_memory`
+                  ) -> dict: # as `sampling_memory`
+    "Raise if samples can't fit the device, and say how many at a time would"
+    total, whose = memory or device_memory()
+    need = lambda n: sampling_memory(system, n, cfg_scale, bytes_each)
+    peak = lambda n: (m := need(n))['weights'] + max(m['key/value cache'], m['decoder'])
+    if peak(batch_size) <= total: return need(batch_size)
+    fits = next((n for n in range(batch_size, 0, -1) if peak(n) <= total), 0)
+    parts = ', '.join(f'{k} {v/1e9:.1f} GB' for k, v in need(batch_size).items())
+    cure = f'batch_size={fits}' if fits else 'a smaller model'
+    raise MemoryError(f"batch_size={batch_size}: sampling {system.name} needs {parts}; {whose} has "
+                      f"{total/1e9:.1f} GB. Use {cure}" + ", or dtype='bfloat16'"*(bytes_each == 4))
