@@ -389,9 +389,9 @@ def smooth_weights(logits:Tensor, # [..., V] filtered
 
 # %% ../../nbs/33_var.ipynb #dee43df7
 @torch.no_grad()
-# latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
 def generate_smooth(policy:VAR, cond:Tensor, streams:Streams, *, temperature:float=1.,
-                    top_k:int=0, top_p:float=1., cfg_scale:float=1.) -> Tensor:
+                    top_k:int=0, top_p:float=1., cfg_scale:float=1.,
+                   ) -> Tensor: # latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
     "Smooth pictures: latents instead of tokens; arguments as in `generate`"
     policy.check_cond(cond)
     noise = -streams.bulk_uniform(policy.num_tokens, policy.vocab_size,

@@ -10,13 +10,12 @@ import difflib, re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import parse_rewards
-from ..files import BadFile, open_npz, read_moments, read_npz, refuse_foreign, user_path
+from ..files import BadFile, read_moments, refuse_foreign, user_path
 from ..maths.moments import Reference, as_reference
 from ..rewards import BrightnessReward, LOOFIDReward, WeightedSum, check_chunk_size
 from ..models.checkpoints import read_state_dict
@@ -46,7 +45,7 @@ def read_rewards(spec, # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a d
         near = difflib.get_close_matches(name, REWARDS, 1)
         raise ValueError(f"rewards={spec!r}: no reward named "
                          f"{name!r}{f', did you mean {near[0]!r}?' if near else '.'} "
-                         f"Known: {', '.join(REWARDS)}")
+                         f"Known: {', '.join(REWARDS)}, or package.module:name of your own")
     if not out:
         raise ValueError(f"rewards={spec!r}: empty; expected something like 'clip+hps'")
     return out
@@ -69,9 +68,11 @@ class PCA:
         lam, U = torch.linalg.eigh(reference.cov)
         return cls(reference.mean, U[:, -k:].flip(1).contiguous(), lam[-k:].flip(0).clamp(min=0), reference.fingerprint)
 
-    def __call__(self, features:Tensor) -> Tensor: # [N, D] to [N, k], same type
+    def __call__(self, features:Tensor) -> Tensor: # [N, D] to [N, k], float32 or 64
         "Project features"
-        return ((features.double() - self.mean.to(features.device)) @ self.basis.to(features.device)).to(features.dtype)
+        mean, basis = (t.to(features.device) for t in (self.mean, self.basis))
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        return ((features.double() - mean)@basis).to(dtype)
 
     @property
     def reference(self) -> Reference:
@@ -99,32 +100,39 @@ class PCA:
         return cls(**got)
 
 # %% ../../nbs/25_reward_factory.ipynb #b50d080d
-def load_reference(reference, # `Reference`, pair, or npz file
-                   network:str|None=None, # name of the extractor; a file that says it was made with another is refused
+def load_reference(reference, # anything `as_reference` takes: pair, features, file, …
+                   network:str|None=None, # name of the extractor, if it must be its own
                   ) -> Reference:
-    "A `Reference` from itself, a pair, or an npz file with mu and sigma"
-    if not isinstance(reference, (str, Path)): return as_reference(reference)
-    path, given = user_path(reference, 'reference'), f"reference={str(reference)!r}"
-    if not path.exists(): raise FileNotFoundError(f"{given}: no such file; give an npz with mu and sigma, or leave it out for the published ImageNet one")
-    if path.is_dir(): raise ValueError(f"{given}: a folder; expected an npz with mu and sigma, which arpo_nb.evaluation.metrics.make_reference(folder, file, net) makes of pictures")
-    with open_npz(path) as (names, _): lost = {'mu', 'sigma'} - names.keys()
-    if lost: raise ValueError(f"{given}: holds {', '.join(names)}, but no {' and no '.join(sorted(lost))}")
-    got, made = read_moments(path), str(read_npz(path, ['network']).get('network', ''))
-    if network and made and made != network: raise ValueError(f"{given}: made with the network {made!r}, but the features here come from {network!r}; make the reference again with that one")
-    return as_reference((torch.from_numpy(got['mu']), torch.from_numpy(got['sigma'])))
+    "A `Reference` that belongs to an extractor"
+    if isinstance(reference, (str, Path)):
+        reference = user_path(reference, 'reference')
+        if reference.is_file() and reference.suffix == '.npz': read_moments(reference) # says what cannot be
+    ref = as_reference(reference)
+    if network and ref.network and ref.network != network:
+        raise ValueError(f"reference={str(reference)!r}: made with the network "
+                         f"{ref.network!r}, but the features here come from "
+                         f"{network!r}; make the reference again with that one")
+    return ref
 
 def make_loo_fid(extractor, # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`, if it has one, must be that of the reference's network
-                 reference=None, # `Reference`, pair, or npz file; not needed with a stored `pca`
-                 pca=0, # number of directions, a stored basis (file or `PCA`), or 0 for the features themselves
+                 reference=None, # as above; not needed with a stored `pca`
+                 # number of directions, a stored basis (file or `PCA`), or 0 for the
+                 # features themselves
+                 pca=0,
                  **options, # of `LOOFIDReward` and `loo_fid_reward`
                 ) -> LOOFIDReward:
     "The leave-one-out reward, on principal directions if asked for"
-    ref = None if reference is None else load_reference(reference, getattr(extractor, 'name', None))
+    ref = (None if reference is None
+           else load_reference(reference, getattr(extractor, 'name', None)))
     if isinstance(pca, (str, Path)): pca = PCA.load(pca)
     if isinstance(pca, int) and pca: pca = PCA.fit(ref, pca) if ref else None
-    if pca is None or (not pca and ref is None): raise ValueError("reference: expected moments of real features, got None; only a stored pca can do without")
+    if pca is None or (not pca and ref is None):
+        raise ValueError("reference: expected moments of real features, got None; "
+                         "only a stored pca can do without")
     if not pca: return LOOFIDReward(extractor, ref, **options)
-    if ref and not torch.allclose(ref.fingerprint, pca.of): raise ValueError("pca: this basis was made from another reference; fit it again, or leave reference out")
+    if ref and not torch.allclose(ref.fingerprint, pca.of):
+        raise ValueError("pca: this basis was made from another reference; fit "
+                         "it again, or leave reference out")
     return LOOFIDReward(lambda images: pca(extractor(images)), pca.reference, **options)
 
 # %% ../../nbs/25_reward_factory.ipynb #0796dc19
@@ -148,7 +156,7 @@ def needed_files(rewards:dict, # name → weight
 def make_rewards(spec, # 'clip+hps+0.5*loo_fid', 'clip:1,hps:1,loo_fid:0.5', or a dict name → weight
                  *, normalise:bool=False, # divide each by its std over the step
                  weights=None, # 'random', or a dict from names in `weights.FILES` to local files
-                 reference=None, # of loo_fid: `Reference`, pair or npz; None for the published ImageNet one
+                 reference=None, # of loo_fid: `Reference`, pair, features or file; None for the published ImageNet one
                  pca=0, # of loo_fid: number of directions, or a stored basis
                  extractor=None, # of loo_fid, instead of Inception
                  loo_fid:dict|None=None, # its further options: ema_weight, covariance, first_step, …
