@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import FREE, SAMPLING, Config, contexts, uses_perceptual
 from ..protocols import map_cond
-from ..systems import check_data, load_shapes, model_files
+from ..systems import check_data, check_rewards, load_shapes, model_files
 from ..weights import _hub, plan_file, url_cache
 
 # %% ../../nbs/43_plan.ipynb #0f26d176
@@ -67,10 +67,11 @@ def memory_estimate(cfg:Config, system # `System`, may be on the meta device
                   else {'key/value cache': cache})
 
 def _width(policy):
-    "Channels and number of the transformer's blocks"
-    blocks = next(m for m in policy.modules() if isinstance(m, torch.nn.ModuleList))
-    return next(m.in_features for m in blocks.modules()
-                if isinstance(m, torch.nn.Linear)), len(blocks)
+    "Channels and number of the transformer's blocks; the widest layer and one block of anything else"
+    wide = lambda m: [l.in_features for l in m.modules() if isinstance(l, torch.nn.Linear)]
+    blocks = next((m for m in policy.modules() if isinstance(m, torch.nn.ModuleList) and wide(m)), None)
+    if blocks is not None: return wide(blocks)[0], len(blocks)
+    return max(wide(policy), default=0), 1
 
 # %% ../../nbs/43_plan.ipynb #069c10df
 def _example(system):
@@ -127,8 +128,9 @@ def make_plan(cfg:Config,
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # that weights read into shapes are lost
         system = load_shapes(cfg.model, uses_perceptual(cfg))
-    try: check_data(cfg, system)
-    except (OSError, ImportError, ValueError) as e: missing.append(e)
+    for check in (check_data, check_rewards):
+        try: check(cfg, system)
+        except (OSError, ImportError, ValueError) as e: missing.append(e)
     if len(missing) > 1 and not missing_ok:
         raise FileNotFoundError(f'{cfg.model}: {len(missing)} things are missing:\n'
                                 + '\n'.join(f'- {e}' for e in missing))
@@ -136,7 +138,7 @@ def make_plan(cfg:Config,
     check_disk(files)
     # raises without a null class
     if cfg.method in FREE and cfg.rollout_cfg_scale != 1:
-        system.policy.null_cond(_example(system))
+        _check_guidance(cfg, system)
     per = cfg.mini_batch_size or contexts(cfg)
     batch = {'per rollout': f"{cfg.batch_size} "
              f"{'prompts' if cfg.method == 'grpo' else 'images'} "
@@ -145,8 +147,20 @@ def make_plan(cfg:Config,
              f'process{"es"*(cfg.num_processes > 1)}, '
              f'{min(cfg.micro_batch_size or per, per//cfg.num_processes)} per pass',
              'optimiser steps per rollout': contexts(cfg)//per*cfg.num_iterations}
-    return Plan(files, batch, memory_estimate(cfg, system), flop_estimate(cfg, system),
-                missing)
+    return Plan(files, batch, memory_estimate(cfg, system), _operations(cfg, system), missing)
+
+def _check_guidance(cfg, system):
+    "Raise for a policy that has nothing to guide away from"
+    if hasattr(system.policy, 'null_cond'):
+        return system.policy.null_cond(_example(system))
+    raise ValueError(f"rollout_cfg_scale={cfg.rollout_cfg_scale}: "
+                     f"{type(system.policy).__name__} has no null_cond to "
+                     "guide away from; use rollout_cfg_scale=1")
+
+def _operations(cfg, system):
+    "`flop_estimate`, where the model can be counted without numbers"
+    try: return flop_estimate(cfg, system)
+    except (NotImplementedError, RuntimeError, AttributeError, TypeError): return {}
 
 # in the words of `describe`
 SOURCES = dict(local='given', cache='in the cache', package='in its package',
@@ -179,11 +193,16 @@ def describe(plan:Plan, cfg:Config) -> str:
     lines += [f'  memory per device, estimated: {plan.peak/1e9:.2f} GB',
               *(f'    {k}: {v/1e9:.2f} GB' for k, v in plan.memory.items())]
     total = sum(plan.flops.values())
-    lines += [f'  operations per step: {total/1e12:.2f} T',
+    lines += [f'  operations per step: {total/1e12:.2f} T' if total else '  operations '
+                                                                         'per step: '
+                                                                         'not known '
+                                                                         'for this '
+                                                                         'model',
               *(f'    {k}: {v/1e12:.3f} T' for k, v in plan.flops.items())]
     for name, speeds in PEAKS.items():
         if torch.cuda.is_available() and name in torch.cuda.get_device_name():
-            lines.append(f'  at the peak of {cfg.num_processes} × {name}: {total/speeds[cfg.mixed_precision == "no"]/cfg.num_processes:.2f} s a step')
+            lines.append(f'  at the peak of {cfg.num_processes} × {name}: '
+                         f'{total/speeds[cfg.mixed_precision == "no"]/cfg.num_processes:.2f} s a step')
     return '\n'.join(lines)
 
 CURES = {'activations': 'micro_batch_size', 'logits': 'logps_chunk',
@@ -202,5 +221,7 @@ def check_memory(plan:Plan, cfg:Config,
     needed = plan.peak*(cfg.num_processes if whose == 'this machine' else 1)
     if needed > total:
         parts = ', '.join(f'{k} {v/1e9:.1f} GB' for k, v in plan.memory.items())
-        raise MemoryError(f"{cfg.model}: a step needs about {needed/1e9:.1f} GB ({parts}), {whose} has {total/1e9:.1f} GB. Use a smaller {CURES.get(max(plan.memory, key=plan.memory.get), 'model')}"
+        raise MemoryError(f"{cfg.model}: a step needs about {needed/1e9:.1f} GB "
+                          f"({parts}), {whose} has {total/1e9:.1f} GB. Use a smaller "
+                          f"{CURES.get(max(plan.memory, key=plan.memory.get), 'model')}"
                           f"{'' if cfg.gradient_checkpointing else ', or gradient_checkpointing=True'}")
