@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['model_table', 'load_system', 'name_classes', 'load_shapes', 'model_files', 'usual_guidance', 'ClassScore',
-           'own_images', 'own_reference', 'imagenet_classes', 'spec_of', 'load_reward', 'check_rewards', 'own_rewards',
-           'load_data', 'check_data', 'check_hub_model', 'prompt_encoder', 'own_data', 'load_metric_net', 'main']
+           'own_images', 'own_reference', 'imagenet_classes', 'imagenet_synonyms', 'spec_of', 'load_reward',
+           'check_rewards', 'own_rewards', 'load_data', 'check_data', 'check_hub_model', 'prompt_encoder', 'own_data',
+           'load_metric_net', 'main']
 
 # %% ../nbs/37_models.ipynb #de9ccbda
 import argparse
@@ -17,7 +18,7 @@ import torch
 
 from .config import FREE, Config, parse_rewards, uses_perceptual
 from .data.captions import DiskFeatures, NamedClasses, PromptData, T5Features, TextData
-from .data.images import ArrayData, LabelData, folder_data, hub_data, is_hub_folder
+from .data.images import ArrayData, LabelData, folder_data, hub_data, imagenet_ids, is_hub_folder
 from .maths.moments import Reference
 from .own_rewards import find_reward
 from .protocols import MetricNet, System
@@ -99,8 +100,11 @@ def _as_system(spec, made):
     system = System(spec.name, *made, num_classes=classes, spec=spec)
     return name_classes(system) if isinstance(spec.class_names, (list, tuple)) else system
 
-def name_classes(system:System) -> System: # the same
+def name_classes(system:System,
+                 kind:str='short', # of ImageNet's: 'short', or 'synonyms'
+                ) -> System: # the same
     "Give a system's classes the names that its record knows, where it has none and their number agrees"
+    if kind == 'synonyms' and system.num_classes == 1000: system.class_names = imagenet_synonyms()
     names = system.spec and system.spec.class_names
     if system.class_names is None and system.num_classes and names is not None:
         names = list(names) if isinstance(names, (list, tuple)) else resolve(names)()
@@ -168,6 +172,14 @@ def imagenet_classes() -> list:
     "The names of ImageNet's 1,000 classes, as torchvision has them"
     return import_torchvision().models.ResNet50_Weights.IMAGENET1K_V2.meta['categories']
 
+def imagenet_synonyms() -> list: # 'tench, Tinca tinca', …
+    "All names that WordNet has for ImageNet's 1,000 classes, as AR-GRPO's prompts list them"
+    try: import timm
+    except ImportError as e: raise ImportError("class_names='synonyms' are read from timm's WordNet list: pip install 'arpo_nb[rewards]'") from e
+    text = (Path(timm.__file__).parent/'data'/'_info'/'imagenet_synset_to_lemma.txt').read_text()
+    names = dict(line.split('\t') for line in text.splitlines())
+    return [names[s] for s in imagenet_ids()]
+
 def spec_of(system:System) -> ModelSpec:
     "The record of a system; an empty one for a system of your own making"
     if system.spec is not None: return system.spec
@@ -185,7 +197,8 @@ def load_reward(cfg:Config, # its rewards and how they are combined
     options = dict(normalise=cfg.normalize_rewards, pca=cfg.pca_dim, weights='random' if random else None,
                    loo_fid=dict(ema_weight=cfg.ema_weight, covariance=cfg.covariance))
     if 'loo_fid' in names: options |= _loo_fid_options(cfg, spec, judge)
-    if names.keys() & CLIP_OF.keys() or any(getattr(r, 'prompts', False) for r in own.values()): name_classes(system)
+    wants = any(getattr(r, 'prompts', False) for r in own.values())
+    if names.keys() & CLIP_OF.keys() or wants: name_classes(system, cfg.class_names)
     terms = make_rewards(names, **options).rewards if names else {}
     for name, threshold in zip(('brightness', 'darkness'), spec.brightness):
         if name in terms: terms[name][0].threshold = cfg.brightness_threshold or threshold
@@ -297,7 +310,7 @@ def _text_data(cfg, system):
     encode = (DiskFeatures(path) if on_disk else None if kind == 'stored'
               and system.encode_prompts is None else prompt_encoder(system, kind))
     if cfg.method != 'grpo':
-        return TextData(cfg.data, system.tokenizer.image_size, encode)
+        return TextData(cfg.data, system.tokenizer.image_size, encode, crop=cfg.image_crop)
     if encode is None or isinstance(encode, DiskFeatures):
         raise ValueError(f"text_features={kind!r}: prompts alone come "
                          "without features; "

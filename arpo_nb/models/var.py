@@ -241,6 +241,10 @@ class VAR(nn.Module):
         "The null class for every row"
         return torch.full_like(cond, self.cfg.num_classes)
 
+    def shard_units(self) -> list:
+        "Modules whose parameters are used within their own forward alone; the blocks are asked for their modulations before they run"
+        return [m for b in self.blocks for m in b.children()]
+
     def guidance(self, cfg_scale:float) -> Tensor: # [T]
         "The guidance scale at every token: it rises from 1 at the first scale to `cfg_scale` at the last"
         return 1 + (cfg_scale - 1)*scale_index(self.sizes)/max(len(self.sizes) - 1, 1)

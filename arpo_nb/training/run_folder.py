@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from ..config import Config, from_json
+from .sharding import SHARDED, is_sharded, load_parts, save_parts
 
 # %% ../../nbs/47_run_folder.ipynb #dc75efee
 SAME_RUN = ('num_processes', 'micro_batch_size', 'generate_batch_size', 'decode_batch_size', 'logps_chunk',
@@ -52,16 +53,19 @@ def _try_writing(out):
 # %% ../../nbs/47_run_folder.ipynb #9d62116d
 def save_checkpoint(acc:Accelerator, out:Path,
                     run:dict, # the step and other plain values
-                    ref_policy=None): # a moving one
+                    ref_policy=None, # a moving one
+                    trained=None): # pair of the model and its optimiser, where it may be sharded
     "Write `out/checkpoint` so that an interrupted write loses nothing"
     new = out/'checkpoint.new'
     if acc.is_main_process and new.exists(): shutil.rmtree(new)
     acc.wait_for_everyone()
-    acc.save_state(str(new))
+    sharded = trained is not None and is_sharded(trained[0])
+    if sharded: save_parts(acc, new, *trained, ref_policy)
+    else: acc.save_state(str(new))
     position = acc.gather(torch.tensor([run.get('position', 0)], device=acc.device)).tolist()
     if acc.is_main_process:
         torch.save(_plain({**run, 'position': position}), new/'run.pt')
-        if ref_policy is not None: save_file(ref_policy.state_dict(), new/'reference.safetensors')
+        if ref_policy is not None and not sharded: save_file(ref_policy.state_dict(), new/'reference.safetensors')
         _swap(new, out/'checkpoint', out/'checkpoint.old')
     acc.wait_for_everyone()
 
@@ -84,12 +88,16 @@ def find_checkpoint(out:str|Path) -> Path|None:
     folders = (Path(out)/'checkpoint', Path(out)/'checkpoint.old')
     return next((p for p in folders if (p/'run.pt').exists()), None)
 
-def load_checkpoint(acc:Accelerator, folder:Path, ref_policy=None) -> dict: # what `save_checkpoint` got as `run`
+def load_checkpoint(acc:Accelerator, folder:Path,
+                    ref_policy=None, trained=None, # see `save_checkpoint`
+                   ) -> dict: # what it got as `run`
     "Continue from a checkpoint"
-    acc.load_state(str(folder))
+    parts = trained is not None and (is_sharded(trained[0]) or (folder/SHARDED).exists())
+    if parts: load_parts(acc, folder, *trained, ref_policy)
+    else: acc.load_state(str(folder))
     device = 'cpu' if acc.device.type == 'cpu' else acc.device # of several processes it is cpu:0, unknown to torch.load
     run = torch.load(folder/'run.pt', map_location=device, weights_only=True)
-    if ref_policy is not None: ref_policy.load_state_dict(load_file(folder/'reference.safetensors'))
+    if ref_policy is not None and not parts: ref_policy.load_state_dict(load_file(folder/'reference.safetensors'))
     positions = run['position']
     run['position'] = positions[acc.process_index] if len(positions) == acc.num_processes else min(positions)
     return run

@@ -27,6 +27,7 @@ from ..specs import resolve
 from .objectives import scored_policy
 from .rollout import (Clock, encode_images, free_running, rollout_logps, sampling_gap, score_groups,
                                       teacher_forced)
+from .sharding import is_sharded
 
 # %% ../../nbs/46_steps.ipynb #05e0ec30
 def make_reward(system:System, cfg:Config) -> ReconstructionReward:
@@ -114,12 +115,12 @@ def reference_logps(ref_policy, # `Policy`; sent back to the CPU with `ref_offlo
                     # [B, G, T] nats
                     r:Rollout, cfg:Config, autocast=nullcontext) -> Tensor:
     "Log-probabilities of the samples under the reference policy"
-    ref, rows = ref_policy.to(r.tokens.device), len(r)
+    ref, rows = ref_policy if is_sharded(ref_policy) else ref_policy.to(r.tokens.device), len(r)
     policy = scored_policy(ref, cfg) if r.targets is None else ref
     if cfg.micro_batch_size: rows = max(1, cfg.micro_batch_size//r.context.shape[1])
     with autocast():
         logps = [rollout_logps(policy, r.take(s), cfg.temperature, cfg.logps_chunk)[0] for s in _parts(len(r), rows)]
-    if cfg.ref_offload: ref.to('cpu')
+    if cfg.ref_offload and not is_sharded(ref): ref.to('cpu') # a sharded one stays there in parts
     return torch.cat(logps)
 
 # %% ../../nbs/46_steps.ipynb #2db25e4d

@@ -28,6 +28,7 @@ from ..protocols import System
 from .objectives import OBJECTIVES, bonus_weight
 from .rollout import Clock
 from .run_folder import MetricsLog, claim_folder, find_checkpoint, load_checkpoint, save_checkpoint
+from .sharding import agree, check_layout, follow, prepare
 from .steps import (Place, RollOut, learning_rate, make_optimizer, mean_over_processes, reward_parts,
                                     update)
 
@@ -88,26 +89,29 @@ def train(system:System, # what to train
          ) -> list: # metrics, one dict per step
     "Post-train a system; returns the metrics of all steps, resumed ones included"
     acc, cfg = accelerator(cfg), as_used(cfg, reward)
+    check_layout(acc, cfg)
+    agree(acc, cfg)
     if acc.is_main_process:
         claim_folder(out_dir, cfg, resume)
         warn_of(cfg)
     acc.wait_for_everyone()
     out = Path(out_dir)
 
-    system.to(acc.device)
+    for m in system.modules():
+        if not (acc.is_fsdp2 and m is system.policy): m.to(acc.device) # a sharded one goes there in parts
     raw = OBJECTIVES[cfg.method](system, cfg)
     if hasattr(system.policy, 'gradient_checkpointing'):
         system.policy.gradient_checkpointing = cfg.gradient_checkpointing
     ref_policy = _frozen_copy(system.policy) if cfg.beta and cfg.method in SAMPLING else None
     moving = ref_policy if cfg.ref_policy == 'ema' else None
-    objective, opt = acc.prepare(raw, make_optimizer(raw.parameters_to_train(), cfg))
+    objective, opt = prepare(acc, raw, partial(make_optimizer, cfg=cfg), ref_policy, cfg.ref_offload)
     for _, part in reward_parts(reward):
         if hasattr(part, 'to'): part.to(acc.device)
     clock = Clock(acc.device)
     here = Place(acc.autocast, acc.gather, acc.process_index, clock)
     roll_out = RollOut(system, cfg, reward, ref_policy, here)
     ckpt, run = find_checkpoint(out), dict(step=0, reward_state=None, entropy=None, position=0)
-    if ckpt: run = load_checkpoint(acc, ckpt, moving)
+    if ckpt: run = load_checkpoint(acc, ckpt, moving, (raw.model, opt))
     if acc.is_main_process: (out/'config.json').write_text(to_json(cfg))
     log = MetricsLog(out/'metrics.jsonl', run['step'], acc.is_main_process)
 
@@ -116,6 +120,7 @@ def train(system:System, # what to train
     stream = getattr(data, 'batches', None) or partial(batches, data)
     batches_left = stream(cfg.batch_size, cfg.seed, run['step'], cfg.steps, acc.process_index, acc.num_processes,
                           position=run['position'])
+    tied = False
     with StopSignal() as stop:
         for step, batch in enumerate(batches_left, run['step']):
             # dropout; everything else has its own stream
@@ -132,10 +137,10 @@ def train(system:System, # what to train
                 stopping, t1 = stats.pop('stop') > 0, time.perf_counter()
                 bad = [k for k in stats if k.endswith('reward/mean') and not math.isfinite(stats[k])]
                 if bad: raise FloatingPointError(f"mean reward is {stats[bad[0]]}")
-                if stats.get('reward/tied_groups') == 1.:
-                    warnings.warn(f"step {step}: all rewards are equal within every "
-                                  "group, so this step teaches "
-                                  "nothing; check the reward")
+                if stats.get('reward/tied_groups') == 1. and not tied:
+                    tied = True
+                    warnings.warn(f"step {step}: all rewards are equal within every group, so this step teaches "
+                                  "nothing; check the reward. Said once: reward/tied_groups counts the later ones")
                 if cfg.entropy_coef:
                     entropy = normalized_entropy(stats.get('policy/rollout_entropy', 0.), system.policy.vocab_size)
                     if run['entropy'] is None: run['entropy'] = entropy
@@ -146,16 +151,14 @@ def train(system:System, # what to train
                 stats |= update(acc, objective, opt, rollouts, cfg)
             except Exception as e:
                 numbers = isinstance(e, FloatingPointError)
-                # one process alone can't save for all
-                if acc.num_processes == 1 or numbers:
-                    save_checkpoint(acc, out, {**run, 'step': step}, moving)
+                if acc.num_processes == 1 or numbers: # one process alone can't save for all
+                    save_checkpoint(acc, out, {**run, 'step': step}, moving, (raw.model, opt))
                 raise (FloatingPointError if numbers else RuntimeError)(
                     f"step {step}: {e}; stopped before that optimiser step, and "
                     f"{out/'checkpoint'} holds the last "
                     "whole state, from which the same command continues. If numbers ran away, look at the last lines "
-                    "of metrics.jsonl: a smaller learning_rate or max_grad_norm "
-                    "usually helps") from e
-            if moving is not None: _follow(moving, system.policy, cfg.ref_decay)
+                    "of metrics.jsonl: a smaller learning_rate or max_grad_norm usually helps") from e
+            if moving is not None: follow(moving, system.policy, cfg.ref_decay)
             run |= dict(step=step+1, reward_state=reward_state, position=int(batch.streams.index[:, 0].max()) + 1)
             stats |= {'optim/lr': learning_rate(cfg, step), 'time/rollout': t1 - t0,
                       'time/update': time.perf_counter() - t1}
@@ -164,8 +167,7 @@ def train(system:System, # what to train
             shown = {k.split('/')[-1]: f'{stats[k]:.4f}' for k in ('reward/mean', 'policy/prior_ce') if k in stats}
             bar.update(); bar.set_postfix(shown)
             last = step+1 == cfg.steps
-            if last or stopping or (step+1) % cfg.save_steps == 0:
-                save_checkpoint(acc, out, run, moving)
+            if last or stopping or (step+1) % cfg.save_steps == 0: save_checkpoint(acc, out, run, moving, (raw.model, opt))
             if stopping and not last:
                 raise SystemExit(f"stopped by SIGTERM after step {step}; "
                                  f"resume=True continues from {out/'checkpoint'}")
@@ -175,9 +177,3 @@ def train(system:System, # what to train
     return log.rows
 
 def _frozen_copy(module): return copy.deepcopy(module).eval().requires_grad_(False)
-
-@torch.no_grad()
-def _follow(ref, policy, decay):
-    "Move the reference a little towards the policy"
-    for r, p in zip(ref.parameters(), policy.parameters()):
-        r.lerp_(p.to(r.device), 1 - decay)
