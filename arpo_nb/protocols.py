@@ -73,8 +73,8 @@ class Streams:
         return torch.from_numpy(np.stack(draws) if draws
                                 else np.empty((0, *shape), np.float32)).to(device)
 
-    # [N, *shape]
-    def bulk_uniform(self, *shape:int, purpose:int=GUMBEL, device=None) -> Tensor:
+    def bulk_uniform(self, *shape:int, purpose:int=GUMBEL, device=None,
+                        ) -> Tensor: # [N, *shape]
         "As `uniform`, for millions of numbers per image: drawn on the device, so the same only on the same kind of device"
         make = lambda g: torch.Generator(device
                                          or 'cpu').manual_seed(int(g.integers(2**62)))

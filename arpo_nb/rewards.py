@@ -62,9 +62,9 @@ def error_maps(images:Tensor, # [B, G, 3, H, W] in [0, 1]
                                          - t[:, None]).pow(2).sum(2))
     return maps
 
-# [B, G]
 def reconstruction_loss(images, targets, perceptual=None, mse_coef:float=1.,
-                        perceptual_coef:float=1.) -> Tensor:
+                        perceptual_coef:float=1.,
+                       ) -> Tensor: # [B, G]
     "L_MSE + λ_p L_p of every sample, differentiable"
     return sum(m.mean((-2, -1)) for m in error_maps(images, targets, perceptual,
                                                     mse_coef, perceptual_coef))
@@ -129,8 +129,8 @@ class BrightnessReward:
     def __init__(self, threshold:float=.8, bright:bool=True):
         self.threshold, self.bright = threshold, bright
 
-    # rewards [B, G], state untouched
-    def __call__(self, images:Tensor, batch=None, state=None) -> tuple:
+    def __call__(self, images:Tensor, batch=None, state=None,
+                    ) -> tuple: # rewards [B, G], state untouched
         return brightness_reward(check_images(images), self.threshold,
                                  self.bright), state
 
@@ -310,8 +310,8 @@ class LOOFIDReward:
         loo_fid_reward(torch.eye(2), rehearsal, **options)
 
     @torch.no_grad()
-    # rewards [B, G] and the new state
-    def __call__(self, images:Tensor, batch=None, state=None) -> tuple:
+    def __call__(self, images:Tensor, batch=None, state=None,
+                    ) -> tuple: # rewards [B, G] and the new state
         "[B, G, 3, H, W] images: one distribution for all of them, one reward for each"
         features = torch.cat([self.extractor(c)
                               for c in images.flatten(0, 1).split(self.chunk_size

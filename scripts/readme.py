@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent.parent
 
 def from_root(text: str) -> str:
     "The text of a notebook with its links to notebooks and pictures as seen from the repository's root"
+    text = re.sub(r'(!\[[^]]*\]\([^)]*\))\{[^}]*\}', r'\1', text) # what only quarto reads
     return re.sub(r'(\]\(|src=")((?:images/)?[\w.-]+\.(?:ipynb|png|svg|jpg)(?:#[\w.-]*)?)(?=[)"])', r'\1nbs/\2', text)
 
 
