@@ -15,16 +15,12 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from arpo_nb.config import FREE, SAMPLING, Config, contexts, uses_perceptual
-from arpo_nb.protocols import map_cond
-<<<<<<< /tmp/tmpkua0yeto
-from arpo_nb.systems import check_data, check_rewards, load_shapes, model_files
-=======
-from arpo_nb.specs import find_model
-from arpo_nb.systems import check_data, load_shapes, model_files
->>>>>>> /tmp/tmpu86gejwz
-from arpo_nb.training.sharding import shard_count, shard_units
-from arpo_nb.weights import _hub, plan_file, url_cache
+from ..config import FREE, SAMPLING, Config, contexts, uses_perceptual
+from ..protocols import map_cond
+from ..specs import find_model
+from ..systems import check_data, check_rewards, load_shapes, model_files
+from .sharding import shard_count, shard_units
+from ..weights import _hub, plan_file, url_cache
 
 # %% ../../nbs/43_plan.ipynb #0f26d176
 # values per token and channel that a transformer block keeps for its backward pass
