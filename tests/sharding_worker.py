@@ -26,6 +26,7 @@ SETTINGS = dict(vapi=VAPI, grpo_micro=dict(GRPO, batch_size=4, micro_batch_size=
                 ema=dict(GRPO, beta=.5, ref_policy='ema', ref_decay=.5, kl_level='sequence'), guided=dict(GRPO, rollout_cfg_scale=2., logprob_cfg='guided'),
                 mixed_checkpointing=dict(GRPO, method='mixed', gradient_checkpointing=True, mini_batch_size=2, batch_size=4), bf16=dict(VAPI, mixed_precision='bf16'),
                 toy_var=dict(GRPO, model='toy_var', rewards='brightness', beta=.1, gradient_checkpointing=True), offload=dict(VAPI, beta=.1, num_iterations=2, ref_offload=True),
+                engine=dict(GRPO, model='toy_var', rewards='brightness', sampler='PolicyCopy', sampler_args='dtype=float32', vllm_importance_sampling_correction=True),
                 mle=dict(BASE, method='mle'), ste=dict(BASE, method='ste'))
 RESUMED = dict(VAPI, steps=4, num_iterations=2, beta=.5, ref_policy='ema', ref_decay=.5, update_dropout=False)
 

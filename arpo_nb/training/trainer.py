@@ -25,6 +25,7 @@ from ..data.images import batches
 from ..maths.entropy import normalized_entropy
 from ..own_rewards import reward_name
 from ..protocols import System
+from .engines import load_sampler
 from .objectives import OBJECTIVES, bonus_weight
 from .rollout import Clock
 from .run_folder import MetricsLog, claim_folder, find_checkpoint, load_checkpoint, save_checkpoint
@@ -104,12 +105,13 @@ def train(system:System, # what to train
         system.policy.gradient_checkpointing = cfg.gradient_checkpointing
     ref_policy = _frozen_copy(system.policy) if cfg.beta and cfg.method in SAMPLING else None
     moving = ref_policy if cfg.ref_policy == 'ema' else None
+    sampler = load_sampler(cfg, system.policy)
     objective, opt = prepare(acc, raw, partial(make_optimizer, cfg=cfg), ref_policy, cfg.ref_offload)
     for _, part in reward_parts(reward):
         if hasattr(part, 'to'): part.to(acc.device)
     clock = Clock(acc.device)
     here = Place(acc.autocast, acc.gather, acc.process_index, clock)
-    roll_out = RollOut(system, cfg, reward, ref_policy, here)
+    roll_out = RollOut(system, cfg, reward, ref_policy, here, sampler)
     ckpt, run = find_checkpoint(out), dict(step=0, reward_state=None, entropy=None, position=0)
     if ckpt: run = load_checkpoint(acc, ckpt, moving, (raw.model, opt))
     if acc.is_main_process: (out/'config.json').write_text(to_json(cfg))
