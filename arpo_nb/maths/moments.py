@@ -95,7 +95,8 @@ class Reference:
 
     @cached_property
     def fingerprint(self) -> Tensor: # [2]
-        "Two numbers that tell references apart, so that a state can't be used with the wrong one"
+        ("Two numbers that tell references apart, so that a state can't be used with "
+         "the wrong one")
         w = torch.arange(len(self.mean), dtype=torch.float64,
                          device=self.mean.device).cos()
         return torch.stack([self.mean@w, self.std@w])
@@ -187,7 +188,8 @@ def first_moments(first_step:str, # adopt, blend, zero or reference
                    None, ref.root@second@ref.root)
 
 # %% ../../nbs/15_moments.ipynb #970bd03f
-def leave_one_out(old:Moments|None, # state before this step, None at an adopted first step
+def leave_one_out(old:Moments|None,
+                  # state before this step, None at an adopted first step
                   batch:Moments, # moments of the whole batch
                   n:int, # N
                   ema_weight:float, # α
@@ -248,7 +250,8 @@ def root_drop_all(lam:Tensor, # [D] eigenvalues of M₁
                   z:Tensor, # [m, D] rows of Z in its eigenbasis
                   nodes:int=64, # quadrature nodes
                  ) -> Tensor: # tr (M₁ - ZᵀZ)^½ - tr M₁^½
-    "The same for all rows at once: a determinant of size m, or eigenvalues where D is small"
+    ("The same for all rows at once: a determinant of size m, or eigenvalues where D "
+     "is small")
     if 4*len(z) >= len(lam): 
         return (torch.linalg.eigvalsh(torch.diag(lam) - z.T@z).clamp(min=0).sqrt().sum()
                 - lam.sqrt().sum())
@@ -269,7 +272,8 @@ def loo_full(x:Tensor, # [n, D] features to be judged
             ) -> Tensor: # [n]
     "Full-covariance leave-one-out rewards, exact, from one eigendecomposition"
     R, c, centre = ref.root, a + a*a, m0/(1+a)
-    lam, V = torch.linalg.eigh(torch.addr(B, R@m0, R@m0, alpha=-1/(1+a)).add_(ref.cov, alpha=eps))
+    lam, V = torch.linalg.eigh(torch.addr(B, R@m0, R@m0, alpha=-1/(1+a))
+                               .add_(ref.cov, alpha=eps))
     lam = lam.clamp(min=0)
     project = lambda rows: (rows - centre)@R@V  # y in the eigenbasis of M₁
     def spread(y):
@@ -285,7 +289,8 @@ def loo_full(x:Tensor, # [n, D] features to be judged
 
 # %% ../../nbs/15_moments.ipynb #e02a5972
 def check_state(state, ref:Reference, full:bool) -> Moments:
-    "A `Moments` on the reference's device, or an error if it does not belong to this reference"
+    ("A `Moments` on the reference's device, or an error if it does not belong to this"
+     " reference")
     old = Moments(*(None if t is None else wide(t).to(ref.mean.device) for t in state))
     D = len(ref.mean); shape = (D, D) if full else (D,)
     if old.mean.shape != (D,) or old.second.shape != shape:
@@ -348,7 +353,8 @@ def state_fid(state, # `Moments`, or a pair (mean, raw second moment)
               reference, # as for `loo_rewards`
               eps:float=1e-6, # added to generated variances
              ) -> Tensor: # scalar
-    "Fréchet distance between a state and the reference, diagonal or full as the state is (LOO-FID Eq. 19, 24)"
+    ("Fréchet distance between a state and the reference, diagonal or full as the "
+     "state is (LOO-FID Eq. 19, 24)")
     ref = as_reference(reference); full = state[1].ndim == 2
     m = check_state(state, ref, full)
     if not full: return fid_diag(m.mean, moments_std(m, eps), ref.mean, ref.std)

@@ -28,7 +28,8 @@ CLIP_OF = dict(clip='clip_l14', clip_b32='clip_b32', hps='hps_v2.1',
                aesthetic='clip_l14') | {f'hps_v2.{i}': f'hps_v2.{i}' for i in (0, 1)}
 REWARDS = *CLIP_OF, 'maniqa', 'brightness', 'darkness', 'loo_fid'
 
-def read_rewards(spec, # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict name → weight
+def read_rewards(spec,
+                 # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict name → weight
                 ) -> dict: # name → weight
     "Names and weights, checked"
     text = spec
@@ -133,7 +134,8 @@ def load_reference(reference, # `Reference`, pair, or npz file
                          "again with that one")
     return as_reference((torch.from_numpy(got['mu']), torch.from_numpy(got['sigma'])))
 
-def make_loo_fid(extractor, # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`, if it has one, must be that of the reference's network
+def make_loo_fid(extractor,
+                 # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`, if it has one, must be that of the reference's network
                  # `Reference`, pair, or npz file; not needed with a stored `pca`
                  reference=None,
                  # number of directions, a stored basis (file or `PCA`), or 0 for the
