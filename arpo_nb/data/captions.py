@@ -117,7 +117,7 @@ def left_pad(feats:Tensor, # [B, L, D] features, valid rows first
 
 def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each caption
                    length:int=120, # rows after padding
-                  ) -> tuple: # features [B, length, D] float32, mask [B, length], and how many captions were too long
+              ) -> tuple: # features [B, length, D], mask [B, length], how many too long
     ("Right-align features of different lengths; longer ones lose their tail, as "
      "LlamaGen truncates")
     rows = [torch.as_tensor(np.asarray(r, np.float32)) for r in rows]

@@ -48,7 +48,7 @@ def to_tensor(image:Image.Image) -> Tensor: # [3, H, W] in [0, 1]
 # %% ../../nbs/07_image_io.ipynb #c6777da9
 def ten_crop(image:Image.Image, # at least size × size
              size:int, # side of each crop
-            ) -> list: # ten crops: top left, top right, bottom left, bottom right, centre, then the five of the mirrored picture
+     ) -> list: # ten crops: four corners and the centre, then those of the mirror image
     "Four corners, the centre, and the same from the mirror image"
     w, h = image.size
     if min(w, h) < size:

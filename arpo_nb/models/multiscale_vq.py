@@ -237,7 +237,7 @@ class MultiScaleQuantizer(nn.Module):
              k:int, # scale
              f_hat, # [N, C, h, w] so far, or 0
              codes:Tensor, # [N, p_k², C] of this scale
-            ) -> tuple: # f_hat, and what the transformer sees at scale k+1, [N, p_{k+1}², C], or None after the last
+            ) -> tuple: # f_hat, and the input at scale k+1, [N, p_{k+1}², C], or None
         "Add one scale"
         f_hat = f_hat + self.lift(k, codes)
         if k + 1 == len(self.sizes): return f_hat, None

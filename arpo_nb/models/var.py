@@ -435,7 +435,8 @@ def load_var(policy:VAR, # filled in place
     "Load a transformer strictly"
     state = read_state_dict(path, key='var_wo_ddp')
     wrong = policy.state_dict().keys() ^ state.keys()
-    if 'pos_1LC' in state and wrong and policy.cfg.attn_l2_norm and all('scale_mul_1H11' in k for k in wrong):
+    only_scale = wrong and all('scale_mul_1H11' in k for k in wrong)
+    if 'pos_1LC' in state and only_scale and policy.cfg.attn_l2_norm:
         raise ValueError(f"{path}: no scale_mul_1H11 in it, so it "
                          "was made before April "
                          "2024, when VAR's attention was not yet L2-normalised and "

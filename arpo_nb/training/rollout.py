@@ -199,7 +199,7 @@ def rollout_logps(policy, # `Policy`
                   temperature:float=1., # of the policy, for samples and targets alike
                   chunk:int=4096, # states whose logits exist at a time
                   entropy_grad:bool=False, # let gradients through the entropy
-                 ) -> tuple: # log π of the samples [B, G, T], of the targets [B, T] or None, entropy [B, C, T]
+       ) -> tuple: # log π of samples [B,G,T], of targets [B,T] or None, entropy [B,C,T]
     "Log-probabilities of a rollout under the policy as it is now"
     b, c, t = rollout.context.shape
     hidden = policy.hidden(rollout.context.flatten(0, 1),
