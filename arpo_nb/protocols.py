@@ -130,6 +130,8 @@ class Rollout:
     entropy_mask: Tensor|None = None
     # [B, G, T] log-probabilities the sampler itself saw, where it tells
     sampler_logps: Tensor|None = None
+    # [B, G, T] importance weights of samples that an engine drew; None for all ones
+    sampling_ratio: Tensor|None = None
 
     def __len__(self): return len(self.context)
 
