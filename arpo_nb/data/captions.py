@@ -49,12 +49,15 @@ _MIDDLE = [ # on the text without tags
     (r'[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+', ' '), (r'\s+\.\s+', ' ')]
 _AFTER = [ # on repaired Unicode
     # model numbers
-    (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''), (r'\b\d+[a-zA-Z]+\d+\b', ''),
+    (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''),
+    (r'\b\d+[a-zA-Z]+\d+\b', ''),
     # shop talk
-    (r'(?:worldwide\s+)?(?:free\s+)?shipping', ''), (r'(?:free\s)?download(?:\sfree)?', ''), (r'\bclick\b\s(?:for|on)\s\w+', ''),
+    (r'(?:worldwide\s+)?(?:free\s+)?shipping', ''),
+    (r'(?:free\s)?download(?:\sfree)?', ''), (r'\bclick\b\s(?:for|on)\s\w+', ''),
     (rf'\b{_FILES}(?:\simages?)?', ''), (r'\bpage\s+\d+\b', ''),
     # codes, and sizes like 4x6
-    (r'\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b', ' '), (r'\b\d+\.?\d*[xх×]\d+\.?\d*\b', ''),
+    (r'\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b', ' '),
+    (r'\b\d+\.?\d*[xх×]\d+\.?\d*\b', ''),
     (r'\b\s+:\s+', ': '), (r'(\D[,./])\b', r'\1 '), (r'\s+', ' ')]
 # quotes around, punctuation at the ends
 _ENDS = [(r'^["\'](.+)["\']$', r'\1'), (r"^['_,\-:;]", ''), (r"['_,\-:+]$", ''),
@@ -65,7 +68,8 @@ def _apply(rules, text):
     return text
 
 class _Text(HTMLParser):
-    "Collects the text between tags; an unknown &name; loses its semicolon, a known one may lack it"
+    ("Collects the text between tags; an unknown &name; loses its semicolon, a known "
+     "one may lack it")
     def __init__(self):
         super().__init__(convert_charrefs=False)
         self.parts, self.inside = [], 0
@@ -103,7 +107,7 @@ def clean_prompt(text:str, # as typed
 # %% ../../nbs/09_text_data.ipynb #c51e33f9
 def left_pad(feats:Tensor, # [B, L, D] features, valid rows first
              mask:Tensor, # [B, L], 1 for valid rows
-            ) -> tuple: # features [B, L, D] and mask [B, L], valid rows last and all others zero
+   ) -> tuple: # features [B, L, D] and mask [B, L], valid rows last and all others zero
     "Move valid rows to the end and zero the rest"
     # zeros first, both kinds in their old order
     order = mask.sort(dim=1, stable=True).indices
@@ -115,8 +119,9 @@ def left_pad(feats:Tensor, # [B, L, D] features, valid rows first
 
 def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each caption
                    length:int=120, # rows after padding
-                  ) -> tuple: # features [B, length, D] float32, mask [B, length], and how many captions were too long
-    "Right-align features of different lengths; longer ones lose their tail, as LlamaGen truncates"
+              ) -> tuple: # features [B, length, D], mask [B, length], how many too long
+    ("Right-align features of different lengths; longer ones lose their tail, as "
+     "LlamaGen truncates")
     rows = [torch.as_tensor(np.asarray(r, np.float32)) for r in rows]
     feats, mask = (torch.zeros(len(rows), length, rows[0].shape[-1]),
                    torch.zeros(len(rows), length, dtype=torch.long))

@@ -154,7 +154,7 @@ def to_tensor(image:Image.Image) -> Tensor: # [3, H, W] in [0, 1]
 # %% ../../nbs/07_image_io.ipynb #c6777da9
 def ten_crop(image:Image.Image, # at least size × size
              size:int, # side of each crop
-            ) -> list: # ten crops: top left, top right, bottom left, bottom right, centre, then the five of the mirrored picture
+     ) -> list: # ten crops: four corners and the centre, then those of the mirror image
     "Four corners, the centre, and the same from the mirror image"
     w, h = image.size
     if min(w, h) < size:
@@ -177,7 +177,8 @@ def to_uint8(pixels:Tensor, # [N, 3, H, W], nominally in [0, 1]
 def resize_pixels(pixels:Tensor, # [N, 3, H, W], unclamped
                   size:int, # new side
                  ) -> Tensor: # [N, 3, size, size]
-    "Bicubic resize without antialiasing, as between a 384-pixel model and the 256-pixel evaluation"
+    ("Bicubic resize without antialiasing, as between a 384-pixel model and the "
+     "256-pixel evaluation")
     return (pixels if pixels.shape[-1] == size
             else F.interpolate(pixels.float(), (size, size), mode='bicubic',
                                align_corners=False))

@@ -62,8 +62,10 @@ def to_pixels(images:Tensor, # [N, 28, 28] uint8
 
 # %% ../../nbs/35_toy.ipynb #8f60fc1f
 class ToyNet(nn.Module):
-    "A small convolutional classifier: feature maps for perceptual distance, pooled features and logits for metrics"
-    def __init__(self, widths:tuple, # channels at 32², 16² and 8² pixels; the last is the feature length D
+    ("A small convolutional classifier: feature maps for perceptual distance, pooled "
+     "features and logits for metrics")
+    def __init__(self, widths:tuple,
+                 # channels at 32², 16² and 8² pixels; the last is the feature length D
                  num_classes:int=10):
         super().__init__()
         conv = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride,
@@ -82,7 +84,8 @@ class ToyNet(nn.Module):
         return out
 
     def features(self, images:Tensor) -> list:
-        "Feature maps of unit length per pixel, as LPIPS compares them (the `Perceptual` protocol)"
+        ("Feature maps of unit length per pixel, as LPIPS compares them (the "
+         "`Perceptual` protocol)")
         return [F.normalize(m, dim=1, eps=1e-6) for m in self.maps(images)]
 
     def forward(self, images:Tensor) -> tuple:
