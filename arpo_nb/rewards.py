@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .own_rewards import ask_reward, check_orientation, is_ours
 from .protocols import Batch
 
 # %% ../nbs/20_rewards.ipynb #f32770d5
@@ -141,14 +142,15 @@ def check_chunk_size(chunk_size:int) -> int: # the same
                          "images, or 0 for all together")
     return chunk_size
 
-def _rows(reward, images, batch, state, chunk_size):
+def _rows(name, reward, images, batch, state, chunk_size, straight):
     "Scores of a step, in chunks unless the reward needs all images together"
-    if getattr(reward, 'together', False) or not chunk_size:
-        return reward(images, batch, state)
-    n, out = max(1, chunk_size//images.shape[1]), []
+    n = max(1, chunk_size//images.shape[1])
+    if getattr(reward, 'together', False) or not chunk_size: n = len(images)
+    out = []
     for s in (slice(i, i + n) for i in range(0, len(images), n)):
-        r, state = reward(images[s], batch.take(s), state)
-        out.append(r)
+        r, new = ask_reward(reward, images[s], batch.take(s), state, name)
+        if not straight: check_orientation(reward, images[s], batch.take(s), state, r, name)
+        out, state = [*out, r], new
     return torch.cat(out), state
 
 def _check_scores(name, scores, allow_constant):
@@ -198,6 +200,8 @@ class WeightedSum:
         self.rewards, self.normalise, self.chunk_size, self.stats = (rewards,
                                                                      normalise,
                                                                      chunk_size, {})
+        # names of rewards whose answers are known not to be transposed
+        self._straight = {k for k, (r, _) in rewards.items() if is_ours(r)}
         self._gather = lambda x: x
         if gather: self.gather = gather
         self.allow_constant = (set(rewards) if allow_constant is True
@@ -236,8 +240,9 @@ class WeightedSum:
         inside = images.clamp(0, 1) if self.unclamped else images
         for name, (reward, weight) in self.rewards.items():
             seen = images if getattr(reward, 'unclamped', False) else inside
-            r, new[name] = _rows(reward, seen, batch, (state or {}).get(name),
-                                 self.chunk_size)
+            r, new[name] = _rows(name, reward, seen, batch, (state or {}).get(name),
+                                 self.chunk_size, name in self._straight)
+            self._straight.add(name)
             scores = self.gather(r.detach().flatten())
             _check_scores(name, scores, name in self.allow_constant)
             std = scores.std().item() if len(scores) > 1 else 0.

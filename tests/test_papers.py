@@ -204,3 +204,11 @@ def test_run_eval_takes_a_papers_sampler():
     space = cells('run_eval', 'system, sampling, speed = arms', paper='', guidance=1.5)
     assert space['sampling']['cfg_scale'] == 1.5
     with pytest.raises(ValueError, match="paper='VA-π'"): cells('run_eval', 'system, sampling, speed = arms', paper='VA-π')
+
+
+def test_classes_of_the_panels():
+    last = "picked = range(n)"
+    assert list(cells('run_eval', last, n=40)['picked'])[:3] == [0, 1, 2]
+    space = cells('run_eval', last, n=40, panel='8, sandal')
+    assert space['picked'] == [8, 18, 28, 38, 5, 15, 25, 35] # two classes of ten, each tenth picture
+    with pytest.raises(ValueError, match="no class 'dog'"): cells('run_eval', last, n=40, panel='dog')

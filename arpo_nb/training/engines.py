@@ -135,7 +135,7 @@ def load_sampler(cfg:Config, policy:nn.Module # before it is sharded
     seen = cfg.rollout_cfg_scale == 1 or cfg.logprob_cfg == 'guided'
     engine = None
     if cfg.sampler and cfg.method in FREE:
-        module, _, name = cfg.sampler.rpartition('.')
+        module, _, name = cfg.sampler.replace(':', '.').rpartition('.')
         try: make = getattr(import_module(module or 'arpo_nb.training.engines'), name)
         except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"sampler={cfg.sampler!r}: expected module.Class of an engine that can be imported, or 'PolicyCopy' [{e}]") from e
         if bad := [m for m in ('sync', 'generate') if not callable(getattr(make, m, None))]: raise ValueError(f"sampler={cfg.sampler!r}: has no {' and no '.join(bad)}; an engine has sync(named_tensors) and generate(cond, streams, **sampling)")

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..maths.entropy import token_entropy
 from ..maths.noisy_context import corrupt_tokens
 from ..maths.sampling import draw, guide
+from ..own_rewards import ask_reward
 from ..protocols import NOISE, SAMPLE, Batch, Rollout, map_cond, repeat_cond
 
 # %% ../../nbs/40_rollout.ipynb #f90df920
@@ -230,7 +231,7 @@ def score_groups(reward, # `Reward`
         with clock('decode'):
             images = tokenizer.decode(tokens[s].flatten(0, 1), **raw).unflatten(0, (-1, g))
         if together: out.append(images); continue
-        with clock('reward'): rewards, state = reward(images, batch.take(s), state)
+        with clock('reward'): rewards, state = ask_reward(reward, images, batch.take(s), state)
         out.append(rewards)
     if not together: return torch.cat(out), state
-    with clock('reward'): return reward(torch.cat(out), batch, state)
+    with clock('reward'): return ask_reward(reward, torch.cat(out), batch, state)
