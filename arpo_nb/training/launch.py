@@ -40,14 +40,21 @@ def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> l
     return train(system, load_data(cfg, system), cfg, out_dir,
                  reward=load_reward(cfg, system), resume=resume, progress=progress)
 
+def _environment():
+    "What the processes see: the modules that this one sees, and lines as they are written"
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    return {**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONPATH': path}
+
 def launch(cfg:Config, # what to run
            out_dir:str|Path, # gets config.json, metrics.jsonl and checkpoint/
            resume:bool=True, # continue a run found there
            progress:bool=True, # show a bar
-           launcher:str='', # command line of accelerate launch or torchrun; '' for this machine
+           # command line of accelerate launch or torchrun; '' for this machine
+           launcher:str='',
           ) -> list: # metrics, one dict per step
     "Train on `cfg.num_processes` processes"
-    if cfg.num_processes == 1 and not launcher: return run(cfg, out_dir, resume, progress)
+    if cfg.num_processes == 1 and not launcher:
+        return run(cfg, out_dir, resume, progress)
     if launcher: check_launcher(launcher, cfg)
     out = claim_folder(out_dir, cfg, resume)
     job = out/'launch.json'
@@ -55,7 +62,7 @@ def launch(cfg:Config, # what to run
                                    resume=True, progress=progress)))
     cmd = [*launch_command(cfg, launcher), str(job.resolve())]
     child = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+                             text=True, env=_environment())
     lines = []
     try:
         for line in child.stdout:
@@ -89,7 +96,8 @@ def provenance() -> dict:
 # %% ../../nbs/42_launch.ipynb #32d981a3
 def main(argv=None):
     "python -m arpo_nb.training.launch FILE | --model NAME [...] [--dry-run]"
-    p = argparse.ArgumentParser(prog='python -m arpo_nb.training.launch', description='Post-train an autoregressive image generator.')
+    p = argparse.ArgumentParser(prog='python -m arpo_nb.training.launch', description='Post-train an autoregressive '
+                                                                                      'image generator.')
     p.add_argument('file', type=Path, nargs='?', help='config.json of a run, or the launch.json a notebook wrote')
     p.add_argument('--model', help=f"instead of a file: {', '.join(known_models())}")
     p.add_argument('--method', default='vapi', help=', '.join(RECIPES))
@@ -101,7 +109,8 @@ def main(argv=None):
     p.add_argument('--dry-run', action='store_true', help='say what the run needs and costs, and stop')
     args = p.parse_args(argv)
     if (args.file is None) == (args.model is None): p.error('give either a file or --model')
-    if args.file and not args.file.is_file(): p.error(f"{args.file}: no such file; write one with arpo_nb.config.to_json")
+    if args.file and not args.file.is_file():
+        p.error(f"{args.file}: no such file; write one with arpo_nb.config.to_json")
     job = json.loads(args.file.read_text()) if args.file else {}
     cfg = override(from_json(json.dumps(job.get('config', job))) if args.file else preset(args.model, args.method, args.variant), args.set)
     if args.dry_run:
