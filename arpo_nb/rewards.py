@@ -51,7 +51,7 @@ def error_maps(images:Tensor, # [B, G, 3, H, W] in [0, 1]
                perceptual=None, # `Perceptual` network
                mse_coef:float=1., # weight of the squared error on [-1, 1]
                perceptual_coef:float=1., # λ_p
-              ) -> list: # maps [B, G, h, w], whose means add up to the reconstruction loss
+           ) -> list: # maps [B, G, h, w], whose means add up to the reconstruction loss
     "Squared errors of pixels and of feature maps, each still in its place"
     maps, (b, g) = [], images.shape[:2]
     if mse_coef: maps.append(mse_coef*4*(images - targets[:, None]).pow(2).mean(2))
@@ -74,23 +74,27 @@ def pool_to_grid(maps:list, # error maps [B, G, h, w]
                  # (rows, columns) of the token map, or a tuple of such pairs, one per
                  # scale
                  grid:tuple,
-                ) -> Tensor: # [B, G, T], whose mean over T is the mean of the maps when sizes divide
+   ) -> Tensor: # [B, G, T], whose mean over T is the mean of the maps when sizes divide
     "Sum of error maps, averaged over each token's patch"
     grids = grid if isinstance(grid[0], tuple) else (grid,)
     return torch.cat([sum(F.adaptive_avg_pool2d(m, g).flatten(2) for m in maps)
                       for g in grids], -1)
 
 class ReconstructionReward:
-    "−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or per token"
+    ("−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or "
+     "per token")
     def __init__(self,
                  perceptual=None, # `Perceptual` network, None for pixels only
                  mse_coef:float=1., perceptual_coef:float=1.,
                  # token grid for credit per token; None for one reward per image
                  grid:tuple|None=None,
-                 clamp:bool=False, # to [0, 1] first, instead of the decoder's own pixels
+                 # to [0, 1] first, instead of the decoder's own pixels
+                 clamp:bool=False,
                 ):
-        self.perceptual, self.mse_coef, self.perceptual_coef, self.grid = perceptual, mse_coef, perceptual_coef, grid
-        self.clamp, self.unclamped = clamp, not clamp # `score_groups` decodes accordingly
+        self.perceptual, self.mse_coef = perceptual, mse_coef
+        self.perceptual_coef, self.grid = perceptual_coef, grid
+        # `score_groups` decodes accordingly
+        self.clamp, self.unclamped = clamp, not clamp
 
     def __call__(self, images:Tensor, batch:Batch, state=None):
         if batch.images is None:
@@ -227,7 +231,8 @@ class WeightedSum:
         loud = [name for name, s in shares.items() if s > DROWNED and len(shares) > 1]
         if loud and not self.drowned:
             self.drowned = True
-            warnings.warn(f"rewards: {loud[0]} has {shares[loud[0]]:.1%} of the say, so the "
+            warnings.warn(f"rewards: {loud[0]} has {shares[loud[0]]:.1%} "
+                          "of the say, so the "
                           "sum is that reward and little else; normalize_rewards=True "
                           "makes weights mean what they say, or change the weights")
 

@@ -50,10 +50,12 @@ def launch(cfg:Config, # what to run
            out_dir:str|Path, # gets config.json, metrics.jsonl and checkpoint/
            resume:bool=True, # continue a run found there
            progress:bool=True, # show a bar
-           launcher:str='', # command line of accelerate launch or torchrun; '' for this machine
+           # command line of accelerate launch or torchrun; '' for this machine
+           launcher:str='',
           ) -> list: # metrics, one dict per step
     "Train on `cfg.num_processes` processes"
-    if cfg.num_processes == 1 and not launcher: return run(cfg, out_dir, resume, progress)
+    if cfg.num_processes == 1 and not launcher:
+        return run(cfg, out_dir, resume, progress)
     if launcher: check_launcher(launcher, cfg)
     out = claim_folder(out_dir, cfg, resume)
     job = out/'launch.json'

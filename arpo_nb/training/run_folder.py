@@ -18,12 +18,14 @@ from ..config import Config, from_json
 from .sharding import SHARDED, is_sharded, load_parts, save_parts
 
 # %% ../../nbs/47_run_folder.ipynb #dc75efee
-SAME_RUN = ('num_processes', 'micro_batch_size', 'generate_batch_size', 'decode_batch_size', 'logps_chunk',
-            'save_steps', 'gradient_checkpointing', 'ref_offload')
+SAME_RUN = (('num_processes', 'micro_batch_size', 'generate_batch_size',
+             'decode_batch_size', 'logps_chunk', 'save_steps', 'gradient_checkpointing',
+             'ref_offload'))
 
 def differences(there:Config, cfg:Config) -> list: # such as 'seed 0 → 1'
     "What makes a configuration another run"
-    pairs = {k: (getattr(there, k), getattr(cfg, k)) for k in vars(cfg) if k not in SAME_RUN}
+    pairs = {k: (getattr(there, k), getattr(cfg, k)) for k in vars(cfg)
+             if k not in SAME_RUN}
     return [f'{k} {a!r} → {b!r}' for k, (a, b) in pairs.items() if a != b]
 
 # %% ../../nbs/47_run_folder.ipynb #0ae014a1
@@ -38,7 +40,9 @@ def claim_folder(out_dir:str|Path, cfg:Config,
     if (out/'config.json').exists():
         other = differences(from_json((out/'config.json').read_text()), cfg)
         if other: raise refuse(f"another run ({', '.join(other)})")
-        if not resume: raise refuse('this run already', 'Use resume=True to continue it, or choose another out_dir')
+        if not resume:
+            raise refuse('this run already',
+                         'Use resume=True to continue it, or choose another out_dir')
     elif any(out.glob('metrics.jsonl')) or any(out.glob('checkpoint*')):
         raise refuse('files of a run without its config.json')
     return out
@@ -48,13 +52,15 @@ def _try_writing(out):
         out.mkdir(parents=True, exist_ok=True)
         (out/'.probe').touch(); (out/'.probe').unlink()
     except OSError as e:
-        raise PermissionError(f"out_dir={str(out)!r}: can't write there ({e.strerror}); choose another folder") from e
+        raise PermissionError(f"out_dir={str(out)!r}: can't write there "
+                              f"({e.strerror}); " "choose another folder") from e
 
 # %% ../../nbs/47_run_folder.ipynb #9d62116d
 def save_checkpoint(acc:Accelerator, out:Path,
                     run:dict, # the step and other plain values
                     ref_policy=None, # a moving one
-                    trained=None): # pair of the model and its optimiser, where it may be sharded
+                    # pair of the model and its optimiser, where it may be sharded
+                    trained=None):
     "Write `out/checkpoint` so that an interrupted write loses nothing"
     new = out/'checkpoint.new'
     if acc.is_main_process and new.exists(): shutil.rmtree(new)
@@ -62,10 +68,12 @@ def save_checkpoint(acc:Accelerator, out:Path,
     sharded = trained is not None and is_sharded(trained[0])
     if sharded: save_parts(acc, new, *trained, ref_policy)
     else: acc.save_state(str(new))
-    position = acc.gather(torch.tensor([run.get('position', 0)], device=acc.device)).tolist()
+    position = acc.gather(torch.tensor([run.get('position', 0)],
+                                       device=acc.device)).tolist()
     if acc.is_main_process:
         torch.save(_plain({**run, 'position': position}), new/'run.pt')
-        if ref_policy is not None and not sharded: save_file(ref_policy.state_dict(), new/'reference.safetensors')
+        if ref_policy is not None and not sharded:
+            save_file(ref_policy.state_dict(), new/'reference.safetensors')
         _swap(new, out/'checkpoint', out/'checkpoint.old')
     acc.wait_for_everyone()
 
@@ -92,14 +100,18 @@ def load_checkpoint(acc:Accelerator, folder:Path,
                     ref_policy=None, trained=None, # see `save_checkpoint`
                    ) -> dict: # what it got as `run`
     "Continue from a checkpoint"
-    parts = trained is not None and (is_sharded(trained[0]) or (folder/SHARDED).exists())
+    parts = (trained is not None
+             and (is_sharded(trained[0]) or (folder/SHARDED).exists()))
     if parts: load_parts(acc, folder, *trained, ref_policy)
     else: acc.load_state(str(folder))
-    device = 'cpu' if acc.device.type == 'cpu' else acc.device # of several processes it is cpu:0, unknown to torch.load
+    # of several processes it is cpu:0, unknown to torch.load
+    device = 'cpu' if acc.device.type == 'cpu' else acc.device
     run = torch.load(folder/'run.pt', map_location=device, weights_only=True)
-    if ref_policy is not None and not parts: ref_policy.load_state_dict(load_file(folder/'reference.safetensors'))
+    if ref_policy is not None and not parts:
+        ref_policy.load_state_dict(load_file(folder/'reference.safetensors'))
     positions = run['position']
-    run['position'] = positions[acc.process_index] if len(positions) == acc.num_processes else min(positions)
+    run['position'] = (positions[acc.process_index]
+                       if len(positions) == acc.num_processes else min(positions))
     return run
 
 # %% ../../nbs/47_run_folder.ipynb #4f56706b
@@ -109,7 +121,9 @@ class MetricsLog:
                  start:int, # the step about to be made
                  write:bool=True): # only one process does
         self.path, self.rows, self.on = path, [], write
-        if path.exists(): self.rows = [r for r in map(json.loads, path.read_text().splitlines()) if r['step'] < start]
+        if path.exists():
+            self.rows = [r for r in map(json.loads, path.read_text().splitlines())
+                         if r['step'] < start]
         if write: path.write_text(''.join(json.dumps(r) + '\n' for r in self.rows))
 
     def write(self, row:dict):

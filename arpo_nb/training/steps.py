@@ -100,7 +100,9 @@ def free_samples(system:System, cfg:Config, batch:Batch, here:Place,
                          generate_batch_size=cfg.generate_batch_size, micro_batch_size=cfg.micro_batch_size,
                          clock=here.clock, sampler=sampler, **options)
     if cfg.vllm_importance_sampling_correction:
-        r = replace(r, sampling_ratio=sampling_weights(r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_cap))
+        r = replace(r, sampling_ratio=sampling_weights(
+            r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_mode,
+            cfg.vllm_importance_sampling_clip_min, cfg.vllm_importance_sampling_clip_max))
     return undecided(r, cfg, here)
 
 # %% ../../nbs/46_steps.ipynb #a1913c13
@@ -138,7 +140,8 @@ def judge(r:Rollout, reward, state, system:System, cfg:Config, here:Place,
     stats = reward_stats(judged, reward)
     if r.sampler_logps is not None: stats |= sampling_gap(r, here.gather)
     if r.sampling_ratio is not None:
-        stats['sampling/importance_sampling_ratio/mean'] = r.sampling_ratio.mean()
+        w = here.gather(r.sampling_ratio.contiguous())
+        stats |= {f'sampling/importance_sampling_ratio/{k}': getattr(w, k)() for k in ('min', 'mean', 'max')}
     if ref_policy is None or not cfg.beta: return judged, state, stats
     with here.clock('reference'): ref = reference_logps(ref_policy, r, cfg, here.autocast)
     return replace(judged, ref_logps=ref), state, stats
