@@ -63,15 +63,18 @@ def as_used(cfg:Config, reward) -> Config:
     "The configuration with the rewards that are really used, where an object was given"
     if reward is None or cfg.method not in FREE: return cfg
     used = reward_name(reward)
-    return cfg if parse_rewards(used) == parse_rewards(cfg.rewards) else replace(cfg, rewards=used)
+    return (cfg if parse_rewards(used) == parse_rewards(cfg.rewards)
+            else replace(cfg, rewards=used))
 
 def warn_of(cfg:Config):
-    "Settings without effect, and samples that are scored under another distribution than they were drawn from"
+    ("Settings without effect, and samples that are scored under another distribution "
+     "than they were drawn from")
     for vain in in_vain(cfg): warnings.warn(vain)
     if cfg.method in FREE and cfg.rollout_cfg_scale != 1 and cfg.logprob_cfg == 'off':
         warnings.warn(f"rollout_cfg_scale={cfg.rollout_cfg_scale} with "
                       "logprob_cfg='off': samples are drawn from the "
-                      "guided distribution, but scored and moved under the conditional policy, as LOO-FID and AR-GRPO "
+                      "guided distribution, but scored and moved under the "
+                      "conditional policy, as LOO-FID and AR-GRPO "
                       "do; logprob_cfg='guided' scores what was sampled, at twice the "
                       "cost of the update")
 
@@ -99,34 +102,40 @@ def train(system:System, # what to train
     out = Path(out_dir)
 
     for m in system.modules():
-        if not (acc.is_fsdp2 and m is system.policy): m.to(acc.device) # a sharded one goes there in parts
+        # a sharded one goes there in parts
+        if not (acc.is_fsdp2 and m is system.policy): m.to(acc.device)
     raw = OBJECTIVES[cfg.method](system, cfg)
     if hasattr(system.policy, 'gradient_checkpointing'):
         system.policy.gradient_checkpointing = cfg.gradient_checkpointing
-    ref_policy = _frozen_copy(system.policy) if cfg.beta and cfg.method in SAMPLING else None
+    ref_policy = (_frozen_copy(system.policy) if cfg.beta and cfg.method in SAMPLING
+                  else None)
     moving = ref_policy if cfg.ref_policy == 'ema' else None
     sampler = load_sampler(cfg, system.policy)
-    objective, opt = prepare(acc, raw, partial(make_optimizer, cfg=cfg), ref_policy, cfg.ref_offload)
+    objective, opt = prepare(acc, raw, partial(make_optimizer, cfg=cfg),
+                             ref_policy, cfg.ref_offload)
     for _, part in reward_parts(reward):
         if hasattr(part, 'to'): part.to(acc.device)
     clock = Clock(acc.device)
     here = Place(acc.autocast, acc.gather, acc.process_index, clock)
     roll_out = RollOut(system, cfg, reward, ref_policy, here, sampler)
-    ckpt, run = find_checkpoint(out), dict(step=0, reward_state=None, entropy=None, position=0)
+    ckpt, run = (find_checkpoint(out),
+                 dict(step=0, reward_state=None, entropy=None, position=0))
     if ckpt: run = load_checkpoint(acc, ckpt, moving, (raw.model, opt))
     if acc.is_main_process: (out/'config.json').write_text(to_json(cfg))
     log = MetricsLog(out/'metrics.jsonl', run['step'], acc.is_main_process)
 
-    bar = tqdm(total=cfg.steps, initial=run['step'], desc=f'{cfg.model} {cfg.method}', mininterval=1,
-               disable=not (progress and acc.is_main_process))
+    bar = tqdm(total=cfg.steps, initial=run['step'], desc=f'{cfg.model} {cfg.method}',
+               mininterval=1, disable=not (progress and acc.is_main_process))
     stream = getattr(data, 'batches', None) or partial(batches, data)
-    batches_left = stream(cfg.batch_size, cfg.seed, run['step'], cfg.steps, acc.process_index, acc.num_processes,
+    batches_left = stream(cfg.batch_size, cfg.seed, run['step'], cfg.steps,
+                          acc.process_index, acc.num_processes,
                           position=run['position'])
     tied = False
     with StopSignal() as stop:
         for step, batch in enumerate(batches_left, run['step']):
             # dropout; everything else has its own stream
-            torch.manual_seed(cfg.seed*1_000_003 + step*acc.num_processes + acc.process_index)
+            torch.manual_seed(cfg.seed*1_000_003 + step*acc.num_processes
+                              + acc.process_index)
             t0, batch, clock.seconds = time.perf_counter(), batch.to(acc.device), {}
             raw.model.eval()
             try:
@@ -137,14 +146,19 @@ def train(system:System, # what to train
                 stats['stop'] = float(stop.received) # all processes must agree to stop
                 stats = mean_over_processes(acc, stats)
                 stopping, t1 = stats.pop('stop') > 0, time.perf_counter()
-                bad = [k for k in stats if k.endswith('reward/mean') and not math.isfinite(stats[k])]
+                bad = [k for k in stats if k.endswith('reward/mean')
+                       and not math.isfinite(stats[k])]
                 if bad: raise FloatingPointError(f"mean reward is {stats[bad[0]]}")
                 if stats.get('reward/tied_groups') == 1. and not tied:
                     tied = True
-                    warnings.warn(f"step {step}: all rewards are equal within every group, so this step teaches "
-                                  "nothing; check the reward. Said once: reward/tied_groups counts the later ones")
+                    warnings.warn(f"step {step}: all rewards are equal within every "
+                                  "group, so this step teaches "
+                                  "nothing; check the reward. Said once: "
+                                  "reward/tied_groups " "counts the later ones")
                 if cfg.entropy_coef:
-                    entropy = normalized_entropy(stats.get('policy/rollout_entropy', 0.), system.policy.vocab_size)
+                    entropy = normalized_entropy(stats.get('policy/rollout_entropy',
+                                                           0.),
+                                                 system.policy.vocab_size)
                     if run['entropy'] is None: run['entropy'] = entropy
                     raw.entropy_coef = bonus_weight(cfg, step, entropy, run['entropy'])
                     stats['policy/entropy_coef'] = raw.entropy_coef
@@ -153,23 +167,33 @@ def train(system:System, # what to train
                 stats |= update(acc, objective, opt, rollouts, cfg)
             except Exception as e:
                 numbers = isinstance(e, FloatingPointError)
-                if acc.num_processes == 1 or numbers: # one process alone can't save for all
-                    save_checkpoint(acc, out, {**run, 'step': step}, moving, (raw.model, opt))
-                raise (FloatingPointError if numbers else RuntimeError)(
-                    f"step {step}: {e}; stopped before that optimiser step, and "
-                    f"{out/'checkpoint'} holds the last "
-                    "whole state, from which the same command continues. If numbers ran away, look at the last lines "
-                    "of metrics.jsonl: a smaller learning_rate or max_grad_norm usually helps") from e
+                # one process alone can't save for all
+                if acc.num_processes == 1 or numbers:
+                    save_checkpoint(acc, out, {**run, 'step': step}, moving,
+                                    (raw.model, opt))
+                raise (FloatingPointError if numbers
+                       else RuntimeError)(f"step {step}: {e}; stopped before that "
+                                          "optimiser step, and "
+                                          f"{out/'checkpoint'} holds the last "
+                                          "whole state, from which the same command "
+                                          "continues. If "
+                                          "numbers ran away, look at the last lines "
+                                          "of metrics.jsonl: a smaller "
+                                          "learning_rate or "
+                                          "max_grad_norm usually helps") from e
             if moving is not None: follow(moving, system.policy, cfg.ref_decay)
-            run |= dict(step=step+1, reward_state=reward_state, position=int(batch.streams.index[:, 0].max()) + 1)
+            run |= dict(step=step+1, reward_state=reward_state,
+                        position=int(batch.streams.index[:, 0].max()) + 1)
             stats |= {'optim/lr': learning_rate(cfg, step), 'time/rollout': t1 - t0,
                       'time/update': time.perf_counter() - t1}
             stats |= {f'time/{k}': v for k, v in clock.seconds.items()}
             log.write(dict(step=step, **stats))
-            shown = {k.split('/')[-1]: f'{stats[k]:.4f}' for k in ('reward/mean', 'policy/prior_ce') if k in stats}
+            shown = {k.split('/')[-1]: f'{stats[k]:.4f}'
+                     for k in ('reward/mean', 'policy/prior_ce') if k in stats}
             bar.update(); bar.set_postfix(shown)
             last = step+1 == cfg.steps
-            if last or stopping or (step+1) % cfg.save_steps == 0: save_checkpoint(acc, out, run, moving, (raw.model, opt))
+            if last or stopping or (step+1) % cfg.save_steps == 0:
+                save_checkpoint(acc, out, run, moving, (raw.model, opt))
             if stopping and not last:
                 raise SystemExit(f"stopped by SIGTERM after step {step}; "
                                  f"resume=True continues from {out/'checkpoint'}")
