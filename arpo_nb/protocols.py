@@ -54,15 +54,12 @@ class Streams:
     def repeat(self, n:int):
         "`n` streams for every image, [N*n], one per member of its group"
         index = np.repeat(self.index, n, 0)
-        return replace(self,
-                       index=np.stack([index[:, 0],
-                                       index[:, 1]*n + np.tile(np.arange(n),
-                                                               len(self))], 1))
+        return replace(self, index=np.stack(
+            [index[:, 0], index[:, 1]*n + np.tile(np.arange(n), len(self))], 1))
 
     def _generators(self, purpose):
-        return (np.random.Generator(np.random.Philox(key=self.seed,
-                                                     counter=[0, purpose, g, i])) for i,
-                g in self.index.tolist())
+        return (np.random.Generator(np.random.Philox(key=self.seed, counter=[0, purpose, g, i]))
+                for i, g in self.index.tolist())
 
     def uniform(self,
                 *shape:int, # numbers per image
@@ -147,9 +144,8 @@ class Rollout:
          "condition once")
         b, g = self.tokens.shape[:2]
         if self.context.shape[1] != g:
-            raise ValueError(f"flat: {g} samples share {self.context.shape[1]} "
-                             "contexts; only "
-                             "samples with contexts of their own can stand alone")
+            raise ValueError(f"flat: {g} samples share {self.context.shape[1]} contexts; "
+                             "only samples with contexts of their own can stand alone")
         rows = np.tile(np.arange(b), g)
         batch = Batch(map_cond(lambda c: c.repeat(g, *[1]*(c.ndim-1)), self.batch.cond),
                       self.batch.streams.take(rows))

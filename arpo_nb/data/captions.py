@@ -112,10 +112,8 @@ def left_pad(feats:Tensor, # [B, L, D] features, valid rows first
     # zeros first, both kinds in their old order
     order = mask.sort(dim=1, stable=True).indices
     mask = mask.gather(1, order)
-    return (feats.gather(1, order[..., None].expand_as(feats))*mask[...,
-                                                                    None].to(
-                                                                        feats.dtype),
-            mask)
+    ordered = feats.gather(1, order[..., None].expand_as(feats))
+    return ordered*mask[..., None].to(feats.dtype), mask
 
 def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each caption
                    length:int=120, # rows after padding

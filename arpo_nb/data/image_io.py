@@ -158,10 +158,8 @@ def ten_crop(image:Image.Image, # at least size × size
     "Four corners, the centre, and the same from the mirror image"
     w, h = image.size
     if min(w, h) < size:
-        raise ValueError(f"ten_crop: the picture is {w}×{h}, smaller "
-                         f"than size={size}; crop "
-                         "it to size*1.1 first, as in center_crop(image, "
-                         "int(size*1.1))")
+        raise ValueError(f"ten_crop: the picture is {w}×{h}, smaller than size={size}; crop it "
+                         "to size*1.1 first, as in center_crop(image, int(size*1.1))")
     corners = [(0, 0), (w-size, 0), (0, h-size), (w-size, h-size),
                (round((w-size)/2), round((h-size)/2))]
     return [im.crop((x, y, x+size, y+size))

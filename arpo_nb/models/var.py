@@ -77,8 +77,7 @@ class SelfAttention(nn.Module):
                                     nn.Parameter(torch.zeros(c)))
         self.register_buffer('zero_k_bias', torch.zeros(c))
         if cfg.attn_l2_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1),
-                                                          math.log(4)))
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4)))
         self.l2, self.scale = (cfg.attn_l2_norm, 1. if cfg.attn_l2_norm
                                else .25/(c//self.heads)**.5)
 
@@ -88,13 +87,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, mask=None, cache=None):
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        q, k, v = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1,
-                                                                   (3,
-                                                                    self.heads,
-                                                                    -1)).permute(2,
-                                                                                 0,
-                                                                                 3,
-                                                                                 1, 4)
+        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if self.l2:
             q, k = ((F.normalize(q, dim=-1)*self.q_scale()).type_as(v),
                     F.normalize(k, dim=-1).type_as(v))
@@ -165,8 +159,8 @@ class VAR(nn.Module):
     has_sampler_logps = True # `generate` can return them
     def __init__(self, cfg:VARConfig, quantizer:MultiScaleQuantizer):
         super().__init__()
-        self.cfg, self.sizes, self.vocab_size, c = (cfg, scale_sizes(cfg.patch_nums),
-                                                    cfg.vocab_size, cfg.width)
+        self.cfg, self.sizes = cfg, scale_sizes(cfg.patch_nums)
+        self.vocab_size, c = cfg.vocab_size, cfg.width
         self.num_tokens = length = sum(self.sizes)
         _check_quantizer(cfg, quantizer)
         object.__setattr__(self, 'quantizer', quantizer) # borrowed: not a submodule
