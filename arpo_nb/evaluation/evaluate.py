@@ -54,9 +54,8 @@ class RunningMoments:
         x, n = features.double(), len(features)
         mean = x.mean(0)
         delta, x = mean - self.mean, x - mean
-        self.scatter = (self.scatter + gram(x) + torch.outer(delta,
-                                                             delta)*(self.n*n/(self.n
-                                                                               + n)))
+        weight = self.n*n/(self.n + n)
+        self.scatter = self.scatter + gram(x) + torch.outer(delta, delta)*weight
         self.n += n
         self.mean = self.mean + delta*(n/self.n)
         return self
@@ -104,9 +103,9 @@ def radii(x:Tensor, # [N, D]
          ) -> Tensor: # [N] squared distance to the k-th nearest other point
     "Squared radius of every point's ball"
     def nearest(u):
-        return torch.cat([squared_distances(u, v, half).topk(min(k+1, len(v)),
-                                                             largest=False).values
-                          for v in x.split(tile)], 1)
+        return torch.cat([
+            squared_distances(u, v, half).topk(min(k+1, len(v)), largest=False).values
+            for v in x.split(tile)], 1)
     return torch.cat([nearest(u).float().topk(k+1, largest=False).values[:, k]
                       for u in x.split(tile)])
 

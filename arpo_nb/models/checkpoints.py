@@ -212,10 +212,13 @@ def check_values(state:dict, # name → tensor
 
 # %% ../../nbs/38_checkpoints.ipynb #f2e6a90a
 SHARDED = 'sharded' # the folder in a run's checkpoint with one part per process
-_INDEX = {'torch.serialization': ('_get_layout',), 'pathlib': ('PosixPath', 'WindowsPath', 'PurePosixPath'),
-          'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
-          'torch.distributed.checkpoint.metadata': ('ChunkStorageMetadata', 'Metadata', 'BytesStorageMetadata', 'TensorProperties', 'StorageMeta',
-                                                    '_MEM_FORMAT_ENCODING', 'TensorStorageMetadata', 'MetadataIndex')}
+_INDEX = {
+    'torch.serialization': ('_get_layout',),
+    'pathlib': ('PosixPath', 'WindowsPath', 'PurePosixPath'),
+    'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
+    'torch.distributed.checkpoint.metadata': (
+        'ChunkStorageMetadata', 'Metadata', 'BytesStorageMetadata', 'TensorProperties',
+        'StorageMeta', '_MEM_FORMAT_ENCODING', 'TensorStorageMetadata', 'MetadataIndex')}
 
 def check_index(folder:Path # of `torch.distributed.checkpoint`
                ) -> Path: # the same

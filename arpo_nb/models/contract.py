@@ -83,10 +83,9 @@ def _check_distribution(policy, cond, seed, kw):
     gap = torch.where(outside, 0., got + entropy).sum(1)
     error = gap.std()/len(gap)**.5 + 1e-3
     _must(gap.mean().abs() < 6*error,
-          f"{name}: sequences have {gap.mean():+.2f} nats more than hidden's "
-          f"distribution gives them on average, {gap.mean().abs()/error:.0f} "
-          "standard errors; " "generate and hidden describe different distributions, "
-          "or a setting is ignored")
+          f"{name}: sequences have {gap.mean():+.2f} nats more than hidden's distribution gives "
+          f"them on average, {gap.mean().abs()/error:.0f} standard errors; generate and hidden "
+          "describe different distributions, or a setting is ignored")
 
 def check_tokenizer(tokenizer, # `Tokenizer`, in eval mode
                     images:Tensor): # [N, 3, H, W] in [0, 1]
@@ -109,8 +108,7 @@ def check_tokenizer(tokenizer, # `Tokenizer`, in eval mode
           f"{pixels.max():.2f}], expected {list(images.shape)} in [0, 1]")
     _must(torch.allclose(pixels, soft, atol=1e-4),
           "decode_probs: one-hot rows give other pixels than decode")
-    grad, = torch.autograd.grad(tokenizer.decode_probs(onehot, clamp=False).sum(),
-                                onehot)
+    grad, = torch.autograd.grad(tokenizer.decode_probs(onehot, clamp=False).sum(), onehot)
     _must(grad.abs().sum() > 0,
           "decode_probs: no gradient reaches the probabilities; clamp=False "
           "must not clamp, and nothing may be detached")

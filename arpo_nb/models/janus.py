@@ -86,8 +86,8 @@ class Cache:
 
     def update(self, k, v, layer:int, *args, **kwargs):
         if layer not in self.layers:
-            self.layers[layer] = tuple(t.new_empty(*t.shape[:2], self.length,
-                                                   t.shape[3]) for t in (k, v))
+            self.layers[layer] = tuple(
+                t.new_empty(*t.shape[:2], self.length, t.shape[3]) for t in (k, v))
         end = self.start + k.shape[2]
         for memory, new in zip(self.layers[layer], (k, v)):
             memory[:, :, self.start:end] = new
@@ -141,8 +141,8 @@ class JanusPolicy(nn.Module):
     def reset_rotary(self):
         "Compute the rotary frequencies where the parameters are"
         rotary, d = self.language_model.rotary_emb, self.cfg.dim//self.cfg.n_head
-        freqs = 1/self.cfg.rope_base**(torch.arange(0, d, 2,
-                                                    device=self.generation_embeddings.weight.device).float()/d)
+        device = self.generation_embeddings.weight.device
+        freqs = 1/self.cfg.rope_base**(torch.arange(0, d, 2, device=device).float()/d)
         for name in [n for n, _ in rotary.named_buffers()]: setattr(rotary, name, freqs)
         return self
 
@@ -173,8 +173,7 @@ class JanusPolicy(nn.Module):
                              f"({c.ids.boi}); " "janus.encode_prompts formats prompts")
         if (ids.gather(1, mask.int().argmax(1, keepdim=True)) != c.ids.bos).any():
             raise ValueError("cond: a prompt does not begin with begin-of-sentence "
-                             f"({c.ids.bos}), "
-                             "which the unconditional prompt must keep; was it "
+                             f"({c.ids.bos}), which the unconditional prompt must keep; was it "
                              "made by another tokenizer class?")
 
     def example_cond(self, n:int, length:int=24) -> tuple:
@@ -204,9 +203,8 @@ class JanusPolicy(nn.Module):
         # padded keys are hidden, but a padded query must see something
         if not valid.is_meta and not valid.all():
             mask = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m-n)
-            mask = (mask & valid[:, None] | torch.eye(n, m, dtype=torch.bool,
-                                                      device=x.device).roll(m-n, 1))[:,
-                                                                                     None]
+            own = torch.eye(n, m, dtype=torch.bool, device=x.device).roll(m-n, 1)
+            mask = (mask & valid[:, None] | own)[:, None]
         kw = dict(attention_mask=mask, position_ids=positions,
                   position_embeddings=lm.rotary_emb(x, positions),
                   past_key_values=cache)
@@ -342,20 +340,16 @@ def encode_prompts(prompts:list, # N strings
             raise ValueError(f"prompts: {p[:40]!r}... has {len(row)} tokens, more "
                              f"than {max_length}; shorten it")
     length = max(map(len, rows))
-    pad = lambda row, filler, value: [filler]*(length - len(row)) + (row
-                                                                     if value is None
-                                                                     else [
-                                                                         value]*len(
-                                                                             row))
+    pad = lambda row, filler, value: [filler]*(length - len(row)) + (
+        row if value is None else [value]*len(row))
     return torch.tensor([pad(r, ids.pad, None)
                          for r in rows]), torch.tensor([pad(r, 0, 1) for r in rows])
 
 class PromptEncoder:
     "`encode_prompts` as `System.encode_prompts` and `captions.text_batches` want it"
     def __init__(self, tokenizer, cfg:JanusConfig):
-        self.tokenizer, self.ids, self.longest = (tokenizer, cfg.ids,
-                                                  cfg.max_positions - cfg.num_tokens
-                                                  + 1)
+        self.tokenizer, self.ids = tokenizer, cfg.ids
+        self.longest = cfg.max_positions - cfg.num_tokens + 1
     def __call__(self, texts:list) -> tuple:
         return encode_prompts(texts, self.tokenizer, self.ids, self.longest)
 
@@ -559,13 +553,10 @@ def answer_logps(policy:JanusPolicy, # in eval mode
                 policy.cfg.ids.eos]
         ids = torch.tensor([asked + said],
                            device=policy.generation_embeddings.weight.device)
-        states = policy.trunk(policy.language_model.embed_tokens(ids),
-                              torch.ones_like(ids, dtype=torch.bool))[0,
-                                                                      len(asked)-1:-1]
-        out.append(text_head(states).float().log_softmax(-1).gather(1,
-                                                                    ids[0,
-                                                                        len(asked):,
-                                                                        None]).sum())
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        states = policy.trunk(policy.language_model.embed_tokens(ids), valid)[0, len(asked)-1:-1]
+        logps = text_head(states).float().log_softmax(-1)
+        out.append(logps.gather(1, ids[0, len(asked):, None]).sum())
     return torch.stack(out)
 
 class Answers:

@@ -69,9 +69,8 @@ FAST = torch.channels_last # convolutions of few channels run faster so, on a CP
 def _pixel_loss(recon, x, perceptual, coef):
     "Squared error on [-1, 1], and of the features"
     with torch.no_grad(): real = perceptual.features(x)
-    return (4*(recon - x).pow(2).mean() + coef*sum((a - b).pow(2).sum(1).mean() for a,
-                                                   b in zip(perceptual.features(recon),
-                                                            real)))
+    return 4*(recon - x).pow(2).mean() + coef*sum(
+        (a - b).pow(2).sum(1).mean() for a, b in zip(perceptual.features(recon), real))
 
 def train_tokenizer(images:Tensor, # [N, 28, 28] uint8
                     cfg:VQConfig,

@@ -98,8 +98,8 @@ def provenance() -> dict:
 # %% ../../nbs/42_launch.ipynb #32d981a3
 def main(argv=None):
     "python -m arpo_nb.training.launch FILE | --model NAME [...] [--dry-run]"
-    p = argparse.ArgumentParser(prog='python -m arpo_nb.training.launch', description='Post-train an autoregressive '
-                                                                                      'image generator.')
+    p = argparse.ArgumentParser(prog='python -m arpo_nb.training.launch',
+                                description='Post-train an autoregressive image generator.')
     p.add_argument('file', type=Path, nargs='?', help='config.json of a run, or the launch.json a notebook wrote')
     p.add_argument('--model', help=f"instead of a file: {', '.join(known_models())}")
     p.add_argument('--method', default='vapi', help=', '.join(RECIPES))

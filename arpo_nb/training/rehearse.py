@@ -226,8 +226,8 @@ class FakeData:
         for step in range(start, stop):
             one = (torch.zeros(1, dtype=torch.long) if system.num_classes
                    else system.policy.example_cond(1))
-            cond = map_cond(lambda x: torch.zeros(batch_size, *x.shape[1:],
-                                                  dtype=x.dtype), one)
+            cond = map_cond(
+                lambda x: torch.zeros(batch_size, *x.shape[1:], dtype=x.dtype), one)
             images = (None if self.cfg.method == 'grpo'
                       else torch.empty(batch_size, 3, side, side))
             prompts = None if system.num_classes else ['a photo']*batch_size

@@ -95,8 +95,8 @@ def _sample_all(policy, batch, context, g, temperature, micro_batch_size,
                         u[s].flatten(0, 1).split(chunk)):
             logits = policy.head(h)/temperature
             tokens.append(draw(logits, v))
-            logps.append(logits.gather(-1, tokens[-1]) - logits.logsumexp(-1,
-                                                                          keepdim=True))
+            chosen = logits.gather(-1, tokens[-1])
+            logps.append(chosen - logits.logsumexp(-1, keepdim=True))
             if entropy: entropies.append(token_entropy(logits))
     grouped = (torch.cat(x).view(b, t, g).transpose(1, 2) for x in (tokens, logps))
     return *grouped, torch.cat(entropies).view(b, 1, t) if entropy else None
@@ -162,10 +162,9 @@ def free_running(policy, # `Policy`, in eval mode
                     and cfg_scale != 1 else policy)
     with clock('score'):
         for s in _slices(len(streams), micro_batch_size):
-            scored.append(token_logps(view,
-                                      view.hidden(tokens[s],
-                                                  map_cond(lambda x: x[s], cond)),
-                                      tokens[s, None], temperature, chunk))
+            scored.append(token_logps(
+                view, view.hidden(tokens[s], map_cond(lambda x: x[s], cond)), tokens[s, None],
+                temperature, chunk))
     group = lambda x: x.unflatten(0, (len(batch), num_generations))
     logps, entropy = (group(torch.cat(x))
                       for x in zip(*((l[:, 0], e) for l, e in scored)))
@@ -210,8 +209,7 @@ def rollout_logps(policy, # `Policy`
     tokens = rollout.tokens.reshape(b*c, -1, t)
     if rollout.targets is not None:
         tokens = torch.cat([tokens, rollout.targets[:, None]], 1)
-    logps, entropy = token_logps(policy, hidden, tokens, temperature, chunk,
-                                 entropy_grad)
+    logps, entropy = token_logps(policy, hidden, tokens, temperature, chunk, entropy_grad)
     target = None
     if rollout.targets is not None: logps, target = logps[:, :-1], logps[:, -1]
     return logps.reshape(b, -1, t), target, entropy.view(b, c, t)

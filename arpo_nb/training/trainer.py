@@ -71,12 +71,11 @@ def warn_of(cfg:Config):
      "than they were drawn from")
     for vain in in_vain(cfg): warnings.warn(vain)
     if cfg.method in FREE and cfg.rollout_cfg_scale != 1 and cfg.logprob_cfg == 'off':
-        warnings.warn(f"rollout_cfg_scale={cfg.rollout_cfg_scale} with "
-                      "logprob_cfg='off': samples are drawn from the "
-                      "guided distribution, but scored and moved under the "
-                      "conditional policy, as LOO-FID and AR-GRPO "
-                      "do; logprob_cfg='guided' scores what was sampled, at twice the "
-                      "cost of the update")
+        warnings.warn(
+            f"rollout_cfg_scale={cfg.rollout_cfg_scale} with logprob_cfg='off': samples are drawn "
+            "from the guided distribution, but scored and moved under the conditional policy, as "
+            "LOO-FID and AR-GRPO do; logprob_cfg='guided' scores what was sampled, at twice the "
+            "cost of the update")
 
 # %% ../../nbs/41_trainer.ipynb #e23a5c6d
 def train(system:System, # what to train
@@ -156,9 +155,8 @@ def train(system:System, # what to train
                                   "nothing; check the reward. Said once: "
                                   "reward/tied_groups " "counts the later ones")
                 if cfg.entropy_coef:
-                    entropy = normalized_entropy(stats.get('policy/rollout_entropy',
-                                                           0.),
-                                                 system.policy.vocab_size)
+                    entropy = normalized_entropy(
+                        stats.get('policy/rollout_entropy', 0.), system.policy.vocab_size)
                     if run['entropy'] is None: run['entropy'] = entropy
                     raw.entropy_coef = bonus_weight(cfg, step, entropy, run['entropy'])
                     stats['policy/entropy_coef'] = raw.entropy_coef
@@ -171,16 +169,12 @@ def train(system:System, # what to train
                 if acc.num_processes == 1 or numbers:
                     save_checkpoint(acc, out, {**run, 'step': step}, moving,
                                     (raw.model, opt))
-                raise (FloatingPointError if numbers
-                       else RuntimeError)(f"step {step}: {e}; stopped before that "
-                                          "optimiser step, and "
-                                          f"{out/'checkpoint'} holds the last "
-                                          "whole state, from which the same command "
-                                          "continues. If "
-                                          "numbers ran away, look at the last lines "
-                                          "of metrics.jsonl: a smaller "
-                                          "learning_rate or "
-                                          "max_grad_norm usually helps") from e
+                error = FloatingPointError if numbers else RuntimeError
+                raise error(
+                    f"step {step}: {e}; stopped before that optimiser step, and "
+                    f"{out/'checkpoint'} holds the last whole state, from which the same command "
+                    "continues. If numbers ran away, look at the last lines of metrics.jsonl: a "
+                    "smaller learning_rate or max_grad_norm usually helps") from e
             if moving is not None: follow(moving, system.policy, cfg.ref_decay)
             run |= dict(step=step+1, reward_state=reward_state,
                         position=int(batch.streams.index[:, 0].max()) + 1)
