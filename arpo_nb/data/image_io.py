@@ -163,8 +163,8 @@ def ten_crop(image:Image.Image, # at least size × size
     corners = [(0, 0), (w-size, 0), (0, h-size), (w-size, h-size),
                (round((w-size)/2), round((h-size)/2))]
     return [im.crop((x, y, x+size, y+size))
-            for im in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) for x,
-            y in corners]
+            for im in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+            for x, y in corners]
 
 # %% ../../nbs/07_image_io.ipynb #b08261bc
 def to_uint8(pixels:Tensor, # [N, 3, H, W], nominally in [0, 1]

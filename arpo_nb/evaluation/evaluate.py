@@ -132,8 +132,8 @@ def precision_recall(real:Tensor, # [N, D]
         raise ValueError(f"precision and recall need more than k={k} images on both "
                          f"sides, got {len(real)} and {len(fake)}")
     real, fake, tile = real.float(), fake.float(), tile or (10_000 if half else 5000)
-    return tuple(coverage(x, radii(x, k, tile, half), y, tile, half) for x,
-                 y in ((real, fake), (fake, real)))
+    return tuple(coverage(x, radii(x, k, tile, half), y, tile, half)
+                 for x, y in ((real, fake), (fake, real)))
 
 # %% ../../nbs/50_evaluate.ipynb #382f176e
 @torch.no_grad()
@@ -159,10 +159,10 @@ def evaluate(policy, tokenizer, # `Policy`, `Tokenizer`
              seed:int=0, batch_size:int=512, progress:bool=True, device='cpu',
              **sampling) -> dict:
     "fid, inception_score, precision, recall and class accuracy of `n` generated images"
-    outs = [(*metric_net.net(x), y) for x,
-            y in generate_images(policy, tokenizer, torch.arange(n) % num_classes,
-                                 seed, batch_size=batch_size, progress=progress,
-                                 device=device, **sampling)]
+    outs = [(*metric_net.net(x), y)
+            for x, y in generate_images(
+                policy, tokenizer, torch.arange(n) % num_classes, seed, batch_size=batch_size,
+                progress=progress, device=device, **sampling)]
     feats, logits, labels = (torch.cat(x).cpu() for x in zip(*outs))
     precision, recall = precision_recall(metric_net.features, feats)
     return dict(fid=frechet_distance(*moments(feats), metric_net.mu, metric_net.sigma),

@@ -185,8 +185,8 @@ def judge(prompt:dict, # metadata, see `read_prompts`
          ) -> tuple: # right or wrong, and why
     "GenEval's verdict on one picture"
     least = counting_threshold if prompt['tag'] == 'counting' else threshold
-    kept = {c: keep_found(f, least, max_overlap, max_objects) for c,
-            f in detections.items()}
+    kept = {c: keep_found(f, least, max_overlap, max_objects)
+            for c, f in detections.items()}
     groups, faults = [], []
     for r in prompt['include']:
         found, fault = kept.get(r['class'], [])[:r['count']], None

@@ -340,8 +340,8 @@ def build_llamagen(model:str, # key of `MODELS`
                else tokenizer_weights)]
     _check_published_name(weights, model, side)
     # both, before building anything
-    paths = [None if w == 'random' else locate(n, w, cache_dir, offline) for n,
-             w in wanted]
+    paths = [None if w == 'random' else locate(n, w, cache_dir, offline)
+             for n, w in wanted]
     makes = ((lambda: GPT(gpt_config(size, side, text=text))),
              (lambda: VQModel(VQConfig(image_size=side))))
     for make, path in zip(makes, paths):
@@ -352,8 +352,8 @@ def build_llamagen(model:str, # key of `MODELS`
                 load_weights(make(), path)
     parts = [make() for make in makes]
     if random: nn.init.normal_(parts[0].output.weight, std=.02)
-    return tuple(m.eval() if path is None else load_weights(m, path).eval() for m,
-                 path in zip(parts, paths))
+    return tuple(m.eval() if path is None else load_weights(m, path).eval()
+                 for m, path in zip(parts, paths))
 
 def _check_published_name(weights, model, side):
     "Files of two resolutions have the same tensors; only their names tell them apart"

@@ -119,8 +119,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
         self.down = nn.ModuleList(Stage(([cfg.ch]+widths)[i], w, cfg.num_res_blocks,
                                         g, i == last, Downsample(w) if i < last
-                                        else None, 'downsample') for i,
-                                  w in enumerate(widths))
+                                        else None, 'downsample')
+                                  for i, w in enumerate(widths))
         self.mid, self.norm_out = (Middle(widths[-1], g),
                                    nn.GroupNorm(g, widths[-1], 1e-6))
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
@@ -139,8 +139,8 @@ class Decoder(nn.Module):
                                   Middle(widths[-1], g))
         self.up = nn.ModuleList(Stage((widths+widths[-1:])[i+1], w,
                                       cfg.num_res_blocks+1, g, i == last,
-                                      Upsample(w) if i else None, 'upsample') for i,
-                                w in enumerate(widths))
+                                      Upsample(w) if i else None, 'upsample')
+                                for i, w in enumerate(widths))
         self.norm_out, self.conv_out = (nn.GroupNorm(g, widths[0], 1e-6),
                                         nn.Conv2d(widths[0], 3, 3, padding=1))
 

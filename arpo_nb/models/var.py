@@ -452,8 +452,8 @@ def build_var(model:str, # key of `VARS`
               ('var_vae', 'random' if random and tokenizer_weights is None
                else tokenizer_weights)]
     # both, before building anything
-    paths = [None if w == 'random' else locate(n, w, cache_dir, offline) for n,
-             w in wanted]
+    paths = [None if w == 'random' else locate(n, w, cache_dir, offline)
+             for n, w in wanted]
     vq = MultiScaleVQ(MultiScaleConfig(patch_nums=cfg.patch_nums,
                                        image_size=16*cfg.patch_nums[-1]))
     if paths[1]: load_weights(vq, paths[1], key='vae_local')

@@ -83,8 +83,8 @@ def _levels(cfg, extra, resize):
     into = [cfg.ch, *widths] if name == 'downsample' else [*widths[1:], widths[-1]]
     return widths, nn.ModuleList(Level(into[i], w, cfg.num_res_blocks + extra,
                                        cfg.resolution >> i in cfg.attn_resolutions,
-                                       None if i == without else name) for i,
-                                 w in enumerate(widths))
+                                       None if i == without else name)
+                                 for i, w in enumerate(widths))
 
 class Encoder(nn.Module):
     "Pixels in [-1, 1] to latents, [B, 3, H, W] to [B, z, h, w]"

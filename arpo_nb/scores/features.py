@@ -65,5 +65,5 @@ class LPIPSFeatures(nn.Module):
                              "enlarge them or set perceptual_coef=0")
         maps = self.lpips.net(self.lpips.scaling_layer(2*images - 1))
         heads = [lin.model[-1].weight.clamp(min=0).sqrt() for lin in self.lpips.lins]
-        return [m/(m.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)*w for m,
-                w in zip(maps, heads)]
+        return [m/(m.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)*w
+                for m, w in zip(maps, heads)]

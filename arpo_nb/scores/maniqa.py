@@ -180,8 +180,8 @@ class MANIQA(nn.Module):
 # %% ../../nbs/24_maniqa.ipynb #4eab0969
 def grid_corners(height:int, width:int, size:int=224) -> list: # of (top, left)
     "The fewest evenly spaced crops that cover an image"
-    tops, lefts = ([round(i*(s - size)/max(n - 1, 1)) for i in range(n)] for s,
-                   n in ((s, math.ceil(s/size)) for s in (height, width)))
+    tops, lefts = ([round(i*(s - size)/max(n - 1, 1)) for i in range(n)]
+                   for s, n in ((s, math.ceil(s/size)) for s in (height, width)))
     return [(t, l) for t in tops for l in lefts]
 
 def random_corners(height:int, width:int, n:int=20, seed:int=0, size:int=224,

@@ -42,8 +42,8 @@ def token_logps(policy, # `Policy`
             and (hidden.requires_grad
                  or any(p.requires_grad for p in policy.parameters())))
     run = (lambda *a: checkpoint(_score, *a, use_reentrant=False)) if grad else _score
-    out = [run(policy.head, h, k, temperature, entropy_grad) for h,
-           k in zip(flat_h.split(chunk), flat_t.split(chunk))]
+    out = [run(policy.head, h, k, temperature, entropy_grad)
+           for h, k in zip(flat_h.split(chunk), flat_t.split(chunk))]
     logps, entropy = (torch.cat(x) for x in zip(*out))
     return logps.view(n, t, s).transpose(1, 2), entropy.view(n, t)
 
@@ -192,8 +192,8 @@ def sampling_gap(rollout:Rollout, # with `sampler_logps`
                 ) -> dict: # nats per token
     "Distance between the sampler's and the scorer's log-probabilities"
     d = gather((rollout.old_logps - rollout.sampler_logps).contiguous())
-    return {f'sampling/sampling_logp_difference/{k}': v for k,
-            v in dict(mean=d.abs().mean(), std=d.std(), max=d.abs().max()).items()}
+    return {f'sampling/sampling_logp_difference/{k}': v
+            for k, v in dict(mean=d.abs().mean(), std=d.std(), max=d.abs().max()).items()}
 
 # %% ../../nbs/40_rollout.ipynb #a23f3aa2
 def rollout_logps(policy, # `Policy`
