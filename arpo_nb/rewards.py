@@ -81,8 +81,7 @@ def pool_to_grid(maps:list, # error maps [B, G, h, w]
                       for g in grids], -1)
 
 class ReconstructionReward:
-    ("−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or "
-     "per token")
+    "−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or per token"
     def __init__(self,
                  perceptual=None, # `Perceptual` network, None for pixels only
                  mse_coef:float=1., perceptual_coef:float=1.,

@@ -273,8 +273,7 @@ def check_data(cfg:Config, system:System):
         check_hub_model('text_features', cfg.text_features)
 
 def check_hub_model(argument:str, repo:str):
-    ("Raise for a model of transformers that is neither in the cache nor can be asked "
-     "for")
+    "Raise for a model of transformers that is neither in the cache nor can be asked for"
     hub = _hub()
     if any(hub.try_to_load_from_cache(repo, f'{name}{index}')
            for name in ('model.safetensors', 'pytorch_model.bin')

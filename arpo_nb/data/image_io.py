@@ -175,8 +175,7 @@ def to_uint8(pixels:Tensor, # [N, 3, H, W], nominally in [0, 1]
 def resize_pixels(pixels:Tensor, # [N, 3, H, W], unclamped
                   size:int, # new side
                  ) -> Tensor: # [N, 3, size, size]
-    ("Bicubic resize without antialiasing, as between a 384-pixel model and the "
-     "256-pixel evaluation")
+    "Bicubic resize without antialiasing, as between a 384-pixel model and the 256-pixel evaluation"
     return (pixels if pixels.shape[-1] == size
             else F.interpolate(pixels.float(), (size, size), mode='bicubic',
                                align_corners=False))

@@ -15,8 +15,7 @@ from ..protocols import MetricNet, Streams
 
 # %% ../../nbs/50_evaluate.ipynb #8e7b0898
 def root_factor(sigma:Tensor) -> Tensor: # L with L Lᵀ = sigma, [D, rank]
-    ("Cholesky factor of a covariance, or its eigenvectors times their roots where it "
-     "is singular")
+    "Cholesky factor of a covariance, or its eigenvectors times their roots where it is singular"
     L, failed = torch.linalg.cholesky_ex(sigma)
     if not failed: return L
     values, vectors = torch.linalg.eigh(sigma)

@@ -115,8 +115,7 @@ class PatchTokenizer(nn.Module):
         return (grey.flatten(1)[..., None] - self.levels).abs().argmin(-1)
 
     def log_likelihood(self, images:Tensor, tokens:Tensor) -> Tensor:
-        ("log p(I | x) of [N, 3, H, W] images under [S, T] sequences, [N, S]; grey "
-         "pixels count once")
+        "log p(I | x) of [N, 3, H, W] images under [S, T] sequences, [N, S]; grey pixels count once"
         error = (images[:, None, 0] - self.decode(tokens)[None, :, 0]).square().sum((-2, -1))
         return (-error/(2*self.noise**2)
                 - self.image_size**2/2*math.log(2*math.pi*self.noise**2))

@@ -67,8 +67,7 @@ def check_policy(policy, # `Policy`, in eval mode
         _check_distribution(policy, repeat_cond(cond, -(-samples//n)), seed, kw)
 
 def _check_distribution(policy, cond, seed, kw):
-    ("Drawn tokens must have the log-probability that their distribution gives them on"
-     " average")
+    "Drawn tokens must have the log-probability that their distribution gives them on average"
     streams = Streams.range(seed, 1000,
                             len(cond[0] if isinstance(cond, (tuple, list)) else cond))
     drawn = policy.generate(cond, streams, **kw)

@@ -66,8 +66,7 @@ CONFIGS = dict(janus_pro_1b=(JanusConfig(), VQ),
 
 # %% ../../nbs/39_janus.ipynb #66c3b9ef
 def llama_config(cfg:JanusConfig):
-    ("Settings of the language model for transformers; text head and embedding are not"
-     " tied")
+    "Settings of the language model for transformers; text head and embedding are not tied"
     return import_transformers('janus').LlamaConfig(
         vocab_size=cfg.text_vocab_size, hidden_size=cfg.dim,
         intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer,
@@ -80,8 +79,7 @@ def llama_config(cfg:JanusConfig):
 
 # %% ../../nbs/39_janus.ipynb #e8955669
 class Cache:
-    ("Keys and values of all layers in memory taken once; what transformers' attention"
-     " layers call")
+    "Keys and values of all layers in memory taken once; what transformers' attention layers call"
     def __init__(self, length:int): self.length, self.start, self.layers = length, 0, {}
 
     def update(self, k, v, layer:int, *args, **kwargs):
@@ -119,8 +117,7 @@ def _what(x):
             else type(x).__name__)
 
 class JanusPolicy(nn.Module):
-    ("The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are "
-     "transformers'")
+    "The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are transformers'"
     def __init__(self, cfg:JanusConfig):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.num_tokens, cfg.vocab_size
@@ -215,8 +212,7 @@ class JanusPolicy(nn.Module):
         return lm.norm(x)
 
     def hidden(self, context:Tensor, cond:tuple) -> Tensor:
-        ("[N, T] context codes to [N, T, dim]; state t has seen the prompt and codes "
-         "before t")
+        "[N, T] context codes to [N, T, dim]; state t has seen the prompt and codes before t"
         if context.shape[1] > self.num_tokens:
             raise ValueError(f"context: {context.shape[1]} codes, expected at "
                              f"most {self.num_tokens}; "
@@ -572,8 +568,7 @@ class Answers:
                             self.tokenizer)
 
 def understanding_change(before:Tensor, after:Tensor) -> dict:
-    ("How far the answers moved, in nats per answer; negative means less likely than "
-     "before")
+    "How far the answers moved, in nats per answer; negative means less likely than before"
     return dict(mean=(after - before).mean().item(),
                 worst=(after - before).min().item())
 

@@ -156,8 +156,7 @@ def _what(x):
             else type(x).__name__)
 
 def _check_ids(name, ids, n, meaning):
-    ("Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and "
-     "says less")
+    "Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and says less"
     if ids.is_meta or not ids.numel() or torch.compiler.is_compiling(): return
     if ids.is_cuda:
         return torch._assert_async((ids.min() >= 0) & (ids.max() < n),
@@ -216,8 +215,7 @@ class CaptionEmbedding(nn.Module):
                                          cfg.caption_dim)/cfg.caption_dim**.5)
 
     def null(self, cond:tuple) -> tuple:
-        ("The null caption, under the caption's own padding mask as in the official "
-         "sampler")
+        "The null caption, under the caption's own padding mask as in the official sampler"
         return self.uncond_embedding.to(cond[0].dtype).expand_as(cond[0]), cond[1]
 
     def check(self, cond):
@@ -247,8 +245,7 @@ class CaptionEmbedding(nn.Module):
 
 # %% ../../nbs/31_llamagen.ipynb #dddf3f86
 class GPT(nn.Module):
-    ("LlamaGen's transformer behind the `Policy` protocol; parameter names are the "
-     "official ones")
+    "LlamaGen's transformer behind the `Policy` protocol; parameter names are the official ones"
     def __init__(self, cfg:GPTConfig):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
@@ -300,8 +297,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def hidden(self, context:Tensor, cond) -> Tensor:
-        ("[N, T] context tokens to [N, T, dim]; state t has seen the condition and "
-         "tokens before t")
+        "[N, T] context tokens to [N, T, dim]; state t has seen the condition and tokens before t"
         if context.shape[1] > self.num_tokens:
             raise ValueError(f"context: {context.shape[1]} tokens, expected "
                              f"at most {self.num_tokens} "

@@ -68,8 +68,7 @@ class MultiScaleConfig:
 
 # %% ../../nbs/32_multiscale_vq.ipynb #5a62a8ad
 class FusedAttn(nn.Module):
-    ("Single-head self-attention over pixels, with one convolution for queries, keys "
-     "and values")
+    "Single-head self-attention over pixels, with one convolution for queries, keys and values"
     def __init__(self, c:int, groups:int):
         super().__init__()
         self.norm, self.qkv, self.proj_out = (nn.GroupNorm(groups, c, 1e-6),
@@ -264,8 +263,7 @@ class MultiScaleQuantizer(nn.Module):
 
 # %% ../../nbs/32_multiscale_vq.ipynb #f4c1381f
 class MultiScaleVQ(nn.Module):
-    ("VAR's image tokenizer behind the `Tokenizer` protocol; parameter names are the "
-     "official ones")
+    "VAR's image tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
     def __init__(self, cfg:MultiScaleConfig):
         super().__init__()
         self.cfg, self.image_size = cfg, cfg.image_size

@@ -226,8 +226,7 @@ class VQModel(nn.Module):
                 .argmin(1).view(len(images), -1))
 
     def decode_latents(self, z:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
-        ("Code vectors [B, T, C] to pixels [B, 3, H, W]; `grid` (h, w) where it is not"
-         " square")
+        "Code vectors [B, T, C] to pixels [B, 3, H, W]; `grid` (h, w) where it is not square"
         h, w = grid or [int(z.shape[1]**.5)]*2
         if h*w != z.shape[1]:
             raise ValueError(f"tokens: {z.shape[1]} per image, expected "
@@ -251,13 +250,11 @@ class VQModel(nn.Module):
         return self.decode_latents(probs @ self.quantize.codes, clamp, grid)
 
     def decoder_parameters(self):
-        ("What tokenizer post-training moves: everything after the codebook (VA-π App."
-         " C.2)")
+        "What tokenizer post-training moves: everything after the codebook (VA-π App. C.2)"
         return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
     def forward(self, images:Tensor, beta:float=0.25, entropy_ratio:float=0.):
-        ("Straight-through reconstruction of `images` and the VQ losses, for training "
-         "a tokenizer")
+        "Straight-through reconstruction of `images` and the VQ losses, for training a tokenizer"
         z = self.latents(images).permute(0, 2, 3, 1)
         ids = self.quantize.distances(z.reshape(-1, z.shape[-1])).argmin(1)
         codes = self.quantize.codes[ids].view_as(z)

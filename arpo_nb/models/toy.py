@@ -83,8 +83,7 @@ class ToyNet(nn.Module):
         return out
 
     def features(self, images:Tensor) -> list:
-        ("Feature maps of unit length per pixel, as LPIPS compares them (the "
-         "`Perceptual` protocol)")
+        "Feature maps of unit length per pixel, as LPIPS compares them (the `Perceptual` protocol)"
         return [F.normalize(m, dim=1, eps=1e-6) for m in self.maps(images)]
 
     def forward(self, images:Tensor) -> tuple:

@@ -154,8 +154,7 @@ def _exact(device):
                           enabled=False)
 
 class VAR(nn.Module):
-    ("VAR's transformer behind the `Policy` protocol; parameter names are the official"
-     " ones")
+    "VAR's transformer behind the `Policy` protocol; parameter names are the official ones"
     has_sampler_logps = True # `generate` can return them
     def __init__(self, cfg:VARConfig, quantizer:MultiScaleQuantizer):
         super().__init__()
@@ -189,8 +188,7 @@ class VAR(nn.Module):
         return self
 
     def modulations(self, cond:Tensor) -> tuple:
-        ("From embedded labels [N, C]: six vectors for every block, two for the output"
-         " norm")
+        "From embedded labels [N, C]: six vectors for every block, two for the output norm"
         shared = (self.shared_ada_lin(cond).view(len(cond), 1, 6, -1)
                   if self.cfg.shared_aln else None)
         return [b.modulate(cond, shared)
@@ -207,8 +205,7 @@ class VAR(nn.Module):
             return self.quantizer.inputs(context).to(self.word_embed.weight.dtype)
 
     def embed(self, context:Tensor, cond:Tensor) -> Tensor:
-        ("Tokens [N, T] and embedded labels [N, C] to the input of the first block, "
-         "[N, T, C]")
+        "Tokens [N, T] and embedded labels [N, C] to the input of the first block, [N, T, C]"
         return (torch.cat([cond[:, None] + self.pos_start,
                            self.word_embed(self.seen(context))], 1) + self.positions())
 

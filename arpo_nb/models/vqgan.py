@@ -128,8 +128,7 @@ class Codebook(nn.Module):
                 - 2*z @ codes.T).argmin(-1)
 
     def forward(self, z:Tensor, beta:float=.25, legacy:bool=True) -> tuple:
-        ("Straight-through codes [B, C, h, w], loss, and ids [B, h*w] of latents [B, "
-         "C, h, w]")
+        "Straight-through codes [B, C, h, w], loss, and ids [B, h*w] of latents [B, C, h, w]"
         ids = self.nearest(z)
         e = self.embedding(ids).transpose(1, 2).reshape(z.shape)
         commit, codebook = ((e.detach() - z).pow(2).mean(),
@@ -154,8 +153,7 @@ def unmap(ids:Tensor, # positions in `used`; M or more counts as 0, as in the or
 
 # %% ../../nbs/34_vqgan.ipynb #3f8b3fea
 class VQGAN(nn.Module):
-    ("The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the "
-     "official ones")
+    "The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
     def __init__(self, cfg:VQGANConfig):
         super().__init__()
         self.cfg, self.image_size, self.codebook_size = cfg, cfg.image_size, cfg.codebook_size
@@ -203,13 +201,11 @@ class VQGAN(nn.Module):
         return self.decode_map(codes.transpose(1, 2).unflatten(2, (h, w)), clamp)
 
     def decoder_parameters(self):
-        ("What tokenizer post-training moves: everything after the codebook (VA-π App."
-         " C.2)")
+        "What tokenizer post-training moves: everything after the codebook (VA-π App. C.2)"
         return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
     def forward(self, images:Tensor, beta:float=.25, legacy:bool=True):
-        ("Straight-through reconstruction of `images`, not clamped, and the codebook "
-         "loss")
+        "Straight-through reconstruction of `images`, not clamped, and the codebook loss"
         quant, loss, _ = self.quantize(self.latents(images), beta, legacy)
         return self.decode_map(quant, clamp=False), loss
 
@@ -310,8 +306,7 @@ class CINTransformer(nn.Module):
         return self.ln_f(x)
 
     def hidden(self, context:Tensor, cond) -> Tensor:
-        ("[N, T] context tokens to [N, T, D]; state t has seen the label and tokens "
-         "before t")
+        "[N, T] context tokens to [N, T, D]; state t has seen the label and tokens before t"
         if context.shape[1] > self.num_tokens:
             raise ValueError(f"context: {context.shape[1]} tokens, expected "
                              f"at most {self.num_tokens} "

@@ -42,8 +42,7 @@ def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> l
                  reward=load_reward(cfg, system), resume=resume, progress=progress)
 
 def _environment():
-    ("What the processes see: the modules that this one sees, and lines as they are "
-     "written")
+    "What the processes see: the modules that this one sees, and lines as they are written"
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     return {**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONPATH': path}
 

@@ -68,8 +68,7 @@ def reconstruction(pixels:Tensor, # [B, G, 3, H, W], not clamped
 # %% ../../nbs/45_objectives.ipynb #09e88180
 def scored_policy(policy, # `Policy`
                   cfg:Config):
-    ("What free-running samples are scored under: the policy, or the policy under "
-     "guidance")
+    "What free-running samples are scored under: the policy, or the policy under guidance"
     if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale != 1:
         return Guided(policy, cfg.rollout_cfg_scale)
     return policy
@@ -118,8 +117,7 @@ class MaximumLikelihood(Objective):
 
 # %% ../../nbs/45_objectives.ipynb #ff7d379e
 class StraightThrough(Objective):
-    ("Reconstruction loss through straight-through tokens, with the same prior (VA-π "
-     "App. C.1)")
+    "Reconstruction loss through straight-through tokens, with the same prior (VA-π App. C.1)"
     def forward(self, rollout:Rollout):
         states = self.model.hidden(rollout.context[:, 0], rollout.batch.cond)
         stats, logits = {}, self.model.head(states)

@@ -71,8 +71,7 @@ def teacher_forced(policy, # `Policy`, in eval mode
                    chunk:int=4096, # states whose logits exist at a time
                    entropy:bool=False, # compute the entropies too
                   ) -> Rollout: # tokens [B, G, T], context [B, 1, T], targets [B, T]
-    ("Corrupt the tokens of the images and sample every position from one forward pass"
-     " (VA-π Eq. 7)")
+    "Corrupt the tokens of the images and sample every position from one forward pass (VA-π Eq. 7)"
     context = targets
     if noise_rate:
         u = batch.streams.uniform(targets.shape[1], 2, purpose=NOISE,
