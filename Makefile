@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 PIP     = .venv/bin/python -m pip --disable-pip-version-check
 export PYTHONUNBUFFERED = 1
 
-.PHONY: run test docs bench toy clean
+.PHONY: run test docs bench toy claims clean
 
 .venv/run: setup.py settings.ini
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -35,6 +35,15 @@ docs: .venv/dev ## the site, needs quarto
 bench: .venv/run ## speed, side by side
 	.venv/bin/papermill nbs/run_bench.ipynb runs/bench.ipynb -k python3 </dev/null
 	@echo "Done. Look at runs/bench.ipynb."
+
+ONLY ?= claims
+SEEDS ?= 0:5
+SIZE ?= reduced
+MINUTES ?= 60
+
+claims: .venv/run ## the ledger: run what is missing of its miniatures, two at a time, and print it
+	.venv/bin/python -W ignore -m arpo_nb.training.claims --only "$(ONLY)" --seeds "$(SEEDS)" --size "$(SIZE)" --minutes "$(MINUTES)" --workers 2
+	@echo "Done. The results are in results/$(SIZE)/, the page is nbs/62_claims.ipynb."
 
 toy: .venv/run ## make the embedded toy again from the full Fashion-MNIST in DATA
 	.venv/bin/papermill nbs/run_pretrain.ipynb runs/pretrain.ipynb -k python3 -p data "$(DATA)" -p out_dir runs/toy_base \

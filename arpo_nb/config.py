@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruction '
                'reward and a cross-entropy prior (VA-π Eq. 11)',
                mle='continued maximum likelihood: the prior term '
-               'alone, on clean context',
+               'alone, on clean context unless noise_rate says otherwise',
                ste='straight-through gradients of the reconstruction '
                'loss (VA-π App. C.1)',
                tokenizer='tokenizer post-training: the decoder learns from '
@@ -64,9 +64,16 @@ class Config:
     # 'others': uniform over the K-1 other codes (Eq. 28); 'all': over all K (released
     # code)
     noise_kernel: str = 'others'
+    # 'causal', or 'released_code': Janus-Pro's token t is scored by the state that has
+    # seen context token t, and prompts are padded on the right
+    teacher_forcing: str = 'causal'
     prior_coef: float = .1 # VA-π's β: weight of the cross-entropy on the true tokens
     mse_coef: float = 1. # weight of the mean squared error on [-1, 1]
     perceptual_coef: float = 1. # λ_p
+    # trunk of LPIPS: 'vgg', 'alex' (the released Janus code) or 'squeeze'; not the toy's
+    perceptual_net: str = 'vgg'
+    # VA-π's reward sees pixels clamped to [0, 1]; paper and code leave them as decoded
+    clamp_reward: bool = False
     # 'image': one reward per sample; 'token': one per token, from the error around it
     # (ours)
     credit: str = 'image'
@@ -164,7 +171,7 @@ def check_types(cfg:Config):
             raise TypeError(f"{f.name}={v!r}: expected {f.type.__name__}, got {type(v).__name__}")
         if f.type is float: object.__setattr__(cfg, f.name, float(v))
 
-_ONE_OF = dict(method=tuple(METHODS), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'), credit=('image', 'token'),
+_ONE_OF = dict(method=tuple(METHODS), perceptual_net=('vgg', 'alex', 'squeeze'), teacher_forcing=('causal', 'released_code'), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'), credit=('image', 'token'),
                scale_rewards=('group', 'batch', 'none'), importance_sampling_level=('token', 'sequence', 'product'),
                loss_type=('grpo', 'bnpo', 'dr_grpo', 'dapo'), ste_mode=('argmax', 'gumbel'), lr_scheduler_type=('constant', 'cosine'),
                covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'), ref_policy=('frozen', 'ema'),
@@ -188,6 +195,7 @@ def check_config(cfg:Config):
     if not 0 <= cfg.ref_decay < 1: raise ValueError(f"ref_decay={cfg.ref_decay}: expected a value from 0 to below 1")
     if not 0 <= cfg.brightness_threshold < 1: raise ValueError(f"brightness_threshold={cfg.brightness_threshold}: a luminance, use a value above 0 and below 1, or 0 for the default")
     if not 0 <= cfg.entropy_target < 1: raise ValueError(f"entropy_target={cfg.entropy_target}: a share of log K, use a value in [0, 1)")
+    if cfg.teacher_forcing != 'causal' and cfg.method in FREE: raise ValueError(f"teacher_forcing={cfg.teacher_forcing!r}: method {cfg.method!r} scores free-running samples, which only 'causal' does")
     group = cfg.free_generations if cfg.method == 'mixed' and cfg.free_generations else cfg.num_generations
     if cfg.method in SAMPLING and min(cfg.num_generations, group) < 2:
         raise ValueError(f"num_generations={min(cfg.num_generations, group)}: a group needs at least 2 samples to compare; VA-π has 8, LOO-FID 12")
@@ -236,6 +244,7 @@ def in_vain(cfg:Config) -> list:
         out += [f'{k}={getattr(cfg, k)!r}: the ratio is always 1, because each rollout is used for one update' for k in changed('epsilon', 'epsilon_high')]
     if cfg.method not in FREE:
         out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no free-running samples' for k in changed('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg', 'compile')]
+    if cfg.method not in ('vapi', 'mixed'): out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no reconstruction reward' for k in changed('clamp_reward')]
     if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale == 1: out.append("logprob_cfg='guided': rollout_cfg_scale=1 is no guidance")
     if not cfg.beta: out += [f'{k}={getattr(cfg, k)!r}: beta=0, so there is no KL' for k in changed('ref_policy', 'ref_offload')]
     largest = (cfg.num_generations - 1)/cfg.num_generations**.5
@@ -376,14 +385,15 @@ def preset(model:str, # name of the system
         one = loofid_toy(**free) if toy else loofid(**free, **unguided)
         numbers = dict(batch_size=12, free_generations=12, learning_rate=1e-4) if toy else {}
         return replace(preset(model, 'vapi', variant), method='mixed', **numbers, **{k: getattr(one, k) for k in ('rewards', 'normalize_rewards', 'ema_weight', 'covariance', 'rollout_cfg_scale')})
-    changes = dict(model=model, method=method)
+    changes = dict(model=model, method=method) | (dict(noise_rate=0.) if method == 'mle' else {})
     if variant == 'released_code': changes |= dict(noise_kernel='all', update_dropout=True, ste_mode='gumbel')
     if model.startswith('janus'): return vapi_janus(**{**(dict(noise_rate=1.) if variant == 'released_code' else {}), **changes})
     if toy: return vapi_toy(**changes)
     return vapi_llamagen(text='t2i' in model, **changes)
 
 # %% ../nbs/02_config.ipynb #5970e87d
-BASELINES = dict(mle=dict(method='mle'), # continued maximum likelihood at equal steps
+BASELINES = dict(mle=dict(method='mle', noise_rate=0.), # continued maximum likelihood at equal steps
+                 prior_only=dict(method='mle'), # Table 4: L_prior alone, under the run's own context noise
                  ste=dict(method='ste'), # App. C.1
                  ste_gumbel=dict(method='ste', ste_mode='gumbel'), # the released code's reading of it
                  tokenizer=dict(method='tokenizer', num_generations=1), # App. C.2

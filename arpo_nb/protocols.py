@@ -190,7 +190,7 @@ class Perceptual(Protocol):
 class Reward(Protocol):
     "Scores groups of images, higher is better; state goes in and comes out as a value"
     def __call__(self, images:Tensor, batch:Batch, state=None) -> tuple:
-        "[B, G, 3, H, W] in [0, 1] and the batch they belong to, to rewards [B, G] or [B, G, T] and the new state"
+        "[B, G, 3, H, W] in [0, 1] and the batch they belong to, to rewards [B, G] or [B, G, T] and the new state; one with `unclamped = True` gets the decoder's own pixels"
 
 # %% ../nbs/01_protocols.ipynb #c96773cf
 @dataclass

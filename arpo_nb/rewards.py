@@ -18,6 +18,7 @@ from .protocols import Batch
 def check_images(images:Tensor, # [..., 3, H, W]
                  name:str='images', # what the message calls them
                  tol:float=1e-3, # slack at both ends
+                 clamped:bool=True, # False: a decoder's own, which may lie outside
                 ) -> Tensor: # the same
     "Raise unless these are float RGB images in [0, 1]"
     if images.ndim < 4 or images.shape[-3] != 3:
@@ -32,6 +33,9 @@ def check_images(images:Tensor, # [..., 3, H, W]
         bad = (~images.isfinite()).flatten(-3).any(-1).nonzero()[0].tolist()
         raise ValueError(f"{name}: pixels of image {bad} are not finite; "
                          "look at the decoder's output")
+    if not clamped and (max(-low, high - 1) < .5
+                        or ((images - .5).abs() > 1).float().mean() < .05):
+        return images # more pixels far outside are another scale
     cure = ('they look like 0 to 255: divide by 255' if high > 2
             else 'they look like [-1, 1]: use (x + 1)/2' if low < -.5 else 'clamp them')
     if low < -tol or high > 1 + tol:
@@ -81,14 +85,18 @@ class ReconstructionReward:
                  mse_coef:float=1., perceptual_coef:float=1.,
                  # token grid for credit per token; None for one reward per image
                  grid:tuple|None=None,
+                 clamp:bool=False, # to [0, 1] first, instead of the decoder's own pixels
                 ):
         self.perceptual, self.mse_coef, self.perceptual_coef, self.grid = perceptual, mse_coef, perceptual_coef, grid
+        self.clamp, self.unclamped = clamp, not clamp # `score_groups` decodes accordingly
 
     def __call__(self, images:Tensor, batch:Batch, state=None):
         if batch.images is None:
             raise ValueError("the reconstruction reward needs batch.images; "
                              "free-running " "rollouts have none, use another reward")
-        check_images(images), check_images(batch.images, 'batch.images')
+        check_images(images, clamped=False)
+        check_images(batch.images, 'batch.images')
+        if self.clamp: images = images.clamp(0, 1)
         if images.shape[:1] + images.shape[2:] != batch.images.shape:
             raise ValueError(f"images: {list(images.shape)} do not belong "
                              "to batch.images "
@@ -203,10 +211,16 @@ class WeightedSum:
         for reward, _ in self.rewards.values():
             if hasattr(reward, 'gather'): reward.gather = f
 
+    @property
+    def unclamped(self) -> bool: # some term wants the decoder's own pixels
+        return any(getattr(r, 'unclamped', False) for r, _ in self.rewards.values())
+
     def __call__(self, images:Tensor, batch:Batch, state:dict|None=None):
         terms, new = [], {}
+        inside = images.clamp(0, 1) if self.unclamped else images
         for name, (reward, weight) in self.rewards.items():
-            r, new[name] = _rows(reward, images, batch, (state or {}).get(name),
+            seen = images if getattr(reward, 'unclamped', False) else inside
+            r, new[name] = _rows(reward, seen, batch, (state or {}).get(name),
                                  self.chunk_size)
             scores = self.gather(r.detach().flatten())
             _check_scores(name, scores, name in self.allow_constant)

@@ -125,6 +125,8 @@ class JanusPolicy(nn.Module):
         super()._apply(fn, *args, **kwargs)
         return self.reset_rotary()
 
+    teacher_forcing = 'causal' # or 'released_code', see `released_states`
+
     def reset_rotary(self):
         "Compute the rotary frequencies where the parameters are"
         rotary, d = self.language_model.rotary_emb, self.cfg.dim//self.cfg.n_head
@@ -178,10 +180,11 @@ class JanusPolicy(nn.Module):
         "Image codes [...] as inputs of the language model [..., dim]"
         return self.generation_aligner(self.generation_embeddings(codes))
 
-    def trunk(self, x:Tensor, valid:Tensor, cache:Cache|None=None) -> Tensor:
+    def trunk(self, x:Tensor, valid:Tensor, cache:Cache|None=None,
+              positions=None) -> Tensor:
         "States of inputs [N, n, dim]; `valid` [N, m] marks real positions, the last n of which belong to `x`"
-        n, m, lm = x.shape[1], valid.shape[1], self.language_model
-        positions, mask = (valid.cumsum(1) - 1).clamp(min=0)[:, m-n:], None
+        n, m, lm, mask = x.shape[1], valid.shape[1], self.language_model, None
+        if positions is None: positions = (valid.cumsum(1) - 1).clamp(min=0)[:, m-n:]
         # padded keys are hidden, but a padded query must see something
         if not valid.is_meta and not valid.all():
             mask = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m-n)
@@ -206,12 +209,23 @@ class JanusPolicy(nn.Module):
         if len(context) != len(cond[0]):
             raise ValueError(f"context: {len(context)} rows for {len(cond[0])} prompts")
         ids, valid = cond[0], cond[1].bool()
+        if self.teacher_forcing == 'released_code':
+            return self.released_states(context, ids, valid)
         x = torch.cat([self.language_model.embed_tokens(ids),
                        self.embed_codes(context[:, :-1])], 1)
         return self.trunk(x,
                           torch.cat([valid,
                                      valid.new_ones(len(ids), context.shape[1]-1)],
                                     1))[:, ids.shape[1]-1:]
+
+    def released_states(self, context:Tensor, ids:Tensor, valid:Tensor) -> Tensor:
+        "States of VA-π's released code: prompts padded on the right, and state t has seen context token t"
+        order = (~valid).long().argsort(dim=1, stable=True) # text first, padding after it
+        ids, valid = ids.gather(1, order), valid.gather(1, order)
+        x = torch.cat([self.language_model.embed_tokens(ids), self.embed_codes(context)], 1)
+        positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        valid = torch.cat([valid, valid.new_ones(context.shape)], 1)
+        return self.trunk(x, valid, positions=positions)[:, ids.shape[1]:]
 
     def head(self, hidden:Tensor) -> Tensor:
         "[..., dim] to [..., V] float32"

@@ -220,9 +220,10 @@ def score_groups(reward, # `Reward`
     "Decode groups of samples and score them"
     g, out, together, clock = (tokens.shape[1], [], getattr(reward, 'together', False),
                                clock or Clock())
+    raw = dict(clamp=False) if getattr(reward, 'unclamped', False) else {}
     for s in _slices(len(tokens), max(1, decode_batch_size//g)):
         with clock('decode'):
-            images = tokenizer.decode(tokens[s].flatten(0, 1)).unflatten(0, (-1, g))
+            images = tokenizer.decode(tokens[s].flatten(0, 1), **raw).unflatten(0, (-1, g))
         if together: out.append(images); continue
         with clock('reward'): rewards, state = reward(images, batch.take(s), state)
         out.append(rewards)

@@ -30,7 +30,8 @@ from .rollout import (Clock, encode_images, free_running, rollout_logps, samplin
 def make_reward(system:System, cfg:Config) -> ReconstructionReward:
     "VA-π's intrinsic reward for a system"
     grid = system.tokenizer.token_grid if cfg.credit == 'token' else None
-    return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef, grid)
+    return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef, grid,
+                                cfg.clamp_reward)
 
 def reward_parts(reward) -> list: # pairs of the prefix of its metrics and the reward
     "A reward and, if it is a sum, its terms"
@@ -67,8 +68,8 @@ def forced_samples(system:System, cfg:Config, batch:Batch, here:Place) -> Rollou
     with here.clock('encode'): targets = encode_images(system.tokenizer, batch.images, cfg.decode_batch_size)
     with here.autocast(), here.clock('generate'):
         return teacher_forced(system.policy, batch, targets, num_generations=g, temperature=cfg.temperature,
-                              noise_rate=0. if cfg.method == 'mle' else cfg.noise_rate,
-                              noise_kernel=cfg.noise_kernel, micro_batch_size=cfg.micro_batch_size,
+                              noise_rate=cfg.noise_rate, noise_kernel=cfg.noise_kernel,
+                              micro_batch_size=cfg.micro_batch_size,
                               chunk=cfg.logps_chunk)
 
 # %% ../../nbs/46_steps.ipynb #5941611e
