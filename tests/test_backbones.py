@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
@@ -24,6 +25,7 @@ from arpo_nb.protocols import Streams
 from arpo_nb.models.tokenizers import VQConfig, VQModel
 from arpo_nb.models.var import VAR, VARConfig, randomise
 from arpo_nb.models.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
+from arpo_nb.specs import families
 
 JANUS = JanusConfig(dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=48, text_vocab_size=60, max_positions=64, vocab_size=24, num_tokens=16, ids=SpecialIds(1, 2, 3, 4, 5))
 
@@ -56,8 +58,9 @@ def lpips(): return LPIPSFeatures(random=True)
 @pytest.fixture(autouse=True)
 def small(monkeypatch, lpips):
     plt.switch_backend('agg')
-    build = lambda model, weights: tuple(m.eval() for m in SMALL[model]())
-    monkeypatch.setattr('arpo_nb.systems.BUILDERS', ((list(SMALL), build),))
+    small = {n: replace(families()[n], build=lambda weights=None, n=n: tuple(m.eval() for m in SMALL[n]())) for n in SMALL}
+    known = {**families(), **small}
+    monkeypatch.setattr('arpo_nb.specs.families', lambda: known)
     monkeypatch.setattr('arpo_nb.systems.LPIPSFeatures', lambda random: copy.deepcopy(lpips)) # of full size, so made once
     monkeypatch.setattr('arpo_nb.systems.T5Features', TinyT5)
     monkeypatch.setattr('arpo_nb.systems.check_hub_model', lambda *args: None) # it would ask for the T5 whose place that takes

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 # The house, floor by floor: a module imports from its own folder and from floors below, never from one above.
-FLOORS = ['protocols config weights', 'maths', 'rewards', 'models', 'scores', 'data', 'systems', 'evaluation', 'training']
+FLOORS = ['protocols specs config weights', 'maths', 'rewards', 'models', 'scores', 'data', 'systems', 'evaluation', 'training']
 LEVEL = {name: i for i, line in enumerate(FLOORS) for name in line.split()}
 PACKAGE = ROOT/'arpo_nb'
 MODULES = sorted('.'.join(p.relative_to(PACKAGE).with_suffix('').parts) for p in PACKAGE.rglob('*.py') if not p.stem.startswith('_'))
@@ -67,6 +67,53 @@ def test_policies_know_nothing_of_training(module):
                                     'evaluation.evaluate'])
 def test_trainer_and_evaluation_know_protocols_only(module):
     assert not {m for m in imports(module) if m.startswith(KNOWN_TO_TRAINING)}
+
+
+FAMILY = ('toy', 'llamagen', 'vqgan', 'janus', 'var', 'var_', 't2i', 'c2i')
+
+
+def _words(node):
+    "Strings in an expression that are a model's name, or a part that names a family"
+    from arpo_nb.specs import families
+    found = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return [w for w in found if w in FAMILY or w in families() or w.startswith(tuple(f'{f}_' for f in FAMILY if len(f) > 3))]
+
+
+def _holds_a_model(node):
+    "Whether an expression is a variable or field called `model`, or the name of a system"
+    if isinstance(node, ast.Attribute) and node.attr == 'name': return isinstance(node.value, ast.Name) and node.value.id in ('system', 'spec')
+    return getattr(node, 'id', getattr(node, 'attr', '')) == 'model'
+
+
+def branches_on_models(source):
+    "Comparisons, memberships, prefixes, and look-ups by a literal that ask what a model is called"
+    hits = []
+    for n in ast.walk(ast.parse(source)):
+        if isinstance(n, ast.Compare):
+            is_none = all(isinstance(o, (ast.Is, ast.IsNot)) for o in n.ops)
+            if not is_none and any(_words(s) or _holds_a_model(s) for s in (n.left, *n.comparators)): hits.append(ast.unparse(n))
+        elif isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in ('startswith', 'endswith', 'fullmatch', 'match', 'search'):
+            if _holds_a_model(n.func.value) or any(_holds_a_model(a) or (_words(a) and n.func.attr in ('startswith', 'endswith')) for a in n.args): hits.append(ast.unparse(n))
+        elif isinstance(n, ast.Match) and _holds_a_model(n.subject): hits.append(ast.unparse(n.subject))
+    return hits
+
+
+def test_branches_are_seen():
+    for code in ("'toy' in model", "model == 'janus_pro_1b'", "cfg.model.startswith('var')", "system.name in names", "m in ('toy', 'toy_var')", "x.startswith('vqgan_')",
+                 "match model:\n case 'toy': pass", "re.match('var', cfg.model)"): assert branches_on_models(code), code
+    for code in ("model is None", "spec.data", "name == 'policy'", "kind == 'bf16'"): assert not branches_on_models(code), code
+
+
+@pytest.mark.parametrize('module', [m for m in MODULES if not m.startswith('models.') and m != 'specs'])
+def test_only_records_know_names(module):
+    "What a model is called decides nothing outside its family's own module"
+    assert branches_on_models((PACKAGE/f"{module.replace('.', '/')}.py").read_text()) == []
+
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem.startswith('run_') and 'pretrain' not in p.stem], ids=lambda p: p.stem)
+def test_only_records_know_names_in_runs(path):
+    cells = [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+    assert [b for c in cells for b in branches_on_models(c)] == []
 
 
 def test_every_module_imports_first():

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .image_io import center_crop, to_tensor
+from .image_io import CROPS, to_tensor
 from .images import is_hub_folder
 from ..protocols import Batch, Streams
 from ..weights import import_transformers
@@ -300,7 +300,9 @@ class TextImages:
                  start:int=0,
                  endless:bool=False, # begin again after the last record
                  shuffle:int|None=None, # seed for the order of shards, None keeps it
+                 crop:str='adm', # key of `image_io.CROPS`
                 ):
+        self.crop = crop
         self.sources, self.size, self.rank, self.world_size, self.start, self.shuffle = _sources(path), size, rank, world_size, start, shuffle
         # features cut, and broken records by reason
         self.epoch, self.endless, self.truncated, self.skipped = (start >> 40,
@@ -320,7 +322,7 @@ class TextImages:
         for k, what in dict(image='no picture', text='no caption').items():
             if not r[k]: raise ValueError(what)
         r['image'], r['text'] = (
-            to_tensor(center_crop(Image.open(io.BytesIO(r['image'])), self.size)),
+            to_tensor(CROPS[self.crop](Image.open(io.BytesIO(r['image'])), self.size)),
             r['text'].strip())
         feats = r.pop('feats')
         return r if feats is None else dict(r, feats=np.load(io.BytesIO(feats)))
@@ -415,8 +417,10 @@ class TextData:
     def __init__(self, path, # see `TextImages`
                  size:int, # side in pixels
                  features=None, # see `text_batches`
-                 length:int=120): # rows of stored features
+                 length:int=120, # rows of stored features
+                 crop:str='adm'): # key of `image_io.CROPS`
         self.path, self.size, self.features, self.length, self.seen = path, size, features, length, dict(skipped=0, truncated=0)
+        self.crop = crop
         probe = TextImages(path, size)
         if next(text_batches(probe, 1, features, length=length), None) is None:
             raise ValueError(f"data={str(path)!r}: no usable record; skipped "
@@ -428,7 +432,7 @@ class TextData:
                 world_size:int=1, position:int=0):
         "`Batch`es of this process, from record `position` on"
         self.stream = TextImages(self.path, self.size, rank, world_size,
-                                 position, endless=True, shuffle=seed)
+                                 position, endless=True, shuffle=seed, crop=self.crop)
         steps, before = (text_batches(self.stream, batch_size//world_size,
                                       self.features, seed, self.length),
                          getattr(self.features, 'truncated', 0))

@@ -440,6 +440,8 @@ _TASKS = 'position', 'colors', 'color_attr', 'counting', 'single_object', 'two_o
 
 def paper_rows(model:str|None=None, # as in `systems`, for example 'llamagen_xl', or 'imagenet' for real pictures; None for all
                guided:bool|None=None, # with guidance, without, or both
+               paper:str|None=None, # 'VA-π', 'LOO-FID' or 'VAR-GRPO'
+               tables:tuple=(), # numbers of its tables; () for all
               ) -> list: # of dicts: paper, table, model, row, guided, and what the table has of fid, inception_score, precision, recall, clip_score, hps, aesthetic, top5, GenEval's tasks and their mean
     "What the papers report"
     found = []
@@ -454,7 +456,8 @@ def paper_rows(model:str|None=None, # as in `systems`, for example 'llamagen_xl'
         paper, table, numbers = *source.rsplit(' ', 1), numbers.split()
         keys, numbers = (numbers[::2], numbers[1::2]) if numbers[0].isidentifier() else (_TASKS, numbers)
         found.append(dict(paper=paper, table=int(table), model=name, row=row, guided=True, **dict(zip(keys, map(float, numbers)))))
-    return [r for r in found if model in (None, r['model']) and guided in (None, r['guided'])]
+    asked = {k: v for k, v in dict(model=model, guided=guided, paper=paper).items() if v is not None}
+    return [r for r in found if all(r[k] == v for k, v in asked.items()) and (not tables or r['table'] in tables)]
 
 def comparison_table(ours:dict, # name to metrics
                      rows:list, # of `paper_rows`

@@ -238,7 +238,7 @@ def _options():
 def main(argv=None):
     "Command line: python -m arpo_nb.evaluation.sample_writer, or torchrun -m arpo_nb.evaluation.sample_writer"
     from arpo_nb.models.checkpoints import load_weights
-    from arpo_nb.systems import imagenet_classes, load_system, prompt_encoder, usual_guidance
+    from arpo_nb.systems import load_system, name_classes, prompt_encoder, usual_guidance
     a = _options().parse_args(argv)
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     device = torch.device('cuda', local) if torch.cuda.is_available() else torch.device('cpu')
@@ -247,8 +247,7 @@ def main(argv=None):
     if a.checkpoint: load_weights(getattr(system, a.part), a.checkpoint)
     if not (system.num_classes or a.prompts): raise ValueError(f"--prompts: {a.model} needs a file of prompts")
     if a.prompts:
-        if system.num_classes == 1000: system.class_names = imagenet_classes()
-        prompts, encode = read_prompt_lines(a.prompts), prompt_encoder(system, a.text_features)
+        prompts, encode = read_prompt_lines(a.prompts), prompt_encoder(name_classes(system), a.text_features)
         conditions = lambda index: encode([prompts[i % len(prompts)] for i in index])
     else: conditions = choose_labels(a.labels, system.num_classes, a.seed, a.class_split, a.class_seed)
     sampling = dict(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, cfg_scale=a.guidance or usual_guidance(a.model)) | speed_options(system.policy, a.dtype, a.compile)

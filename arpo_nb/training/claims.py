@@ -27,7 +27,7 @@ from ..config import Config, preset
 from ..data.images import LabelData
 from ..evaluation.evaluate import evaluate, generate_images
 from ..models.checkpoints import load_weights
-from ..models.var_toy import TOY_BRIGHT, TOY_DARK
+from ..models.toy import TOY
 from ..rewards import luminance
 from ..systems import load_metric_net, load_system
 from .launch import provenance, run
@@ -41,10 +41,11 @@ class Miniature:
     method: str|None = None # recipe in `config.RECIPES`; None for the base as it is
     changes: dict = field(default_factory=dict) # fields that differ from the toy's preset
     sweep: bool = False # measured at its best temperature too, chosen on other seeds
+    shares: bool = False # of bright and right pictures are counted too
 
 # %% ../../nbs/62_claims.ipynb #45637a24
 def _toy(method, sweep=False, **changes): return Miniature('toy', method, changes, sweep)
-def _var(**changes): return Miniature('toy_var', 'var_grpo', changes)
+def _var(**changes): return Miniature('toy_var', 'var_grpo', changes, shares=True)
 
 MINIATURES = { # the toy: teacher forcing
     'base': _toy(None, sweep=True), 'vapi': _toy('vapi', sweep=True), 'mle': _toy('mle'), 'mle_slow': _toy('mle', learning_rate=1e-4),
@@ -58,7 +59,7 @@ MINIATURES |= { # the toy: free running
     'both_kl': _toy('loofid', beta=3.), 'full_cov': _toy('loofid', covariance='full'),
     'entropy': _toy('loofid', entropy_coef=2.2e-3), 'vapi_loofid': _toy('vapi_loofid')}
 MINIATURES |= { # the toy VAR
-    'var_base': Miniature('toy_var'), 'bright': _var(), 'dark': _var(rewards='darkness'), 'bright_half': _var(class_split=.5),
+    'var_base': Miniature('toy_var', shares=True), 'bright': _var(), 'dark': _var(rewards='darkness'), 'bright_half': _var(class_split=.5),
     'bright_kl_0': _var(beta=0.), 'bright_kl_1': _var(beta=1.), 'class_score': _var(rewards='class_score'),
     'class_half': _var(rewards='class_score', class_split=.5), 'groups_2': _var(batch_size=80, num_generations=2), 'groups_4': _var(batch_size=40, num_generations=4)}
 
@@ -92,7 +93,8 @@ def var_shares(policy, tokenizer, net, seed:int, n:int=500, # images
     light, right, labels = (torch.cat(p) for p in zip(*parts))
     seen = torch.isin(labels, LabelData(10, .5, seed).labels)
     groups = dict(all=torch.ones_like(seen), seen=seen, unseen=~seen)
-    values = dict(bright=light >= TOY_BRIGHT, dark=light < TOY_DARK, accuracy=right)
+    bright, dark = TOY['brightness']
+    values = dict(bright=light >= bright, dark=light < dark, accuracy=right)
     return {f'{k}_{g}': v[rows].double().mean().item() for k, v in values.items() for g, rows in groups.items()}
 
 # %% ../../nbs/62_claims.ipynb #f9afc3ec
@@ -113,7 +115,7 @@ def run_miniature(name:str, # in MINIATURES
     if m.sweep:
         best = best_temperature(lambda t: measure(2000 + seed, n//2, temperature=t))
         out['sharp'] = dict(temperature=best, **measure(1000 + seed, n, temperature=best))
-    if m.model == 'toy_var': out['shares'] = var_shares(system.policy, system.tokenizer, metric_net.net, seed)
+    if m.shares: out['shares'] = var_shares(system.policy, system.tokenizer, metric_net.net, seed)
     if rows: out['training'] = {f'{k}_{when}': sum(r[k] for r in part)/len(part) for k in LOGGED if k in rows[0]
                                 for when, part in (('first', rows[:5]), ('last', rows[-5:]))}
     command = f'python -m arpo_nb.training.claims --only {name} --seeds {seed}:{seed+1} --size {size}'

@@ -82,7 +82,7 @@ class PolicyGradient(Objective):
                                                      entropy_grad=bonus > 0)
         loss, stats = self.policy_term(logps, rollout)
         stats['policy/entropy'] = entropy.mean().detach()
-        if bonus: loss = loss - bonus*entropy.mean()
+        if bonus: loss = loss - bonus*(entropy if rollout.entropy_mask is None else entropy*rollout.entropy_mask).mean()
         if target_logps is not None: loss = loss + c.prior_coef*prior(target_logps, stats)
         return loss, stats
 
@@ -90,9 +90,11 @@ class PolicyGradient(Objective):
                     r:Rollout) -> tuple: # loss, metrics
         "The clipped loss with this run's choices"
         c = self.cfg
-        return grpo_loss(logps, r.old_logps, r.advantages, epsilon=c.epsilon, epsilon_high=c.epsilon_high,
-                         level=c.importance_sampling_level, loss_type=c.loss_type, ref_logps=r.ref_logps,
-                         beta=c.beta, kl_level=c.kl_level, mask=r.mask)
+        return grpo_loss(logps, r.old_logps, r.advantages, loss_type=c.loss_type, level=c.importance_sampling_level,
+                         epsilon=c.epsilon, epsilon_high=c.epsilon_high, delta=c.delta,
+                         sapo_temperatures=(c.sapo_temperature_pos, c.sapo_temperature_neg),
+                         ref_logps=r.ref_logps, beta=c.beta, kl_level=c.kl_level,
+                         use_bias_correction_kl=c.use_bias_correction_kl, entropy_mask=r.entropy_mask)
 
 # %% ../../nbs/45_objectives.ipynb #c79f8270
 class MaximumLikelihood(Objective):
@@ -149,8 +151,8 @@ def bonus_weight(cfg:Config, step:int,
                 ) -> float: # per nat
     "Weight of the entropy bonus at a step (LOO-FID Eq. 33)"
     if cfg.entropy_control == 'constant' or not cfg.entropy_coef: return cfg.entropy_coef
-    p, schedule = step/cfg.steps, dict(peak=cfg.entropy_coef, end=min(cfg.entropy_min, cfg.entropy_coef))
+    p, schedule = step/cfg.steps, dict(peak=cfg.entropy_coef, end=min(cfg.entropy_coef_min, cfg.entropy_coef))
     if cfg.entropy_control == 'schedule': return entropy_schedule(p, **schedule)
-    target = cfg.entropy_target or min(1., start + cfg.entropy_margin)
-    return entropy_coef(p, entropy, target, cfg.entropy_gain, cfg.entropy_deadband, cfg.entropy_min,
-                        cfg.entropy_max, **schedule)
+    target = cfg.normalized_entropy_target or min(1., start + cfg.entropy_margin)
+    return entropy_coef(p, entropy, target, cfg.entropy_gain, cfg.entropy_deadband,
+                        cfg.entropy_coef_min, cfg.entropy_coef_max, **schedule)

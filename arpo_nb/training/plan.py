@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import FREE, SAMPLING, Config, contexts, uses_perceptual
 from ..protocols import map_cond
-from ..systems import check_data, load_system, model_files
+from ..systems import check_data, load_shapes, model_files
+from .sharding import shard_count, shard_units
 from ..weights import _hub, plan_file, url_cache
 
 # %% ../../nbs/43_plan.ipynb #0f26d176
@@ -37,7 +38,8 @@ class Plan:
 
 def _count(modules): return sum(p.numel() for m in modules for p in m.parameters())
 
-def memory_estimate(cfg:Config, system # `System`, may be on the meta device
+def memory_estimate(cfg:Config, system, # `System`, may be on the meta device
+                    shards:int=1, # parts that the policy and what belongs to it is cut into
                    ) -> dict: # bytes per device
     "Peak memory of a training step, by part"
     policy, side = system.policy, system.tokenizer.image_size
@@ -54,17 +56,23 @@ def memory_estimate(cfg:Config, system # `System`, may be on the meta device
     group = cfg.free_generations or cfg.num_generations
     samples = min(cfg.generate_batch_size or 10**9, cfg.batch_size*group//world)*(2 if cfg.rollout_cfg_scale > 1 else 1) if cfg.method in FREE else 0
     width = getattr(getattr(system.tokenizer, 'cfg', None), 'ch', 128)
-    out = {'weights, gradients, Adam': n*(16 + 2*half),
+    out = {'weights, gradients, Adam': n*16//shards + n*2*half,
            'frozen networks': 4*(_count(system.modules()) - n)
-           + (4*n if cfg.beta and cfg.method in SAMPLING and not cfg.ref_offload
-              else 0)}
+           + (4*n//shards if cfg.beta and cfg.method in SAMPLING
+              and not cfg.ref_offload else 0)}
     phases = {'activations': kept,
               'logits': 16*min(cfg.logps_chunk, tokens)*policy.vocab_size}
+    gathered = 'gathered weights' # in float32, of all units to sample, of two at a time to train
+    if shards > 1: phases[gathered] = 4*_at_a_time(policy)
     decode = DECODER*4*width*side*side*min(cfg.decode_batch_size, max(1, cfg.batch_size*cfg.num_generations//world))
     cache = samples*2*layers*dim*policy.num_tokens*4
-    return out | (phases if sum(phases.values()) > max(decode, cache)
-                  else {'decoder': decode} if decode > cache
-                  else {'key/value cache': cache})
+    sampling = {'key/value cache': cache} | ({gathered: 4*n} if shards > 1 and samples else {})
+    return out | max(phases, {'decoder': decode}, sampling, key=lambda p: sum(p.values()))
+
+def _at_a_time(policy):
+    "Parameters that exist whole in a pass: what belongs to no unit, and two units, one in use and one on its way"
+    units = [_count([m]) for m in shard_units(policy)]
+    return _count([policy]) - sum(units) + 2*max(units, default=0)
 
 def _width(policy):
     "Channels and number of the transformer's blocks"
@@ -117,6 +125,7 @@ PEAKS = dict(H200=(989e12, 67e12), H100=(989e12, 67e12), A100=(312e12, 19.5e12),
 def make_plan(cfg:Config,
               cache_dir=None, offline=None, # see `plan_file`
               missing_ok:bool=False, # list what can't be had instead of raising
+             shards:int|None=None, # see `memory_estimate`; None for those of the launcher this process was started by
              ) -> Plan:
     "All that can be known before a run starts; all files and data that can't be had are named in one error"
     files, missing = [], []
@@ -124,10 +133,9 @@ def make_plan(cfg:Config,
                                   cfg.tokenizer_weights):
         try: files.append(plan_file(name, path, cache_dir, offline))
         except (OSError, ImportError, ValueError) as e: missing.append(e)
-    with warnings.catch_warnings(), torch.device('meta'):
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore') # that weights read into shapes are lost
-        system = load_system(cfg.model, 'random',
-                             perceptual=uses_perceptual(cfg)).to('meta')
+        system = load_shapes(cfg.model, uses_perceptual(cfg))
     try: check_data(cfg, system)
     except (OSError, ImportError, ValueError) as e: missing.append(e)
     if len(missing) > 1 and not missing_ok:
@@ -139,6 +147,7 @@ def make_plan(cfg:Config,
     if cfg.method in FREE and cfg.rollout_cfg_scale != 1:
         system.policy.null_cond(_example(system))
     per = cfg.mini_batch_size or contexts(cfg)
+    shards = shards or shard_count(cfg)
     batch = {'per rollout': f"{cfg.batch_size} "
              f"{'prompts' if cfg.method == 'grpo' else 'images'} "
              f"× {cfg.num_generations} samples", 'steps': cfg.steps,
@@ -146,7 +155,8 @@ def make_plan(cfg:Config,
              f'process{"es"*(cfg.num_processes > 1)}, '
              f'{min(cfg.micro_batch_size or per, per//cfg.num_processes)} per pass',
              'optimiser steps per rollout': contexts(cfg)//per*cfg.num_iterations}
-    return Plan(files, batch, memory_estimate(cfg, system), flop_estimate(cfg, system),
+    if shards > 1: batch['policy sharded over'] = f'{shards} processes'
+    return Plan(files, batch, memory_estimate(cfg, system, shards), flop_estimate(cfg, system),
                 missing)
 
 # in the words of `describe`
@@ -188,7 +198,8 @@ def describe(plan:Plan, cfg:Config) -> str:
     return '\n'.join(lines)
 
 CURES = {'activations': 'micro_batch_size', 'logits': 'logps_chunk',
-         'decoder': 'decode_batch_size', 'key/value cache': 'generate_batch_size'}
+         'decoder': 'decode_batch_size', 'key/value cache': 'generate_batch_size',
+         'weights, gradients, Adam': 'model, or shard this one over several processes (accelerate/fsdp2.yaml)'}
 
 def device_memory() -> tuple: # bytes, whose
     "Memory of the device a run would use"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..maths.entropy import token_entropy
 from ..maths.noisy_context import corrupt_tokens
 from ..maths.sampling import draw, guide
 from ..protocols import NOISE, SAMPLE, Batch, Rollout, map_cond, repeat_cond
@@ -67,6 +68,7 @@ def teacher_forced(policy, # `Policy`, in eval mode
                    temperature:float=1., # of the policy
                    micro_batch_size:int=0, # contexts per forward pass, 0 for all
                    chunk:int=4096, # states whose logits exist at a time
+                   entropy:bool=False, # compute the entropies too
                   ) -> Rollout: # tokens [B, G, T], context [B, 1, T], targets [B, T]
     "Corrupt the tokens of the images and sample every position from one forward pass (VA-π Eq. 7)"
     context = targets
@@ -75,16 +77,15 @@ def teacher_forced(policy, # `Policy`, in eval mode
                                   device=targets.device)
         context = corrupt_tokens(targets, noise_rate, policy.vocab_size,
                                  u, noise_kernel)
-    tokens, logps = _sample_all(policy, batch, context, num_generations,
-                                temperature, micro_batch_size, chunk)
-    return Rollout(batch, tokens, logps, context[:, None], targets)
+    tokens, logps, h = _sample_all(policy, batch, context, num_generations, temperature,
+                                   micro_batch_size, chunk, entropy)
+    return Rollout(batch, tokens, logps, context[:, None], targets, entropy=h)
 
-def _sample_all(policy, batch, context, g, temperature, micro_batch_size, chunk):
-    b, t = context.shape
-    if not g:
-        return context.new_empty(b, 0, t), torch.empty(b, 0, t, device=context.device)
+def _sample_all(policy, batch, context, g, temperature, micro_batch_size, chunk, entropy):
+    (b, t), new = context.shape, context.new_empty
+    if not g: return new(b, 0, t), new(b, 0, t, dtype=torch.float32), None
     u = batch.streams.uniform(t, g, purpose=SAMPLE, device=context.device)
-    tokens, logps = [], []
+    tokens, logps, entropies = [], [], []
     for s in _slices(b, micro_batch_size):
         hidden = policy.hidden(context[s], map_cond(lambda c: c[s], batch.cond))
         for h, v in zip(hidden.flatten(0, 1).split(chunk),
@@ -93,7 +94,9 @@ def _sample_all(policy, batch, context, g, temperature, micro_batch_size, chunk)
             tokens.append(draw(logits, v))
             logps.append(logits.gather(-1, tokens[-1]) - logits.logsumexp(-1,
                                                                           keepdim=True))
-    return (torch.cat(x).view(b, t, g).transpose(1, 2) for x in (tokens, logps))
+            if entropy: entropies.append(token_entropy(logits))
+    grouped = (torch.cat(x).view(b, t, g).transpose(1, 2) for x in (tokens, logps))
+    return *grouped, torch.cat(entropies).view(b, 1, t) if entropy else None
 
 # %% ../../nbs/40_rollout.ipynb #4d4bb69d
 class Guided:

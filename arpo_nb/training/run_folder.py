@@ -23,6 +23,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..config import Config, from_json
+from .sharding import SHARDED
 
 # %% ../../nbs/47_run_folder.ipynb #48ebf397
 def sync(path:str|Path):
@@ -127,8 +128,10 @@ def is_ours(folder:Path) -> bool:
     "Whether a run wrote this checkpoint folder"
     if not folder.is_dir(): return False
     if not any(folder.iterdir()): return folder.name != 'checkpoint' # a kill right after it was made
-    if (folder/'manifest.json').is_file(): return MARK in (folder/'manifest.json').read_text(errors='replace')
-    return all((folder/name).is_file() for name in ('run.pt', 'model.safetensors')) # of a version without manifests
+    manifest = folder/'manifest.json'
+    if manifest.is_file() and MARK in manifest.read_text(errors='replace'): return True
+    parts = [(folder/name).exists() for name in ('run.pt', 'model.safetensors', SHARDED)]
+    return parts[0] and any(parts[1:]) # of a version without manifests, or with a damaged one
 
 # %% ../../nbs/47_run_folder.ipynb #4acd3499
 def claim_folder(out_dir:str|Path, cfg:Config,
@@ -178,7 +181,8 @@ class RunLock:
         if self.note.exists(): warnings.warn(f"{self.out}: taken over from {self.owner()}, which is gone")
         me = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S'))
         write_whole(self.note, json.dumps(me))
-        for left in self.out.glob(f'{TEMPORARY}*'): left.unlink() # of a process that was killed while writing
+        for left in self.out.glob(f'{TEMPORARY}*'): # of a process that was killed while writing
+            if left.is_file(): left.unlink()
 
     def owner(self) -> str:
         "Who holds the lock, or held it last"

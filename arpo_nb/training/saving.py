@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from .sharding import SHARDED, is_sharded, load_parts, save_parts
 from .run_folder import CHECKPOINTS, MARK, check_room, disk_of, in_words, is_ours, sync, write_whole
 
 # %% ../../nbs/48_saving.ipynb #216a404c
@@ -38,7 +39,8 @@ def not_finite(x, name:str='') -> str|None: # the first bad one
 
 def check_weights(model:nn.Module, step:int):
     "Raise if a trained network is not finite"
-    if bad := not_finite({k: p.detach() for k, p in model.named_parameters()}):
+    part = lambda p: p.detach().to_local() if hasattr(p, 'to_local') else p.detach() # of a sharded one
+    if bad := not_finite({k: part(p) for k, p in model.named_parameters()}):
         raise FloatingPointError(f"after {step} steps the weights are not finite ({bad})")
 
 # %% ../../nbs/48_saving.ipynb #8c109461
@@ -127,6 +129,7 @@ def read_run(folder:Path, device='cpu') -> dict:
 def save_checkpoint(acc:Accelerator, out:Path,
                     run:dict, # the step and other plain values
                     ref_policy=None, # a moving one
+                    trained=None, # pair of the model and its optimiser, where it may be sharded
                     config:str='', # name of the configuration
                     need:int=0): # bytes it takes, 0 for as many as the last one
     "Write `out/checkpoint` so that an interrupted write, a full disk and a power cut lose nothing"
@@ -134,11 +137,13 @@ def save_checkpoint(acc:Accelerator, out:Path,
     if acc.is_main_process: _start(new, run, config, need)
     acc.wait_for_everyone()
     try:
-        acc.save_state(str(new))
+        sharded = trained is not None and is_sharded(trained[0])
+        if sharded: save_parts(acc, new, *trained, ref_policy)
+        else: acc.save_state(str(new))
         position = acc.gather(torch.tensor([run.get('position', 0)], device=acc.device)).tolist()
         if acc.is_main_process:
             torch.save(plain({**run, 'position': position}), new/'run.pt')
-            if ref_policy is not None: save_model(ref_policy, str(new/'reference.safetensors'))
+            if ref_policy is not None and not sharded: save_model(ref_policy, str(new/'reference.safetensors'))
             write_manifest(new, run['step'], config)
             _swap(new, out/'checkpoint', out/'checkpoint.old')
     except Exception as e:
@@ -188,7 +193,7 @@ def check_checkpoint(folder:Path, verify:bool=True, config:str=''):
             with safe_open(part, 'pt') as f: f.keys()
         except Exception as e: raise Damaged(f"{part}: can't be read ({_first(e)})") from e
     missing = [n for n in ('model.safetensors', 'optimizer.bin') if not (folder/n).is_file()]
-    if missing: raise Damaged(f"{folder/missing[0]}: is missing")
+    if missing and not (folder/SHARDED).is_dir(): raise Damaged(f"{folder/missing[0]}: is missing")
 
 def find_checkpoint(out:str|Path,
                     verify:bool=False, # compare contents with the manifest's hashes
@@ -221,13 +226,17 @@ def settle(out:Path, found:Path|None) -> Path|None: # the checkpoint to load
     return now if found and found != old else old if found and old.exists() else now if found else None
 
 # %% ../../nbs/48_saving.ipynb #96005bc2
-def load_checkpoint(acc:Accelerator, folder:Path, ref_policy=None) -> dict: # what `save_checkpoint` got as `run`
+def load_checkpoint(acc:Accelerator, folder:Path,
+                    ref_policy=None, trained=None, # see `save_checkpoint`
+                   ) -> dict: # what it got as `run`
     "Continue from a checkpoint"
     device = 'cpu' if acc.device.type == 'cpu' else acc.device # of several processes it is cpu:0, unknown to torch.load
     run = read_run(folder, device)
     try:
-        acc.load_state(str(folder))
-        if ref_policy is not None: load_model(ref_policy, str(folder/'reference.safetensors'))
+        parts = trained is not None and (is_sharded(trained[0]) or (folder/SHARDED).exists())
+        if parts: load_parts(acc, folder, *trained, ref_policy)
+        else: acc.load_state(str(folder))
+        if ref_policy is not None and not parts: load_model(ref_policy, str(folder/'reference.safetensors'))
     except Exception as e:
         raise Damaged(f"{folder}: can't be loaded ({_first(e)}); it is damaged, or of another model. Bring the right "
                       "one back, or choose another out_dir to start again") from e

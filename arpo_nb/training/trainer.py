@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'StopSignal', 'Stopped', 'ignore_foreign', 'accelerator', 'on_first', 'all_see', 'warn_of', 'failure',
-           'follow', 'train', 'state_bytes']
+           'train', 'state_bytes']
 
 # %% ../../nbs/41_trainer.ipynb #d27cf186
 import copy
@@ -32,6 +32,7 @@ from .rollout import Clock
 from .run_folder import MetricsLog, RunLock, claim_folder, run_hash, write_whole
 from .saving import (check_state, check_weights, find_checkpoint, load_checkpoint, save_checkpoint,
                                      settle)
+from .sharding import agree, check_layout, follow, prepare
 from .steps import (Place, RollOut, learning_rate, make_optimizer, mean_over_processes, reward_parts,
                                     update)
 
@@ -121,12 +122,6 @@ def failure(e:Exception, step:int, out:Path, saved:bool) -> Exception: # to be r
 # %% ../../nbs/41_trainer.ipynb #70e4886d
 def _frozen_copy(module): return copy.deepcopy(module).eval().requires_grad_(False)
 
-@torch.no_grad()
-def follow(ref, policy, # networks of the same kind
-           decay:float): # of the average, in [0, 1)
-    "Move the reference a little towards the policy"
-    for r, p in zip(ref.parameters(), policy.parameters()): r.lerp_(p.to(r.device), 1 - decay)
-
 # %% ../../nbs/41_trainer.ipynb #e23a5c6d
 def train(system:System, # what to train
           data, # has a length and `load(rows)`, see `data.images`; or `batches`, see `data.captions`
@@ -138,6 +133,8 @@ def train(system:System, # what to train
          ) -> list: # metrics, one dict per step
     "Post-train a system; returns the metrics of all steps, resumed ones included"
     acc = accelerator(cfg)
+    check_layout(acc, cfg)
+    agree(acc, cfg)
     out = on_first(acc, lambda: claim_folder(out_dir, cfg, resume))
     lock = RunLock(out)
     on_first(acc, lock.acquire)
@@ -148,13 +145,14 @@ def train(system:System, # what to train
 
 def _train(acc, system, data, cfg, out, reward, progress, stop):
     if acc.is_main_process: warn_of(cfg)
-    system.to(acc.device)
+    for m in system.modules():
+        if not (acc.is_fsdp2 and m is system.policy): m.to(acc.device) # a sharded one goes there in parts
     raw = OBJECTIVES[cfg.method](system, cfg)
     if hasattr(system.policy, 'gradient_checkpointing'):
         system.policy.gradient_checkpointing = cfg.gradient_checkpointing
     ref_policy = _frozen_copy(system.policy) if cfg.beta and cfg.method in SAMPLING else None
     moving = ref_policy if cfg.ref_policy == 'ema' else None
-    objective, opt = acc.prepare(raw, make_optimizer(raw.parameters_to_train(), cfg))
+    objective, opt = prepare(acc, raw, partial(make_optimizer, cfg=cfg), ref_policy, cfg.ref_offload)
     for _, part in reward_parts(reward):
         if hasattr(part, 'to'): part.to(acc.device)
     clock = Clock(acc.device)
@@ -165,17 +163,19 @@ def _train(acc, system, data, cfg, out, reward, progress, stop):
     run = dict(step=0, reward_state=None, entropy=None, position=0)
     if found:
         all_see(acc, found/'run.pt')
-        run = load_checkpoint(acc, found, moving)
+        run = load_checkpoint(acc, found, moving, (raw.model, opt))
     if acc.is_main_process: write_whole(out/'config.json', to_json(cfg))
     start = run['step']
     log = MetricsLog(out/'metrics.jsonl', start, acc.is_main_process)
-    save = partial(save_checkpoint, acc, out, ref_policy=moving, config=run_hash(cfg), need=state_bytes(raw, moving))
+    save = partial(save_checkpoint, acc, out, ref_policy=moving, trained=(raw.model, opt), config=run_hash(cfg),
+                   need=state_bytes(raw, moving))
 
     bar = tqdm(total=cfg.steps, initial=start, desc=f'{cfg.model} {cfg.method}', mininterval=1,
                disable=not (progress and acc.is_main_process))
     stream = getattr(data, 'batches', None) or partial(batches, data)
     left = stream(cfg.batch_size, cfg.seed, start, cfg.steps, acc.process_index, acc.num_processes,
                   position=run['position'])
+    tied = False
     for step, batch in enumerate(left, start):
         # dropout; everything else has its own stream
         torch.manual_seed(cfg.seed*1_000_003 + step*acc.num_processes + acc.process_index)
@@ -191,9 +191,10 @@ def _train(acc, system, data, cfg, out, reward, progress, stop):
             stopping, t1 = stats.pop('stop') > 0, time.perf_counter()
             bad = [k for k in stats if k.endswith('reward/mean') and not math.isfinite(stats[k])]
             if bad: raise FloatingPointError(f"mean reward is {stats[bad[0]]}")
-            if stats.get('reward/tied_groups') == 1.:
-                warnings.warn(f"step {step}: all rewards are equal within every group, so this step teaches "
-                              "nothing; check the reward")
+            if stats.get('reward/tied_groups') == 1. and not tied:
+                tied = True
+                warnings.warn(f"step {step}: all rewards are equal within every group, so this step teaches nothing; "
+                              "check the reward. Said once: reward/tied_groups counts the later ones")
             if cfg.entropy_coef:
                 entropy = normalized_entropy(stats.get('policy/rollout_entropy', 0.), system.policy.vocab_size)
                 if run['entropy'] is None: run['entropy'] = entropy
