@@ -304,9 +304,10 @@ def script(tmp_path, seconds=.2, further=''):
 
 def started(tmp_path, command):
     "A child that has made three steps"
-    child = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log, ends = tmp_path/'run'/'metrics.jsonl', time.time() + 180
-    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+    before = log.stat().st_ino if log.exists() else 0 # a run that goes on writes the rows it keeps into a new file
+    child = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (log.exists() and log.stat().st_ino != before and len(log.read_text().splitlines()) >= 3):
         assert child.poll() is None and time.time() < ends, child.stdout.read()
         time.sleep(.05)
     return child
