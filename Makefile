@@ -43,7 +43,8 @@ MINUTES ?= 60
 
 claims: .venv/run ## the ledger: run what is missing of its miniatures, two at a time, and print it
 	.venv/bin/python -W ignore -m arpo_nb.training.claims --only "$(ONLY)" --seeds "$(SEEDS)" --size "$(SIZE)" --minutes "$(MINUTES)" --workers 2
-	@echo "Done. The results are in results/$(SIZE)/, the page is nbs/62_claims.ipynb."
+	.venv/bin/python scripts/tables.py && .venv/bin/python scripts/readme.py
+	@echo "Done. The results are in results/$(SIZE)/; the pages and the README show them, and nbs/62_claims.ipynb judges them."
 
 toy: .venv/run ## make the embedded toy again from the full Fashion-MNIST in DATA
 	.venv/bin/papermill nbs/run_pretrain.ipynb runs/pretrain.ipynb -k python3 -p data "$(DATA)" -p out_dir runs/toy_base \

@@ -19,6 +19,7 @@ setup(
                  'Intended Audience :: Science/Research', 'Natural Language :: English',
                  'Programming Language :: Python :: 3'],
     packages=find_packages(include=['arpo_nb', 'arpo_nb.*']), package_data={'arpo_nb': ['assets/*']},
+    entry_points={'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(), extras_require=extras,
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     zip_safe=False,

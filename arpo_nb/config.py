@@ -110,6 +110,14 @@ class Config:
     # log-probabilities of the conditional policy ('off', LOO-FID Alg. 1) or of the
     # guided one ('guided')
     logprob_cfg: str = 'off'
+    # free-running samples from another engine, 'module.Class' (see engines); '' for
+    # the policy itself
+    sampler: str = ''
+    sampler_args: str = '' # of its class, as in 'dtype=float32,device=cuda:1'
+    sampler_timeout: float = 600. # seconds that it may take; 0 for ever
+    # weigh samples by policy over sampler, per token and truncated (TRL's names)
+    vllm_importance_sampling_correction: bool = False
+    vllm_importance_sampling_cap: float = 3. # C, the largest weight
     # of the brightness and darkness rewards; 0 for the paper's 0.8 and 0.2 (toy: 0.3
     # and 0.15)
     brightness_threshold: float = 0.
@@ -237,7 +245,7 @@ _ONE_OF = dict(method=tuple(METHODS), perceptual_net=('vgg', 'alex', 'squeeze'),
                loss_type=('dapo', 'grpo', 'bnpo', 'dr_grpo', 'cispo', 'sapo'), ste_mode=('argmax', 'gumbel'), lr_scheduler_type=('constant', 'cosine'),
                covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'), ref_policy=('frozen', 'ema'),
                entropy_control=('constant', 'schedule', 'adaptive'))
-_AT_LEAST = dict(seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0, micro_batch_size=0, generate_batch_size=0, decode_batch_size=1,
+_AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_cap=1e-6, seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0, micro_batch_size=0, generate_batch_size=0, decode_batch_size=1,
                  logps_chunk=1, prior_coef=0, mse_coef=0, perceptual_coef=0, epsilon=0, advantage_clip=0, beta=0,
                  learning_rate=0, warmup_steps=0, weight_decay=0, max_grad_norm=0, save_steps=1, pca_dim=0, rollout_cfg_scale=1, rollout_top_k=0,
                  free_generations=0, free_coef=0, advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0, entropy_coef_min=0, entropy_coef_max=0)
@@ -312,8 +320,10 @@ def in_vain(cfg:Config) -> list:
         out += [f'{k}={getattr(cfg, k)!r}: loss_type={cfg.loss_type!r} has no such number' for k in changed(*unused)]
     else: out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no policy gradient' for k in changed('top_entropy_quantile', 'loss_type')]
     if cfg.method not in FREE:
-        out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no free-running samples' for k in changed('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg', 'compile')]
+        out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no free-running samples' for k in changed('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg', 'sampler', 'vllm_importance_sampling_correction', 'compile')]
     if cfg.method not in ('vapi', 'mixed'): out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no reconstruction reward' for k in changed('clamp_reward')]
+    if not cfg.sampler: out += [f'{k}={getattr(cfg, k)!r}: the policy samples itself, without an engine' for k in changed('sampler_args', 'sampler_timeout')]
+    if not cfg.vllm_importance_sampling_correction: out += [f'{k}={getattr(cfg, k)!r}: vllm_importance_sampling_correction=False' for k in changed('vllm_importance_sampling_cap')]
     if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale == 1: out.append("logprob_cfg='guided': rollout_cfg_scale=1 is no guidance")
     if not cfg.beta: out += [f'{k}={getattr(cfg, k)!r}: beta=0, so there is no KL' for k in changed('ref_policy', 'ref_offload', 'use_bias_correction_kl')]
     largest = (cfg.num_generations - 1)/cfg.num_generations**.5

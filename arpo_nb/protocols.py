@@ -73,8 +73,8 @@ class Streams:
         return torch.from_numpy(np.stack(draws) if draws
                                 else np.empty((0, *shape), np.float32)).to(device)
 
-    # [N, *shape]
-    def bulk_uniform(self, *shape:int, purpose:int=GUMBEL, device=None) -> Tensor:
+    def bulk_uniform(self, *shape:int, purpose:int=GUMBEL, device=None,
+                        ) -> Tensor: # [N, *shape]
         "As `uniform`, for millions of numbers per image: drawn on the device, so the same only on the same kind of device"
         make = lambda g: torch.Generator(device
                                          or 'cpu').manual_seed(int(g.integers(2**62)))
@@ -124,6 +124,8 @@ class Rollout:
     entropy_mask: Tensor|None = None
     # [B, G, T] log-probabilities the sampler itself saw, where it tells
     sampler_logps: Tensor|None = None
+    # [B, G, T] importance weights of samples that an engine drew; None for all ones
+    sampling_ratio: Tensor|None = None
 
     def __len__(self): return len(self.context)
 

@@ -61,9 +61,9 @@ def error_maps(images:Tensor, # [B, G, 3, H, W] in [0, 1]
                                          - t[:, None]).pow(2).sum(2))
     return maps
 
-# [B, G]
 def reconstruction_loss(images, targets, perceptual=None, mse_coef:float=1.,
-                        perceptual_coef:float=1.) -> Tensor:
+                        perceptual_coef:float=1.,
+                       ) -> Tensor: # [B, G]
     "L_MSE + λ_p L_p of every sample, differentiable"
     return sum(m.mean((-2, -1)) for m in error_maps(images, targets, perceptual,
                                                     mse_coef, perceptual_coef))
@@ -128,8 +128,8 @@ class BrightnessReward:
     def __init__(self, threshold:float=.8, bright:bool=True):
         self.threshold, self.bright = threshold, bright
 
-    # rewards [B, G], state untouched
-    def __call__(self, images:Tensor, batch=None, state=None) -> tuple:
+    def __call__(self, images:Tensor, batch=None, state=None,
+                    ) -> tuple: # rewards [B, G], state untouched
         return brightness_reward(check_images(images), self.threshold,
                                  self.bright), state
 
@@ -260,60 +260,52 @@ from torch import Tensor
 from .maths.moments import Reference, as_reference, loo_rewards, state_fid
 
 # %% ../nbs/21_loo_fid.ipynb #d203895f
-def loo_fid_reward(features:Tensor, # [N, D] features of this process's images, any device, any float dtype
-                   # `Reference`, or a pair (mean, std) or (mean, covariance) of real
-                   # features
-                   reference,
-                   # what the previous call returned, or a pair (mean, raw second
-                   # moment); None at the first step
-                   state=None,
+def loo_fid_reward(features, # [N, D] of this process's images, any float dtype
+                   reference, # of real ones: pair of moments, matrix, file, `Reference`
+                   state=None, # what the previous call returned, None at the first step
                    *, ema_weight:float=.5, # α, weight of the new batch, in (0, 1]
-                   eps:float=1e-6, # added to generated variances
+                   eps:float=1e-6, # added to generated variances, 0 or more
                    covariance:str='diag', # diag (the paper's) or full
-                   # what the average starts from: adopt, blend, zero or reference
-                   first_step:str='adopt',
+                   first_step:str='adopt', # what the average starts from, see moments
                    gather=None, # callable, [n, D] of this process to [N, D] of all
-                  ) -> tuple: # rewards [N] in the dtype of `features`, and the new state
-    "What each image does for the Fréchet distance: positive if leaving it out makes the distance worse (LOO-FID Eq. 5-10)"
+                  ) -> tuple: # rewards [N], float32 or float64, and the new state
+    "What each image does for the distance, positive if it helps (LOO-FID Eq. 5-10)"
     rewards, state = loo_rewards(features, reference, state, ema_weight=ema_weight,
                                  eps=eps, covariance=covariance, first_step=first_step,
                                  gather=gather)
-    return rewards.to(features.device, features.dtype), state
+    x = torch.as_tensor(features)
+    return rewards.to(x.device, torch.promote_types(x.dtype, torch.float32)), state
 
 # %% ../nbs/21_loo_fid.ipynb #06397de2
 class LOOFIDReward:
     "Leave-one-out Fréchet reward of images, given a feature extractor (LOO-FID §3.2)"
     together = True # it compares images across the whole batch
     def __init__(self, extractor, # [N, 3, H, W] images in [0, 1] to [N, D] features
-                 reference, # `Reference` or pair, of the same extractor's features
+                 reference, # as for `loo_fid_reward`, of the same extractor's features
                  chunk_size:int=64, # images per call of the extractor, 0 for all
                  gather=None, # callable, [n, D] of this process to [N, D] of all
                  **options): # of `loo_fid_reward`
-        self.extractor, self.reference, self.chunk_size, self.gather, self.options = (
-            extractor, as_reference(reference), chunk_size, gather, options)
-        self.stats = {} # the distance after the last step
-        if bad := options.keys() - (
-            known := list(signature(loo_fid_reward).parameters)[3:-1]):
+        known = list(signature(loo_fid_reward).parameters)[3:-1]
+        if bad := options.keys() - known:
             raise ValueError(f"loo_fid: no option named {', '.join(sorted(bad))}; "
                              f"there is {', '.join(known)}")
-        if options.get('eps', 0) < 0:
-            raise ValueError(f"loo_fid: eps={options['eps']}: expected a number not "
-                             "below 0, it is added to variances")
-        rehearsal = Reference(torch.zeros(2), torch.ones(2),
-                              None if self.reference.cov is None else torch.eye(2))
+        self.extractor, self.reference = extractor, as_reference(reference)
+        self.chunk_size, self.gather, self.options = chunk_size, gather, options
+        self.stats = {} # the distance after the last step
+        cov = None if self.reference.cov is None else torch.eye(2)
         # raises for values it does not know
+        rehearsal = Reference(torch.zeros(2), torch.ones(2), cov)
         loo_fid_reward(torch.eye(2), rehearsal, **options)
 
     @torch.no_grad()
-    # rewards [B, G] and the new state
-    def __call__(self, images:Tensor, batch=None, state=None) -> tuple:
+    def __call__(self, images:Tensor, batch=None, state=None,
+                    ) -> tuple: # rewards [B, G] and the new state
         "[B, G, 3, H, W] images: one distribution for all of them, one reward for each"
-        features = torch.cat([self.extractor(c)
-                              for c in images.flatten(0, 1).split(self.chunk_size
-                                                                  or images.shape[
-                                                                      :2].numel())])
+        flat = images.flatten(0, 1)
+        chunks = flat.split(self.chunk_size or len(flat))
+        features = torch.cat([self.extractor(c) for c in chunks])
         rewards, state = loo_fid_reward(features, self.reference, state,
                                         gather=self.gather, **self.options)
-        self.stats = {'ema_fid': state_fid(state, self.reference,
-                                           self.options.get('eps', 1e-6)).item()}
+        fid = state_fid(state, self.reference, self.options.get('eps', 1e-6))
+        self.stats = {'ema_fid': fid.item()}
         return rewards.unflatten(0, images.shape[:2]), state

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent.parent
 
 def from_root(text: str) -> str:
     "The text of a notebook with its links to notebooks and pictures as seen from the repository's root"
+    text = re.sub(r'(!\[[^]]*\]\([^)]*\))\{[^}]*\}', r'\1', text) # what only quarto reads
     return re.sub(r'(\]\(|src=")((?:images/)?[\w.-]+\.(?:ipynb|png|svg|jpg)(?:#[\w.-]*)?)(?=[)"])', r'\1nbs/\2', text)
 
 
@@ -18,8 +19,11 @@ def readme() -> str:
         if cell['cell_type'] == 'markdown':
             parts.append(from_root(source))
             continue
-        source = '\n'.join(l for l in source.split('\n') if not l.startswith('#|'))
-        parts.append(f'```python\n{source}\n```')
+        if '#| include: false' in source: continue
+        if '#| echo: false' not in source:
+            source = '\n'.join(l for l in source.split('\n') if not l.startswith('#|'))
+            parts.append(f'```python\n{source}\n```')
+        parts += [from_root(''.join(o['data']['text/markdown'])) for o in cell['outputs'] if 'text/markdown' in o.get('data', ())]
         text = ''.join(''.join(o['text']) for o in cell['outputs'] if o['output_type'] == 'stream' and o['name'] == 'stdout')
         if text: parts.append('```\n' + text.rstrip() + '\n```')
     return '\n\n'.join(parts) + '\n'

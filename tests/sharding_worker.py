@@ -1,5 +1,4 @@
 "What test_sharding.py starts: every setting under DDP and under FSDP2 on the CPU, and runs cut short and continued across layouts"
-import functools
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from accelerate.utils import DistributedType
 
 from arpo_nb import systems
 from arpo_nb.config import Config
-from arpo_nb.systems import load_data, load_reward, load_system
+from arpo_nb.systems import load_data, load_reward
 from arpo_nb.training.processes import load_once
 from arpo_nb.training.trainer import accelerator, train
 
@@ -27,12 +26,20 @@ SETTINGS = dict(vapi=VAPI, grpo_micro=dict(GRPO, batch_size=4, micro_batch_size=
                 ema=dict(GRPO, beta=.5, ref_policy='ema', ref_decay=.5, kl_level='sequence'), guided=dict(GRPO, rollout_cfg_scale=2., logprob_cfg='guided'),
                 mixed_checkpointing=dict(GRPO, method='mixed', gradient_checkpointing=True, mini_batch_size=2, batch_size=4), bf16=dict(VAPI, mixed_precision='bf16'),
                 toy_var=dict(GRPO, model='toy_var', rewards='brightness', beta=.1, gradient_checkpointing=True), offload=dict(VAPI, beta=.1, num_iterations=2, ref_offload=True),
+                engine=dict(GRPO, model='toy_var', rewards='brightness', sampler='PolicyCopy', sampler_args='dtype=float32', vllm_importance_sampling_correction=True),
                 mle=dict(BASE, method='mle'), ste=dict(BASE, method='ste'))
 RESUMED = dict(VAPI, steps=4, num_iterations=2, beta=.5, ref_policy='ema', ref_decay=.5, update_dropout=False)
 
 
-moments = functools.cache(lambda make: make(load_system('toy').perceptual)) # takes longer than a run
-systems.toy_reference = functools.partial(lambda make, net: moments(make), systems.toy_reference)
+fit, fitted = systems.own_reference, {} # LOO-FID's moments of the toy's pictures take longer than a run
+
+
+def fit_once(spec, net):
+    if spec.name not in fitted: fitted[spec.name] = fit(spec, net)
+    return fitted[spec.name]
+
+
+systems.own_reference = fit_once
 
 
 def pretend_accelerator():

@@ -39,6 +39,16 @@ def test_results_in_the_repository_are_whole():
             assert not old, f'{name}, seed {seed}: made with {old}'
 
 
+@pytest.mark.parametrize('page', ['index', '62_claims', 'run_vapi', 'run_loofid', 'run_var', 'run_brightness'])
+def test_pages_show_what_the_results_say(page):
+    sys.path.insert(0, str(ROOT/'scripts'))
+    from tables import PAGES, compute
+    assert page in PAGES
+    now = json.loads((ROOT/'nbs'/f'{page}.ipynb').read_text(encoding='utf-8'))
+    want = compute(page)
+    assert now == want, 'run python scripts/tables.py and python scripts/readme.py'
+
+
 def test_every_row_has_a_verdict():
     for claim in CLAIMS:
         assert set(arms_of(claim)) <= set(MINIATURES)

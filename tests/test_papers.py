@@ -185,3 +185,30 @@ def test_the_perceptual_network_is_the_one_that_is_asked_for():
     assert {'alexnet', 'lpips_alex'} < {*names} and 'vgg16' not in names
     pytest.importorskip('lpips')
     assert load_system('llamagen_b', 'random', perceptual=False).perceptual is None
+
+
+def test_the_papers_rows_are_all_papers():
+    from arpo_nb.evaluation.metrics import paper_rows, rows_beside
+    assert {r['paper'] for r in paper_rows()} == {'VA-π', 'LOO-FID', 'VAR-GRPO'}
+    from arpo_nb.specs import find_model
+    for model, paper, guidance in (('llamagen_xl', 'VA-π', 2.), ('llamagen_xxl', 'VA-π', 1.75), ('llamagen_l', 'LOO-FID', 1.5),
+                                   ('llamagen_t2i_xl', 'VA-π', 7.5), ('var_d16', 'VAR-GRPO', 2.5)):
+        theirs = find_model(model).sampling
+        assert theirs[paper]['cfg_scale'] == guidance
+        assert {r['paper'] for r in rows_beside(model, guidance, theirs) if r['guided']} == {paper}, model
+        assert not any(r['guided'] for r in rows_beside(model, guidance + .1, theirs))
+    assert find_model('llamagen_t2i_xl').sampling['VA-π']['top_k'] == 2000
+
+
+def test_run_eval_takes_a_papers_sampler():
+    space = cells('run_eval', 'system, sampling, speed = arms', paper='', guidance=1.5)
+    assert space['sampling']['cfg_scale'] == 1.5
+    with pytest.raises(ValueError, match="paper='VA-π'"): cells('run_eval', 'system, sampling, speed = arms', paper='VA-π')
+
+
+def test_classes_of_the_panels():
+    last = "picked = range(n)"
+    assert list(cells('run_eval', last, n=40)['picked'])[:3] == [0, 1, 2]
+    space = cells('run_eval', last, n=40, panel='8, sandal')
+    assert space['picked'] == [8, 18, 28, 38, 5, 15, 25, 35] # two classes of ten, each tenth picture
+    with pytest.raises(ValueError, match="no class 'dog'"): cells('run_eval', last, n=40, panel='dog')

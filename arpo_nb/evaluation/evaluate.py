@@ -65,8 +65,8 @@ class RunningMoments:
             raise ValueError(f"a covariance needs at least 2 images, got {self.n}")
         return self.mean, self.scatter/(self.n - 1)
 
-# mean [D], covariance [D, D] (n-1)
-def moments(features:Tensor, chunk:int=10_000) -> tuple:
+def moments(features:Tensor, chunk:int=10_000,
+           ) -> tuple: # mean [D], covariance [D, D] (n-1)
     "Mean and covariance in float64"
     running = RunningMoments()
     for part in features.split(chunk): running.add(part)

@@ -309,8 +309,8 @@ class StandInDetector:
         self.model = model.eval().to(device)
 
     @torch.no_grad()
-    # [3, H, W] in [0, 1] to class: list of `Found`
-    def __call__(self, image:Tensor) -> dict:
+    def __call__(self, image:Tensor,
+                    ) -> dict: # [3, H, W] in [0, 1] to class: list of `Found`
         "Detect the objects in a picture"
         mean, std = (image.new_tensor([.485, .456, .406]),
                      image.new_tensor([.229, .224, .225]))

@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'MOMENTS', 'image_files', 'read_picture', 'folder_chunks', 'npz_chunks', 'image_chunks', 'image_count',
            'Statistics', 'image_statistics', 'make_reference', 'folder_reference', 'load_reference', 'looks_sorted',
            'check_reference', 'compare', 'advice', 'score_images', 'MetricReader', 'from_metric_net', 'paper_rows',
-           'comparison_table']
+           'rows_beside', 'comparison_table']
 
 # %% ../../nbs/53_metrics.ipynb #1e9f9c75
 import hashlib
@@ -447,17 +447,25 @@ def paper_rows(model:str|None=None, # as in `systems`, for example 'llamagen_xl'
     found = []
     for line in _ROWS.splitlines():
         source, name, row, *cells = line.split(', ')
-        paper, table = source.rsplit(' ', 1)
+        whose, table = source.rsplit(' ', 1)
         for g, numbers in zip(cells[::2], cells[1::2]):
             metrics = dict(zip(('fid', 'inception_score', 'precision', 'recall', 'clip_score'), map(float, numbers.split())))
-            found.append(dict(paper=paper, table=int(table), model=name, row=row, guided=g == 'yes', **metrics))
+            found.append(dict(paper=whose, table=int(table), model=name, row=row, guided=g == 'yes', **metrics))
     for line in [*_SCORES.splitlines(), *_GENEVAL.splitlines()]: # all guided
         source, name, row, numbers = line.split(', ')
-        paper, table, numbers = *source.rsplit(' ', 1), numbers.split()
+        whose, table, numbers = *source.rsplit(' ', 1), numbers.split()
         keys, numbers = (numbers[::2], numbers[1::2]) if numbers[0].isidentifier() else (_TASKS, numbers)
-        found.append(dict(paper=paper, table=int(table), model=name, row=row, guided=True, **dict(zip(keys, map(float, numbers)))))
+        found.append(dict(paper=whose, table=int(table), model=name, row=row, guided=True, **dict(zip(keys, map(float, numbers)))))
     asked = {k: v for k, v in dict(model=model, guided=guided, paper=paper).items() if v is not None}
     return [r for r in found if all(r[k] == v for k, v in asked.items()) and (not tables or r['table'] in tables)]
+
+def rows_beside(model:str, # as in `paper_rows`
+                guidance:float, # of our samples; 1 for none
+                theirs:dict, # paper: its sampler's arguments, `ModelSpec.sampling`
+               ) -> list: # of `paper_rows`
+    "The papers' rows that were sampled under the same guidance"
+    same = lambda r: guidance == (theirs.get(r['paper'], {}).get('cfg_scale') if r['guided'] else 1)
+    return [r for r in paper_rows(model) if same(r)]
 
 def comparison_table(ours:dict, # name to metrics
                      rows:list, # of `paper_rows`

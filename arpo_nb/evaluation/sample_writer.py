@@ -147,8 +147,8 @@ def _bar(total, done):
     return tqdm(total=total, initial=done, desc='samples', unit='image')
 
 # %% ../../nbs/51_sample_writer.ipynb #f5865cf3
-# indices of images that are not there
-def missing_samples(folder, n:int=50_000) -> list:
+def missing_samples(folder, n:int=50_000,
+                   ) -> list: # indices of images that are not there
     "Which of `n` images a folder lacks"
     there = {p.name for p in Path(folder).glob('[0-9]*.png')}
     return [i for i in range(n) if f'{i:06d}.png' not in there]

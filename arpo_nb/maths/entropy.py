@@ -69,9 +69,9 @@ def stepped_coef(coef:float, # c_k
                  entropy:float, # current entropy, same unit as `target`
                  target:float, # where it should be
                  step:float, # Δ
-                 low:float=0., # floor of the coefficient
+                 low:float=0., high:float=math.inf, # bounds of the coefficient
                 ) -> tuple: # weight of the bonus now, and c_{k+1}
     "Step the coefficient up below the target and down above it (Skywork-OR1)"
     weight = coef if entropy <= target else 0.
     move = step if entropy < target else -step if entropy > target else 0.
-    return weight, max(coef + move, low)
+    return weight, min(max(coef + move, low), high)

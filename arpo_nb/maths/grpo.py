@@ -180,6 +180,8 @@ def grpo_loss(logps:Tensor, # [B, G, T] log π_θ, with gradient
               mask:Tensor|None=None, # [B, G, T] 0 for padding, None for no padding
               # [B, G or 1, T] see `high_entropy_mask`
               entropy_mask:Tensor|None=None,
+              # [B, G, T] policy over sampler, see `engines.sampling_weights`
+              sampling_ratio:Tensor|None=None,
              ) -> tuple: # loss, {'policy/ratio', 'policy/clip_frac', ...}
     "Negative clipped objective plus KL (VA-π Eq. 5), with what to watch"
     lr = log_ratio(logps, old_logps, level, mask)
@@ -188,6 +190,7 @@ def grpo_loss(logps:Tensor, # [B, G, T] log π_θ, with gradient
     elif loss_type == 'sapo': gain = sapo_objective(lr, advantages, *sapo_temperatures)
     else: gain = clipped_objective(lr, advantages, epsilon, high, delta)
     if entropy_mask is not None: gain = gain*(entropy_mask > 0)
+    if sampling_ratio is not None: gain = gain*sampling_ratio
     loss = aggregate(-gain, loss_type, mask)
     far = high if loss_type == 'cispo' else 1 + high
     stats = ratio_stats(lr, advantages, 1 - epsilon, far)

@@ -284,11 +284,17 @@ _CLASSES = dict(num_classes=1000, class_names='arpo_nb.systems:imagenet_classes'
 _TEXT = dict(recipes={**PAPERS, 'vapi': Recipe('arpo_nb.config:vapi_llamagen', dict(text=True)),
                       'ar_grpo': Recipe('arpo_nb.config:ar_grpo', dict(text=True))})
 
+def _guided(size, text): # paper: its sampler where its rows are guided
+    "LOO-FID: Table 1. VA-π §5.2: 2.0 for XL and 1.75 for XXL; text as in its GenEval script"
+    if text: return {'VA-π': dict(cfg_scale=7.5, top_k=2000)}
+    ours = {'XL': 2., 'XXL': 1.75}.get(size)
+    return {'LOO-FID': dict(cfg_scale=1.5)} | ({'VA-π': dict(cfg_scale=ours)} if ours else {})
+
 def _spec(name, size, side, text):
     policy, vq = llamagen_files(name)
     title = f"LlamaGen-{size}, {'text' if text else 'classes'}, {side} px"
     return ModelSpec(name, partial(build_llamagen, name), title, image_size=side, reference='imagenet256_reference',
                      files=dict(policy=policy, tokenizer=vq), layout="LlamaGen's: a torch file, tensors under `model`",
-                     sampling={'LOO-FID': dict(cfg_scale=1.5)}, **(_TEXT if text else _CLASSES))
+                     sampling=_guided(size, text), **(_TEXT if text else _CLASSES))
 
 SPECS = [_spec(name, *shape) for name, shape in MODELS.items()]

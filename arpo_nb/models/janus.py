@@ -571,6 +571,7 @@ def _spec(name):
     return ModelSpec(name, partial(build_janus, name), f"Janus-Pro-{name.rpartition('_')[2].upper()}, text, 384 px",
                      image_size=384, files=dict(policy=name, text=f'{name}_text'), text_beside=text_tokenizer_file,
                      encoder=partial(load_prompt_encoder, name), answers=answers, guidance=CFG_SCALE,
+                     sampling={'VA-π': dict(cfg_scale=CFG_SCALE)},
                      layout="DeepSeek's: a torch file of tensors, or its folder", reference='imagenet256_reference',
                      recipes={**PAPERS, **_OWN})
 

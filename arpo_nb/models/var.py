@@ -389,9 +389,9 @@ def smooth_weights(logits:Tensor, # [..., V] filtered
 
 # %% ../../nbs/33_var.ipynb #dee43df7
 @torch.no_grad()
-# latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
 def generate_smooth(policy:VAR, cond:Tensor, streams:Streams, *, temperature:float=1.,
-                    top_k:int=0, top_p:float=1., cfg_scale:float=1.) -> Tensor:
+                    top_k:int=0, top_p:float=1., cfg_scale:float=1.,
+                   ) -> Tensor: # latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
     "Smooth pictures: latents instead of tokens; arguments as in `generate`"
     policy.check_cond(cond)
     noise = -streams.bulk_uniform(policy.num_tokens, policy.vocab_size,
@@ -461,6 +461,8 @@ def _spec(name):
     return ModelSpec(name, partial(build_var, name), f'VAR-{name[4:]}, classes, {side} px', num_classes=1000,
                      class_names='arpo_nb.systems:imagenet_classes', image_size=side, reference='imagenet256_reference',
                      files=dict(policy=name, tokenizer='var_vae'), layout="VAR's: a torch file of tensors",
+                     # VAR's own sampler, whose cfg of 1.5 is a guidance of 2.5 here
+                     sampling={'VAR-GRPO': dict(cfg_scale=2.5, top_k=900, top_p=.96)},
                      recipes={**PAPERS, 'grpo': 'var_grpo'})
 
 SPECS = [_spec(name) for name in VARS]

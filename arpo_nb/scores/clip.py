@@ -46,8 +46,8 @@ def triangle(x:Tensor) -> Tensor: return (1 - x.abs()).clamp(min=0)
 FILTERS = dict(bicubic=(cubic, 2), bilinear=(triangle, 1))
 
 @lru_cache(64)
-# [dst, src] float64, whole numbers: weights times 2²²
-def resize_matrix(src:int, dst:int, filter:str) -> Tensor:
+def resize_matrix(src:int, dst:int, filter:str,
+                 ) -> Tensor: # [dst, src] float64, whole numbers: weights times 2²²
     "One pass of an antialiased resize in fixed point"
     kernel, half = FILTERS[filter]
     scale, pixel = src/dst, torch.arange(src, dtype=torch.float64)
@@ -301,8 +301,8 @@ class CLIPReward:
     "Cosine of image and prompt: CLIPScore, or HPSv2 with its weights and preprocessing"
     def __init__(self, scorer:CLIPScorer): self.scorer = scorer
 
-    # rewards [B, G], state untouched
-    def __call__(self, images:Tensor, batch:Batch, state=None) -> tuple:
+    def __call__(self, images:Tensor, batch:Batch, state=None,
+                    ) -> tuple: # rewards [B, G], state untouched
         "[B, G, 3, H, W] images against `batch.prompts`"
         if batch.prompts is None:
             raise ValueError("batch.prompts is None, but this reward "
@@ -326,8 +326,8 @@ class AestheticReward:
     def score(self, images:Tensor) -> Tensor: # [N, 3, H, W] to [N]
         return self.head.to(images.device)(self.scorer.embed_images(images))
 
-    # rewards [B, G], state untouched
-    def __call__(self, images:Tensor, batch=None, state=None) -> tuple:
+    def __call__(self, images:Tensor, batch=None, state=None,
+                    ) -> tuple: # rewards [B, G], state untouched
         return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
 
 # %% ../../nbs/23_clip.ipynb #1cec03c0

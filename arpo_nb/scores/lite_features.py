@@ -17,13 +17,14 @@ from ..weights import import_torchvision
 class LiteNet:
     "EfficientNet-lite0 as a network of `metrics`"
     name = 'EfficientNet-lite0 (not FID)'
-    # side the images are resized to
-    def __init__(self, net:nn.Module, size:int=224): self.net, self.size = net, size
+    def __init__(self, net:nn.Module,
+                 size:int=224): # side the images are resized to
+        self.net, self.size = net, size
 
     @torch.no_grad()
     def features(self, images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
-                 # pool [N, 1280] and logits [N, 1000]
-                 batch_size:int=64, quantize:bool=True) -> Features:
+                 batch_size:int=64, quantize:bool=True,
+                ) -> Features: # pool [N, 1280] and logits [N, 1000]
         "Pooled features and class logits"
         parts = []
         for x in images.to(next(self.net.parameters()).device).split(batch_size):

@@ -48,8 +48,8 @@ def relative_positions(size:int) -> Tensor: # [size², size²] rows of the bias 
                                                 indexing='ij'))
     return (y[:, None] - y + size - 1)*(2*size - 1) + x[:, None] - x + size - 1
 
-# [windows, size², size²] 0 or −100
-def shift_mask(side:int, size:int, shift:int) -> Tensor:
+def shift_mask(side:int, size:int, shift:int,
+              ) -> Tensor: # [windows, size², size²] 0 or −100
     "Keeps apart what the shift brought together"
     band = torch.bucketize(torch.arange(side),
                            torch.tensor([side - size, side - shift]), right=True)
@@ -193,8 +193,8 @@ def grid_corners(height:int, width:int, size:int=224) -> list: # of (top, left)
                    n in ((s, math.ceil(s/size)) for s in (height, width)))
     return [(t, l) for t in tops for l in lefts]
 
-# of (top, left)
-def random_corners(height:int, width:int, n:int=20, seed:int=0, size:int=224) -> list:
+def random_corners(height:int, width:int, n:int=20, seed:int=0, size:int=224,
+                  ) -> list: # of (top, left)
     "The original's random crops, from a generator of their own"
     # the original draws top, left, top, left, … from the global one
     rng = np.random.RandomState(seed)
@@ -231,8 +231,8 @@ class MANIQAReward:
                             1)
         return torch.cat([self.net(c) for c in crops.flatten(0, 1).float().split(self.chunk_size or crops.shape[:2].numel())]).unflatten(0, (len(images), -1)).mean(1)
 
-    # rewards [B, G], state untouched
-    def __call__(self, images:Tensor, batch=None, state=None) -> tuple:
+    def __call__(self, images:Tensor, batch=None, state=None,
+                    ) -> tuple: # rewards [B, G], state untouched
         "[B, G, 3, H, W] images; prompts are not needed"
         return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
 

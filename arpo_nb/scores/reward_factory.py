@@ -6,12 +6,10 @@
 __all__ = ['CLIP_OF', 'REWARDS', 'read_rewards', 'PCA', 'load_reference', 'make_loo_fid', 'needed_files', 'make_rewards']
 
 # %% ../../nbs/25_reward_factory.ipynb #023c5d09
-import difflib, re, zlib
+import difflib, re
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile, is_zipfile
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -72,11 +70,11 @@ class PCA:
         return cls(reference.mean, U[:, -k:].flip(1).contiguous(),
                    lam[-k:].flip(0).clamp(min=0), reference.fingerprint)
 
-    def __call__(self, features:Tensor) -> Tensor: # [N, D] to [N, k], same type
+    def __call__(self, features:Tensor) -> Tensor: # [N, D] to [N, k], float32 or 64
         "Project features"
-        return ((features.double()
-                 - self.mean.to(features.device)) @ self.basis.to(features.device)).to(
-                     features.dtype)
+        mean, basis = (t.to(features.device) for t in (self.mean, self.basis))
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        return ((features.double() - mean)@basis).to(dtype)
 
     @property
     def reference(self) -> Reference:
@@ -98,44 +96,19 @@ class PCA:
         return cls(**load_file(path))
 
 # %% ../../nbs/25_reward_factory.ipynb #b50d080d
-def load_reference(reference, # `Reference`, pair, or npz file
-                   # name of the extractor; a file that says it was made with another is
-                   # refused
-                   network:str|None=None,
+def load_reference(reference, # anything `as_reference` takes: pair, features, file, …
+                   network:str|None=None, # name of the extractor, if it must be its own
                   ) -> Reference:
-    "A `Reference` from itself, a pair, or an npz file with mu and sigma"
-    if not isinstance(reference, (str, Path)): return as_reference(reference)
-    path, given = Path(reference), f"reference={str(reference)!r}"
-    if not path.exists():
-        raise FileNotFoundError(f"{given}: no such file; give an npz with mu "
-                                "and sigma, or leave "
-                                "it out for the published ImageNet one")
-    if path.is_dir():
-        raise ValueError(f"{given}: a folder; expected an npz with mu and sigma, which "
-                         "arpo_nb.evaluation.metrics.make_reference(folder, "
-                         "file, net) makes of pictures")
-    damaged = (f"{given}: not an npz file, or a damaged one ({path.stat().st_size:,} "
-               "bytes); make or download it again")
-    if not is_zipfile(path): raise ValueError(damaged)
-    try:
-        with np.load(path) as z:
-            got = {k: z[k] for k in ('mu', 'sigma', 'network') if k in z.files}
-    except (ValueError, EOFError, OSError, BadZipFile, zlib.error) as e:
-        raise ValueError(f"{damaged} [{e}]") from e
-    if lost := {'mu', 'sigma'} - set(got):
-        raise ValueError(f"{given}: holds {', '.join(z.files)}, but no "
-                         f"{' and no '.join(sorted(lost))}")
-    made = str(got.get('network', ''))
-    if network and made and made != network:
-        raise ValueError(f"{given}: made with the network {made!r}, "
-                         "but the features here "
-                         f"come from {network!r}; make the reference "
-                         "again with that one")
-    return as_reference((torch.from_numpy(got['mu']), torch.from_numpy(got['sigma'])))
+    "A `Reference` that belongs to an extractor"
+    ref = as_reference(reference)
+    if network and ref.network and ref.network != network:
+        raise ValueError(f"reference={str(reference)!r}: made with the network "
+                         f"{ref.network!r}, but the features here come from "
+                         f"{network!r}; make the reference again with that one")
+    return ref
 
 def make_loo_fid(extractor, # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`, if it has one, must be that of the reference's network
-                 # `Reference`, pair, or npz file; not needed with a stored `pca`
-                 reference=None,
+                 reference=None, # as above; not needed with a stored `pca`
                  # number of directions, a stored basis (file or `PCA`), or 0 for the
                  # features themselves
                  pca=0,
@@ -176,7 +149,7 @@ def needed_files(rewards:dict, # name → weight
 def make_rewards(spec, # 'clip+hps+0.5*loo_fid', 'clip:1,hps:1,loo_fid:0.5', or a dict name → weight
                  *, normalise:bool=False, # divide each by its std over the step
                  weights=None, # 'random', or a dict from names in `weights.FILES` to local files
-                 reference=None, # of loo_fid: `Reference`, pair or npz; None for the published ImageNet one
+                 reference=None, # of loo_fid: `Reference`, pair, features or file; None for the published ImageNet one
                  pca=0, # of loo_fid: number of directions, or a stored basis
                  extractor=None, # of loo_fid, instead of Inception
                  loo_fid:dict|None=None, # its further options: ema_weight, covariance, first_step, …

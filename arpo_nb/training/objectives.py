@@ -94,7 +94,8 @@ class PolicyGradient(Objective):
                          epsilon=c.epsilon, epsilon_high=c.epsilon_high, delta=c.delta,
                          sapo_temperatures=(c.sapo_temperature_pos, c.sapo_temperature_neg),
                          ref_logps=r.ref_logps, beta=c.beta, kl_level=c.kl_level,
-                         use_bias_correction_kl=c.use_bias_correction_kl, entropy_mask=r.entropy_mask)
+                         use_bias_correction_kl=c.use_bias_correction_kl, entropy_mask=r.entropy_mask,
+                         sampling_ratio=r.sampling_ratio)
 
 # %% ../../nbs/45_objectives.ipynb #c79f8270
 class MaximumLikelihood(Objective):

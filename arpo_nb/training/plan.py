@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'DECODER', 'PEAKS', 'SOURCES', 'CURES', 'Plan', 'memory_estimate', 'flop_estimate', 'make_plan', 'check_disk',
-           'describe', 'device_memory', 'check_memory']
+           'describe', 'device_memory', 'check_memory', 'sampling_of', 'eval_command', 'sampling_memory',
+           'check_sampling']
 
 # %% ../../nbs/43_plan.ipynb #2c01a9b3
 import os, shutil, warnings
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import FREE, SAMPLING, Config, contexts, uses_perceptual
 from ..protocols import map_cond
+from ..specs import find_model
 from ..systems import check_data, load_shapes, model_files
 from .sharding import shard_count, shard_units
 from ..weights import _hub, plan_file, url_cache
@@ -216,3 +218,58 @@ def check_memory(plan:Plan, cfg:Config,
         parts = ', '.join(f'{k} {v/1e9:.1f} GB' for k, v in plan.memory.items())
         raise MemoryError(f"{cfg.model}: a step needs about {needed/1e9:.1f} GB ({parts}), {whose} has {total/1e9:.1f} GB. Use a smaller {CURES.get(max(plan.memory, key=plan.memory.get), 'model')}"
                           f"{'' if cfg.gradient_checkpointing else ', or gradient_checkpointing=True'}")
+
+# %% ../../nbs/43_plan.ipynb #45660642
+def sampling_of(cfg:Config) -> dict: # arguments of `policy.generate`
+    "How the policy that a run trains is asked for pictures"
+    if cfg.method not in FREE:
+        return dict(temperature=cfg.temperature, cfg_scale=find_model(cfg.model).guidance)
+    return dict(temperature=cfg.temperature, cfg_scale=cfg.rollout_cfg_scale,
+                top_k=cfg.rollout_top_k, top_p=cfg.rollout_top_p)
+
+def eval_command(cfg:Config, folder, # of the run
+                 n:int=0, # images; 0 for 50,000, or GenEval's 2,212 for text
+                 labels:str='', # 'seen' or 'unseen' classes of a run on a share of them
+                ) -> str:
+    "The command that measures a run as it was trained"
+    spec, given = find_model(cfg.model), sampling_of(cfg)
+    usual = dict(temperature=1., top_k=0, top_p=1.)
+    text = not spec.num_classes
+    asked = dict(model=cfg.model, checkpoint=f'{folder}/checkpoint', n=n or (2212 if text else 50_000))
+    asked |= dict(guidance=given.pop('cfg_scale')) | {k: v for k, v in given.items() if v != usual[k]}
+    if spec.image_size == 384 and not text: asked |= dict(size=256) # as the papers score them
+    if cfg.weights != 'default': asked |= dict(base=cfg.weights)
+    if cfg.tokenizer_weights != 'default': asked |= dict(tokenizer=cfg.tokenizer_weights)
+    if cfg.method == 'tokenizer': asked |= dict(part='tokenizer')
+    if labels: asked |= dict(labels=labels, class_split=cfg.class_split, class_seed=cfg.seed)
+    out = f'{folder}/eval' + f'_{labels}'*bool(labels)
+    words = ' '.join(f'-p {k} {v}' for k, v in (asked | dict(out_dir=out)).items())
+    return f'papermill nbs/run_eval.ipynb {out}.ipynb {words}'
+
+# %% ../../nbs/43_plan.ipynb #c839ef68
+def sampling_memory(system, # `System`, may be on the meta device
+                    batch_size:int, # images at a time
+                    cfg_scale:float=1., # guidance doubles the batch
+                    bytes_each:int=4, # of a value: 4 in float32, 2 in bfloat16
+                   ) -> dict: # bytes, by part
+    "Peak memory of free-running samples"
+    dim, layers = _width(system.policy)
+    rows, side = batch_size*(1 if cfg_scale == 1 else 2), system.tokenizer.image_size
+    width = getattr(getattr(system.tokenizer, 'cfg', None), 'ch', 128)
+    return {'weights': bytes_each*_count([system.policy]) + 4*_count([system.tokenizer]),
+            'key/value cache': rows*2*layers*dim*system.policy.num_tokens*bytes_each,
+            'decoder': DECODER*4*width*side*side*batch_size}
+
+def check_sampling(system, batch_size:int, cfg_scale:float=1., bytes_each:int=4,
+                   memory:tuple|None=None, # None asks `device_memory`
+                  ) -> dict: # as `sampling_memory`
+    "Raise if samples can't fit the device, and say how many at a time would"
+    total, whose = memory or device_memory()
+    need = lambda n: sampling_memory(system, n, cfg_scale, bytes_each)
+    peak = lambda n: (m := need(n))['weights'] + max(m['key/value cache'], m['decoder'])
+    if peak(batch_size) <= total: return need(batch_size)
+    fits = next((n for n in range(batch_size, 0, -1) if peak(n) <= total), 0)
+    parts = ', '.join(f'{k} {v/1e9:.1f} GB' for k, v in need(batch_size).items())
+    cure = f'batch_size={fits}' if fits else 'a smaller model'
+    raise MemoryError(f"batch_size={batch_size}: sampling {system.name} needs {parts}; {whose} has "
+                      f"{total/1e9:.1f} GB. Use {cure}" + ", or dtype='bfloat16'"*(bytes_each == 4))

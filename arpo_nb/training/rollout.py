@@ -136,17 +136,19 @@ def free_running(policy, # `Policy`, in eval mode
                  micro_batch_size:int=0, # contexts per scoring pass, 0 for all
                  chunk:int=4096, # states whose logits exist at a time
                  clock=None, # `Clock`
-                 **options, # further ones of `policy.generate`, such as compile
+                 sampler=None, # engine that draws in the policy's place, see `engines`
+                 **options, # further ones of its `generate`, such as compile
                 ) -> Rollout: # tokens, context and entropy [B, G, T]
     "Sample token by token, then score the samples in one pass"
     clock = clock or Clock()
     streams, cond = (batch.streams.repeat(num_generations),
                      repeat_cond(batch.cond, num_generations))
-    comparable = (getattr(policy, 'has_sampler_logps', False)
+    source = policy if sampler is None else sampler
+    comparable = (getattr(source, 'has_sampler_logps', False)
                   and (cfg_scale == 1 or logprob_cfg == 'guided'))
     with clock('generate'):
         if comparable: options = options | dict(return_logps=True)
-        drawn = [policy.generate(map_cond(lambda x: x[s], cond), streams.take(s),
+        drawn = [source.generate(map_cond(lambda x: x[s], cond), streams.take(s),
                                  temperature=temperature, top_k=top_k,
                                  top_p=top_p, cfg_scale=cfg_scale, **options)
                  for s in _slices(len(streams), generate_batch_size)]

@@ -22,6 +22,7 @@ from ..evaluation.sample_writer import speed_options
 from ..maths.grpo import group_advantages, high_entropy_mask
 from ..protocols import Batch, Rollout, System
 from ..rewards import ReconstructionReward
+from .engines import load_sampler, sampling_weights
 from .objectives import scored_policy
 from .rollout import (Clock, encode_images, free_running, rollout_logps, sampling_gap, score_groups,
                                       teacher_forced)
@@ -81,18 +82,23 @@ def undecided(r:Rollout, cfg:Config, here:Place) -> Rollout:
 
 # %% ../../nbs/46_steps.ipynb #5941611e
 def free_samples(system:System, cfg:Config, batch:Batch, here:Place,
+                 sampler=None, # engine in the policy's place
                  **options # further ones of `policy.generate`
                 ) -> Rollout:
     "Samples from nothing but their condition"
     batch = replace(system.with_prompts(batch), images=None)
     if cfg.prompt: batch = replace(batch, prompts=[cfg.prompt]*len(batch))
     g = cfg.free_generations if cfg.method == 'mixed' else 0
+    if sampler is not None:
+        with here.clock('sync'): sampler.sync()
     with here.autocast():
         r = free_running(system.policy, batch, num_generations=g or cfg.num_generations,
                          temperature=cfg.temperature, cfg_scale=cfg.rollout_cfg_scale, top_k=cfg.rollout_top_k,
                          top_p=cfg.rollout_top_p, logprob_cfg=cfg.logprob_cfg, chunk=cfg.logps_chunk,
                          generate_batch_size=cfg.generate_batch_size, micro_batch_size=cfg.micro_batch_size,
-                         clock=here.clock, **options)
+                         clock=here.clock, sampler=sampler, **options)
+    if cfg.vllm_importance_sampling_correction:
+        r = replace(r, sampling_ratio=sampling_weights(r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_cap))
     return undecided(r, cfg, here)
 
 # %% ../../nbs/46_steps.ipynb #a1913c13
@@ -128,6 +134,8 @@ def judge(r:Rollout, reward, state, system:System, cfg:Config, here:Place,
     judged = replace(r, rewards=rewards, advantages=compare(rewards, cfg, here))
     stats = reward_stats(judged, reward)
     if r.sampler_logps is not None: stats |= sampling_gap(r, here.gather)
+    if r.sampling_ratio is not None:
+        stats['sampling/importance_sampling_ratio/mean'] = r.sampling_ratio.mean()
     if ref_policy is None or not cfg.beta: return judged, state, stats
     with here.clock('reference'): ref = reference_logps(ref_policy, r, cfg, here.autocast)
     return replace(judged, ref_logps=ref), state, stats
@@ -147,13 +155,16 @@ class RollOut:
     def __init__(self, system:System, cfg:Config,
                  reward=None, # `Reward` of free-running samples, or of VA-π's in place of the reconstruction reward
                  ref_policy=None, # for the KL
-                 here:Place|None=None):
+                 here:Place|None=None,
+                 sampler=None): # engine of `load_sampler`, for free-running samples
+        self.sampler = sampler or load_sampler(cfg, system.policy)
         check_needs(system, cfg, reward)
         self.system, self.cfg, self.ref_policy, self.here = system, cfg, ref_policy, here or Place()
         self.free_reward, self.reward = (reward, None) if cfg.method in FREE else (None, reward)
         if cfg.method in ('vapi', 'mixed') and self.reward is None: self.reward = make_reward(system, cfg)
         self.options = {}
         if cfg.compile and cfg.method in FREE: self.options = speed_options(system.policy, compile=True)
+        if self.sampler: self.options = dict(sampler=self.sampler)
         for _, part in reward_parts(reward):
             if hasattr(part, 'gather'): part.gather = self.here.gather
 

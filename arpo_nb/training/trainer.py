@@ -27,6 +27,7 @@ from ..config import FREE, SAMPLING, Config, in_vain, to_json
 from ..data.images import batches
 from ..maths.entropy import normalized_entropy
 from ..protocols import System
+from .engines import load_sampler
 from .objectives import OBJECTIVES, bonus_weight
 from .rollout import Clock
 from .run_folder import MetricsLog, RunLock, claim_folder, run_hash, write_whole
@@ -152,12 +153,13 @@ def _train(acc, system, data, cfg, out, reward, progress, stop):
         system.policy.gradient_checkpointing = cfg.gradient_checkpointing
     ref_policy = _frozen_copy(system.policy) if cfg.beta and cfg.method in SAMPLING else None
     moving = ref_policy if cfg.ref_policy == 'ema' else None
+    sampler = load_sampler(cfg, system.policy)
     objective, opt = prepare(acc, raw, partial(make_optimizer, cfg=cfg), ref_policy, cfg.ref_offload)
     for _, part in reward_parts(reward):
         if hasattr(part, 'to'): part.to(acc.device)
     clock = Clock(acc.device)
     here = Place(acc.autocast, acc.gather, acc.process_index, clock)
-    roll_out = RollOut(system, cfg, reward, ref_policy, here)
+    roll_out = RollOut(system, cfg, reward, ref_policy, here, sampler)
 
     found = on_first(acc, lambda: settle(out, find_checkpoint(out, True, run_hash(cfg))))
     run = dict(step=0, reward_state=None, entropy=None, position=0)
