@@ -31,6 +31,7 @@ test: .venv/dev ## everything that proves it
 
 docs: .venv/dev ## the site, needs quarto
 	.venv/bin/nbdev_docs
+	.venv/bin/python scripts/readme.py
 
 bench: .venv/run ## speed, side by side
 	.venv/bin/papermill nbs/run_bench.ipynb runs/bench.ipynb -k python3 </dev/null

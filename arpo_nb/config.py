@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from inspect import signature
 from typing import get_args
 
-from .specs import find_model, find_recipe, resolve
+from .specs import find_model, find_recipe, is_dotted, resolve
 
 # %% ../nbs/02_config.ipynb #25677872
 METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruction '
@@ -43,7 +43,8 @@ class Config:
     weights: str = 'default' # 'default' (shipped or published), 'random', or a file
     # the same for the tokenizer; 'default' is the one that belongs to `weights`
     tokenizer_weights: str = 'default'
-    data: str = 'default' # 'default' (shipped with the model) or a folder
+    # 'default' (shipped with the model), a folder or file, or package.module:function
+    data: str = 'default'
     seed: int = 0
     num_processes: int = 1
     mixed_precision: str = 'no' # 'no' or 'bf16'
@@ -75,7 +76,8 @@ class Config:
     prior_coef: float = .1 # VA-π's β: weight of the cross-entropy on the true tokens
     mse_coef: float = 1. # weight of the mean squared error on [-1, 1]
     perceptual_coef: float = 1. # λ_p
-    # trunk of LPIPS: 'vgg', 'alex' (the released Janus code) or 'squeeze'; not the toy's
+    # trunk of LPIPS: 'vgg', 'alex' (the released Janus code) or 'squeeze'; or
+    # package.module:name of a `Perceptual` network. The toy has its own
     perceptual_net: str = 'vgg'
     # how captioned pictures become squares: 'adm' (LlamaGen's rule), or 'bicubic' in one go
     image_crop: str = 'adm'
@@ -115,9 +117,12 @@ class Config:
     sampler: str = ''
     sampler_args: str = '' # of its class, as in 'dtype=float32,device=cuda:1'
     sampler_timeout: float = 600. # seconds that it may take; 0 for ever
-    # weigh samples by policy over sampler, per token and truncated (TRL's names)
+    # weigh an engine's samples by policy over sampler (TRL's names, for any engine)
     vllm_importance_sampling_correction: bool = False
-    vllm_importance_sampling_cap: float = 3. # C, the largest weight
+    # per 'token' or 'sequence', outside the range cut ('truncate') or left out ('mask')
+    vllm_importance_sampling_mode: str = 'token_truncate'
+    vllm_importance_sampling_clip_min: float|None = None # None for no bound
+    vllm_importance_sampling_clip_max: float|None = 3. # None for no bound
     # of the brightness and darkness rewards; 0 for the paper's 0.8 and 0.2 (toy: 0.3
     # and 0.15)
     brightness_threshold: float = 0.
@@ -134,7 +139,8 @@ class Config:
     epsilon_high: float|None = None
     # largest ratio that a negative advantage can meet (two-sided clipping), None for none
     delta: float|None = None
-    sapo_temperature_pos: float = 1. # sharpness of SAPO's gate where the advantage is positive
+    # sharpness of SAPO's gate where the advantage is positive
+    sapo_temperature_pos: float = 1.
     sapo_temperature_neg: float = 1.05 # and where it is not
     advantage_clip: float = 5. # largest |advantage|; 0 for none
     # divide by the std of the 'group' (or True), of the 'batch', or by 'none' (or False)
@@ -173,6 +179,8 @@ class Config:
     ste_mode: str = 'argmax'
     ste_temperature: float = 1. # of its softmax
 
+    # 'adamw' (fused on CUDA), or package.module:Class of another
+    optimizer: str = 'adamw'
     learning_rate: float = 1e-6
     lr_scheduler_type: str = 'constant' # 'constant' or 'cosine' (to zero)
     warmup_steps: int = 0
@@ -240,12 +248,12 @@ def field_type(f) -> type:
     "int, float, str or bool, of a dataclass field that may also be None"
     return f.type if isinstance(f.type, type) else get_args(f.type)[0]
 
-_ONE_OF = dict(method=tuple(METHODS), perceptual_net=('vgg', 'alex', 'squeeze'), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'), class_names=('short', 'synonyms'), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'), credit=('image', 'token'),
+_ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'), method=tuple(METHODS), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'), class_names=('short', 'synonyms'), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'), credit=('image', 'token'),
                scale_rewards=('group', 'batch', 'none'), importance_sampling_level=('token', 'sequence', 'product'),
                loss_type=('dapo', 'grpo', 'bnpo', 'dr_grpo', 'cispo', 'sapo'), ste_mode=('argmax', 'gumbel'), lr_scheduler_type=('constant', 'cosine'),
                covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'), ref_policy=('frozen', 'ema'),
                entropy_control=('constant', 'schedule', 'adaptive'))
-_AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_cap=1e-6, seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0, micro_batch_size=0, generate_batch_size=0, decode_batch_size=1,
+_AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_importance_sampling_clip_max=0, seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0, micro_batch_size=0, generate_batch_size=0, decode_batch_size=1,
                  logps_chunk=1, prior_coef=0, mse_coef=0, perceptual_coef=0, epsilon=0, advantage_clip=0, beta=0,
                  learning_rate=0, warmup_steps=0, weight_decay=0, max_grad_norm=0, save_steps=1, pca_dim=0, rollout_cfg_scale=1, rollout_top_k=0,
                  free_generations=0, free_coef=0, advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0, entropy_coef_min=0, entropy_coef_max=0)
@@ -254,32 +262,58 @@ _SHARES = dict(ema_weight='LOO-FID\'s α', rollout_top_p='kept probability', cla
 def check_config(cfg:Config):
     "Ranges, choices, and the batch arithmetic"
     for name, choices in _ONE_OF.items():
-        if (v := getattr(cfg, name)) not in choices: raise ValueError(f"{name}={v!r}: choose one of {', '.join(choices)}{NOT_HERE.get(v, '')}")
+        if (v := getattr(cfg, name)) not in choices:
+            raise ValueError(f"{name}={v!r}: choose one of {', '.join(choices)}{NOT_HERE.get(v, '')}")
     for name, low in _AT_LEAST.items():
-        if not (v := getattr(cfg, name)) >= low: raise ValueError(f"{name}={v}: expected a finite number of at least {low}")
-    if not 0 <= cfg.noise_rate <= 1: raise ValueError(f"noise_rate={cfg.noise_rate}: ξ is a probability, use a value from 0 to 1")
+        if (v := getattr(cfg, name)) is not None and not v >= low:
+            raise ValueError(f"{name}={v}: expected a finite number of at least {low}")
+    for name, choices in dict(perceptual_net=('vgg', 'alex', 'squeeze'), optimizer=('adamw',)).items():
+        if (v := getattr(cfg, name)) not in choices and not is_dotted(v):
+            raise ValueError(f"{name}={v!r}: choose one of {', '.join(choices)}, or package.module:name of your own")
+    if not 0 <= cfg.noise_rate <= 1:
+        raise ValueError(f"noise_rate={cfg.noise_rate}: ξ is a probability, use a value from 0 to 1")
     if not cfg.temperature > 0: raise ValueError(f"temperature={cfg.temperature}: expected a positive number")
     for name, what in _SHARES.items():
-        if not 0 < getattr(cfg, name) <= 1: raise ValueError(f"{name}={getattr(cfg, name)}: {what}, use a value above 0 and up to 1")
+        if not 0 < getattr(cfg, name) <= 1:
+            raise ValueError(f"{name}={getattr(cfg, name)}: {what}, use a value above 0 and up to 1")
     if not 0 <= cfg.ref_decay < 1: raise ValueError(f"ref_decay={cfg.ref_decay}: expected a value from 0 to below 1")
-    if not 0 <= cfg.brightness_threshold < 1: raise ValueError(f"brightness_threshold={cfg.brightness_threshold}: a luminance, use a value above 0 and below 1, or 0 for the default")
-    if not 0 <= cfg.normalized_entropy_target < 1: raise ValueError(f"normalized_entropy_target={cfg.normalized_entropy_target}: a share of log K, use a value in [0, 1)")
-    if not 0 <= cfg.top_entropy_quantile <= 1: raise ValueError(f"top_entropy_quantile={cfg.top_entropy_quantile}: a share of tokens, use a value from 0 to 1")
+    if not 0 <= cfg.brightness_threshold < 1:
+        raise ValueError(f"brightness_threshold={cfg.brightness_threshold}: a luminance, use a value above 0 and below "
+                         "1, or 0 for the default")
+    if not 0 <= cfg.normalized_entropy_target < 1:
+        raise ValueError(f"normalized_entropy_target={cfg.normalized_entropy_target}: a share of log K, use a value in "
+                         "[0, 1)")
+    if not 0 <= cfg.top_entropy_quantile <= 1:
+        raise ValueError(f"top_entropy_quantile={cfg.top_entropy_quantile}: a share of tokens, use a value from 0 to 1")
     check_loss(cfg)
-    if cfg.teacher_forcing != 'causal' and cfg.method in FREE: raise ValueError(f"teacher_forcing={cfg.teacher_forcing!r}: method {cfg.method!r} scores free-running samples, which only 'causal' does")
+    if cfg.teacher_forcing != 'causal' and cfg.method in FREE:
+        raise ValueError(f"teacher_forcing={cfg.teacher_forcing!r}: method {cfg.method!r} scores free-running samples, "
+                         "which only 'causal' does")
     group = cfg.free_generations if cfg.method == 'mixed' and cfg.free_generations else cfg.num_generations
     if cfg.method in SAMPLING and min(cfg.num_generations, group) < 2:
-        raise ValueError(f"num_generations={min(cfg.num_generations, group)}: a group needs at least 2 samples to compare; VA-π has 8, LOO-FID 12")
+        raise ValueError(f"num_generations={min(cfg.num_generations, group)}: a group needs at least 2 samples to "
+                         "compare; VA-π has 8, LOO-FID 12")
     if cfg.method in FREE and not parse_rewards(cfg.rewards):
-        raise ValueError(f"rewards={cfg.rewards!r}: method {cfg.method!r} scores free-running samples and needs at least one reward, as in rewards='clip+hps+loo_fid'")
+        raise ValueError(f"rewards={cfg.rewards!r}: method {cfg.method!r} scores free-running samples and needs at "
+                         "least one reward, as in rewards='clip+hps+loo_fid'")
     if cfg.method in ('vapi', 'mixed') and cfg.mse_coef == cfg.perceptual_coef == 0:
-        raise ValueError("mse_coef=0 and perceptual_coef=0: the reward is constant, so nothing can be learned; set one of them, or use method='mle'")
+        raise ValueError("mse_coef=0 and perceptual_coef=0: the reward is constant, so nothing can be learned; set one "
+                         "of them, or use method='mle'")
     total = contexts(cfg)
     step, fits = cfg.mini_batch_size or total, [n for n in range(1, cfg.batch_size+1) if cfg.batch_size % n == 0]
-    if total % step: raise ValueError(f"mini_batch_size={step}: must divide the {total} contexts of a rollout (batch_size={cfg.batch_size})")
-    if cfg.method == 'mixed' and cfg.batch_size*group % (total//step): raise ValueError(f"mini_batch_size={step}: makes {total//step} updates per rollout, which must divide {cfg.batch_size*group} free-running samples too")
-    if cfg.batch_size % cfg.num_processes: raise ValueError(f"num_processes={cfg.num_processes}: groups are not split, so it must divide batch_size={cfg.batch_size}; use {', '.join(map(str, fits[-6:]))} processes, or change batch_size")
-    if step % cfg.num_processes: raise ValueError(f"num_processes={cfg.num_processes}: must divide {step} contexts per optimiser step; change mini_batch_size")
+    if total % step:
+        raise ValueError(f"mini_batch_size={step}: must divide the {total} contexts of a rollout "
+                         f"(batch_size={cfg.batch_size})")
+    if cfg.method == 'mixed' and cfg.batch_size*group % (total//step):
+        raise ValueError(f"mini_batch_size={step}: makes {total//step} updates per rollout, which must divide "
+                         f"{cfg.batch_size*group} free-running samples too")
+    if cfg.batch_size % cfg.num_processes:
+        raise ValueError(f"num_processes={cfg.num_processes}: groups are not split, so it must divide "
+                         f"batch_size={cfg.batch_size}; use {', '.join(map(str, fits[-6:]))} processes, or change "
+                         "batch_size")
+    if step % cfg.num_processes:
+        raise ValueError(f"num_processes={cfg.num_processes}: must divide {step} contexts per optimiser step; change "
+                         "mini_batch_size")
 
 def contexts(cfg:Config) -> int:
     "Contexts in a rollout, over all processes: what mini_batch_size counts"
@@ -298,7 +332,9 @@ def parse_rewards(text:str, # 'clip+hps+0.5*loo_fid'; spaces don't matter
         weight, star, name = part.rpartition('*')
         try: w = float(weight) if star else 1.
         except ValueError: w = math.nan
-        if not 0 < w < math.inf or not name.strip(): raise ValueError(f"rewards={text!r}: can't read {part!r}; write name or weight*name with a positive weight, joined by +")
+        if not 0 < w < math.inf or not name.strip():
+            raise ValueError(f"rewards={text!r}: can't read {part!r}; write name or weight*name with a positive "
+                             "weight, joined by +")
         if name.strip() in out: raise ValueError(f"rewards={text!r}: {name.strip()} occurs twice; give it one weight")
         out[name.strip()] = w
     return out
@@ -323,7 +359,7 @@ def in_vain(cfg:Config) -> list:
         out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no free-running samples' for k in changed('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg', 'sampler', 'vllm_importance_sampling_correction', 'compile')]
     if cfg.method not in ('vapi', 'mixed'): out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no reconstruction reward' for k in changed('clamp_reward')]
     if not cfg.sampler: out += [f'{k}={getattr(cfg, k)!r}: the policy samples itself, without an engine' for k in changed('sampler_args', 'sampler_timeout')]
-    if not cfg.vllm_importance_sampling_correction: out += [f'{k}={getattr(cfg, k)!r}: vllm_importance_sampling_correction=False' for k in changed('vllm_importance_sampling_cap')]
+    if not cfg.vllm_importance_sampling_correction: out += [f'{k}={getattr(cfg, k)!r}: vllm_importance_sampling_correction=False' for k in changed('vllm_importance_sampling_mode', 'vllm_importance_sampling_clip_min', 'vllm_importance_sampling_clip_max')]
     if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale == 1: out.append("logprob_cfg='guided': rollout_cfg_scale=1 is no guidance")
     if not cfg.beta: out += [f'{k}={getattr(cfg, k)!r}: beta=0, so there is no KL' for k in changed('ref_policy', 'ref_offload', 'use_bias_correction_kl')]
     largest = (cfg.num_generations - 1)/cfg.num_generations**.5
@@ -510,7 +546,8 @@ def choose_baselines(names:str # 'all', 'none', or names joined by commas
                     ) -> dict: # name: changed fields
     "Baselines by name"
     picked = list(BASELINES) if names == 'all' else [] if names in ('none', '') else [n.strip() for n in names.split(',')]
-    if bad := [n for n in picked if n not in BASELINES]: raise ValueError(f"baselines={names!r}: no {bad[0]!r}; choose from {', '.join(BASELINES)}, or 'all', or 'none'")
+    if bad := [n for n in picked if n not in BASELINES]:
+        raise ValueError(f"baselines={names!r}: no {bad[0]!r}; choose from {', '.join(BASELINES)}, or 'all', or 'none'")
     return {n: BASELINES[n] for n in picked}
 
 # %% ../nbs/02_config.ipynb #c8344975

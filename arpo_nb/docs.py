@@ -40,7 +40,8 @@ def field_notes(cls, # a class, or its source
     found, group, last = [], '', 0
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.AnnAssign):
-            notes = [comments[i] for i in range(last+1, node.end_lineno+1) if i in comments]
+            notes = [comments[i] for i in range(last+1, node.end_lineno+1)
+                     if i in comments]
             heads = [n.lstrip('- ') for n in notes if n.startswith('---')]
             group = heads[-1] if heads else group
             meaning = ' '.join(n for n in notes if not n.startswith('---'))
@@ -82,7 +83,8 @@ def has_fields(cls) -> bool: # whether a table of fields says more than a signat
 
 # %% ../nbs/62_docs.ipynb #e357daad
 def public_methods(cls) -> list: # names, in the order of the source
-    "Methods of a class that are meant to be called; `__call__` is one where it is explained"
+    ("Methods of a class that are meant to be called; `__call__` is one where it is "
+     "explained")
     def shown(name, f):
         f = getattr(f, '__func__', getattr(f, 'fget', f))
         explained = name == '__call__' and f.__doc__
@@ -116,7 +118,8 @@ LINK_OR_CODE = re.compile(r'!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\)|``.*?``|`[^`\
 def link_names(text:str, table:dict) -> str: # Markdown
     "Link the names in backticks; headings, code blocks and what is a link already stay"
     def link(m):
-        place = table.get(m[0].strip('`')) if m[0][0] == '`' and m[0][1] != '`' else None
+        place = (table.get(m[0].strip('`')) if m[0][0] == '`' and m[0][1] != '`'
+                 else None)
         return f'[{m[0]}]({place})' if place else m[0]
     lines, fenced = text.split('\n'), False
     for i, line in enumerate(lines):
@@ -128,7 +131,8 @@ def link_names(text:str, table:dict) -> str: # Markdown
 # %% ../nbs/62_docs.ipynb #f1344b8c
 def source_of(cell) -> str: # as one string
     "The text of a cell"
-    return cell['source'] if isinstance(cell['source'], str) else ''.join(cell['source'])
+    return (cell['source'] if isinstance(cell['source'], str)
+            else ''.join(cell['source']))
 
 def page_name(path) -> str: # as nbdev names pages: without the number
     "The page of a notebook"
@@ -189,7 +193,8 @@ class SitePage:
         cells = self.nb.cells
         cells[:] = self.sort_entries(cells)
         for i, cell in enumerate(cells):
-            if cell.cell_type == 'markdown': cell.source = link_names(cell.source, self.table)
+            if cell.cell_type == 'markdown':
+                cell.source = link_names(cell.source, self.table)
             elif is_import(cell.source): cell.source = FOLDED + cell.source
             elif shown_name(cell):
                 visible = any('"Exported source"' in c.source for c in cells[i+1:i+9]
@@ -238,7 +243,8 @@ def sort_entries(self, cells) -> list: # the cells in a better order
         return (max(lines) + .5*(not shown_name(cell))) if lines else None
     for cell in [*cells, None]:
         k = key(cell) if cell is not None and cell.cell_type == 'code' else None
-        entry = k is not None and (shown_name(cell) or '"Exported source"' in cell.source)
+        entry = (k is not None
+                 and (shown_name(cell) or '"Exported source"' in cell.source))
         if entry: run.append((k, cell)); continue
         out += [c for _, c in sorted(run, key=lambda kc: kc[0])]
         run = []
@@ -265,7 +271,8 @@ SIGNATURE = re.compile(r'```python\n.*?\n```\n*', re.S)
 
 @patch_to(SitePage)
 def rewrite_entry(self, cell, visible:bool): # whether the source follows on the page
-    "Fields as a table, methods as entries; no signature where the source itself follows"
+    ("Fields as a table, methods as entries; no signature where the source itself "
+     "follows")
     obj = self.find(shown_name(cell))
     for out in cell.get('outputs', []):
         text = out.get('data', {}).get('text/markdown')
@@ -295,6 +302,7 @@ def add_head(self, cells):
     front = next((c for c in cells if c.cell_type == 'raw'), None)
     if front is None: return
     if self.page.module:
-        front.source = front.source.replace('---\n', f'---\nsubtitle: {self.page.module}\n', 1)
+        front.source = front.source.replace('---\n',
+                                            f'---\nsubtitle: {self.page.module}\n', 1)
     head, warning = page_head(self.path), cells[cells.index(front)+1]
     if head and self.path.stem != 'index': warning.source += f'\n\n{head}'

@@ -34,7 +34,8 @@ NOISE, SAMPLE, GUMBEL, EPOCH, LABEL = range(5)
 
 @dataclass(frozen=True)
 class Streams:
-    "The random streams of N images: a seed, and for each image its index in the run and its number in the group"
+    ("The random streams of N images: a seed, and for each image its index in the run "
+     "and its number in the group")
     seed: int
     # [N, 2] non-negative integers: image index, number within its group
     index: np.ndarray
@@ -68,14 +69,16 @@ class Streams:
                 purpose:int=SAMPLE, # which use they are for
                 device=None, # where the result goes
                ) -> Tensor: # [N, *shape] float32 in [0, 1)
-        "Uniform numbers for every image, the same wherever and in whatever company they are drawn"
+        ("Uniform numbers for every image, the same wherever and in whatever company "
+         "they are drawn")
         draws = [g.random(shape, np.float32) for g in self._generators(purpose)]
         return torch.from_numpy(np.stack(draws) if draws
                                 else np.empty((0, *shape), np.float32)).to(device)
 
     def bulk_uniform(self, *shape:int, purpose:int=GUMBEL, device=None,
                         ) -> Tensor: # [N, *shape]
-        "As `uniform`, for millions of numbers per image: drawn on the device, so the same only on the same kind of device"
+        ("As `uniform`, for millions of numbers per image: drawn on the device, so the"
+         " same only on the same kind of device")
         make = lambda g: torch.Generator(device
                                          or 'cpu').manual_seed(int(g.integers(2**62)))
         return torch.stack([torch.rand(shape, generator=make(g), device=device)
@@ -84,7 +87,8 @@ class Streams:
 # %% ../nbs/01_protocols.ipynb #7b9010ca
 @dataclass(frozen=True)
 class Batch:
-    "One step's input on this process: conditions with their random streams, and for teacher forcing the images they describe"
+    ("One step's input on this process: conditions with their random streams, and for "
+     "teacher forcing the images they describe")
     cond: Any # [B, ...] class ids, or a tuple of tensors; None rows are not allowed
     streams: Streams # one per row
     images: Tensor|None = None # [B, 3, H, W] in [0, 1]; None for free running
@@ -107,7 +111,8 @@ class Batch:
 # %% ../nbs/01_protocols.ipynb #358bbedf
 @dataclass(frozen=True)
 class Rollout:
-    "A group of samples per image, with everything the update needs and nothing it must recompute"
+    ("A group of samples per image, with everything the update needs and nothing it "
+     "must recompute")
     batch: Batch # B conditions, with their images if there are any
     tokens: Tensor # [B, G, T] int64, sampled
     old_logps: Tensor # [B, G, T] log π_old of each sampled token
@@ -120,7 +125,8 @@ class Rollout:
     advantages: Tensor|None = None # as rewards
     # [B, C, T] of the policy that sampled, in nats, where it was computed
     entropy: Tensor|None = None
-    # [B, C, T] tokens whose entropy is among the highest: 0 elsewhere, mean 1; None for all
+    # [B, C, T] tokens whose entropy is among the highest: 0 elsewhere, mean 1; None for
+    # all
     entropy_mask: Tensor|None = None
     # [B, G, T] log-probabilities the sampler itself saw, where it tells
     sampler_logps: Tensor|None = None
@@ -136,7 +142,9 @@ class Rollout:
         return Rollout(*(pick(getattr(self, f.name)) for f in fields(self)))
 
     def flat(self):
-        "Samples with contexts of their own as rows of their own, [G*B, 1, T]: all first samples, then all second ones, so any B rows in line hold every condition once"
+        ("Samples with contexts of their own as rows of their own, [G*B, 1, T]: all "
+         "first samples, then all second ones, so any B rows in line hold every "
+         "condition once")
         b, g = self.tokens.shape[:2]
         if self.context.shape[1] != g:
             raise ValueError(f"flat: {g} samples share {self.context.shape[1]} "
@@ -158,7 +166,8 @@ class Policy(Protocol):
     vocab_size: int # V
 
     def hidden(self, context:Tensor, cond) -> Tensor:
-        "[N, T] context tokens and N conditions to [N, T, D] states; state t predicts token t"
+        ("[N, T] context tokens and N conditions to [N, T, D] states; state t predicts"
+         " token t")
     def head(self, hidden:Tensor) -> Tensor:
         "[..., D] states to [..., V] float32 logits"
     def generate(self, cond, streams:Streams, *, temperature:float=1.,
@@ -176,7 +185,8 @@ class Tokenizer(Protocol):
     def encode(self, images:Tensor) -> Tensor:
         "[N, 3, H, W] in [0, 1] to [N, T] ids"
     def decode(self, tokens:Tensor, clamp:bool=True) -> Tensor:
-        "[N, T] ids to [N, 3, H, W] in [0, 1]; unclamped keeps gradients alive everywhere"
+        ("[N, T] ids to [N, 3, H, W] in [0, 1]; unclamped keeps gradients alive "
+         "everywhere")
     def decode_probs(self, probs:Tensor, clamp:bool=True) -> Tensor:
         "[N, T, K] (relaxed) one-hot rows to pixels, differentiable in `probs`"
     def decoder_parameters(self) -> list:
@@ -186,13 +196,16 @@ class Tokenizer(Protocol):
 class Perceptual(Protocol):
     "A network whose feature maps measure perceptual distance"
     def features(self, images:Tensor) -> list:
-        "[N, 3, H, W] in [0, 1] to feature maps [N, C_l, h_l, w_l], weighted so that squared differences add up to the distance"
+        ("[N, 3, H, W] in [0, 1] to feature maps [N, C_l, h_l, w_l], weighted so that "
+         "squared differences add up to the distance")
 
 @runtime_checkable
 class Reward(Protocol):
     "Scores groups of images, higher is better; state goes in and comes out as a value"
     def __call__(self, images:Tensor, batch:Batch, state=None) -> tuple:
-        "[B, G, 3, H, W] in [0, 1] and the batch they belong to, to rewards [B, G] or [B, G, T] and the new state; one with `unclamped = True` gets the decoder's own pixels"
+        ("[B, G, 3, H, W] in [0, 1] and the batch they belong to, to rewards [B, G] or"
+         " [B, G, T] and the new state; one with `unclamped = True` gets the decoder's"
+         " own pixels")
 
 # %% ../nbs/01_protocols.ipynb #c96773cf
 # LOO-FID §3.2 and AR-GRPO's code: no article
@@ -220,7 +233,8 @@ class System:
                 if m is not None]
 
     def with_prompts(self, batch:Batch) -> Batch:
-        "The batch with 'a photo of {class}' as prompts (LOO-FID §3.2), if it has none and the classes have names"
+        ("The batch with 'a photo of {class}' as prompts (LOO-FID §3.2), if it has "
+         "none and the classes have names")
         if batch.prompts is not None or self.class_names is None: return batch
         return replace(batch,
                        prompts=[CLASS_PROMPT.format(self.class_names[i])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .own_rewards import ask_reward, check_orientation, is_ours
 from .protocols import Batch
 
 # %% ../nbs/20_rewards.ipynb #f32770d5
@@ -50,7 +51,7 @@ def error_maps(images:Tensor, # [B, G, 3, H, W] in [0, 1]
                perceptual=None, # `Perceptual` network
                mse_coef:float=1., # weight of the squared error on [-1, 1]
                perceptual_coef:float=1., # λ_p
-              ) -> list: # maps [B, G, h, w], whose means add up to the reconstruction loss
+           ) -> list: # maps [B, G, h, w], whose means add up to the reconstruction loss
     "Squared errors of pixels and of feature maps, each still in its place"
     maps, (b, g) = [], images.shape[:2]
     if mse_coef: maps.append(mse_coef*4*(images - targets[:, None]).pow(2).mean(2))
@@ -73,23 +74,27 @@ def pool_to_grid(maps:list, # error maps [B, G, h, w]
                  # (rows, columns) of the token map, or a tuple of such pairs, one per
                  # scale
                  grid:tuple,
-                ) -> Tensor: # [B, G, T], whose mean over T is the mean of the maps when sizes divide
+   ) -> Tensor: # [B, G, T], whose mean over T is the mean of the maps when sizes divide
     "Sum of error maps, averaged over each token's patch"
     grids = grid if isinstance(grid[0], tuple) else (grid,)
     return torch.cat([sum(F.adaptive_avg_pool2d(m, g).flatten(2) for m in maps)
                       for g in grids], -1)
 
 class ReconstructionReward:
-    "−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or per token"
+    ("−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or "
+     "per token")
     def __init__(self,
                  perceptual=None, # `Perceptual` network, None for pixels only
                  mse_coef:float=1., perceptual_coef:float=1.,
                  # token grid for credit per token; None for one reward per image
                  grid:tuple|None=None,
-                 clamp:bool=False, # to [0, 1] first, instead of the decoder's own pixels
+                 # to [0, 1] first, instead of the decoder's own pixels
+                 clamp:bool=False,
                 ):
-        self.perceptual, self.mse_coef, self.perceptual_coef, self.grid = perceptual, mse_coef, perceptual_coef, grid
-        self.clamp, self.unclamped = clamp, not clamp # `score_groups` decodes accordingly
+        self.perceptual, self.mse_coef = perceptual, mse_coef
+        self.perceptual_coef, self.grid = perceptual_coef, grid
+        # `score_groups` decodes accordingly
+        self.clamp, self.unclamped = clamp, not clamp
 
     def __call__(self, images:Tensor, batch:Batch, state=None):
         if batch.images is None:
@@ -141,14 +146,15 @@ def check_chunk_size(chunk_size:int) -> int: # the same
                          "images, or 0 for all together")
     return chunk_size
 
-def _rows(reward, images, batch, state, chunk_size):
+def _rows(name, reward, images, batch, state, chunk_size, straight):
     "Scores of a step, in chunks unless the reward needs all images together"
-    if getattr(reward, 'together', False) or not chunk_size:
-        return reward(images, batch, state)
-    n, out = max(1, chunk_size//images.shape[1]), []
+    n = max(1, chunk_size//images.shape[1])
+    if getattr(reward, 'together', False) or not chunk_size: n = len(images)
+    out = []
     for s in (slice(i, i + n) for i in range(0, len(images), n)):
-        r, state = reward(images[s], batch.take(s), state)
-        out.append(r)
+        r, new = ask_reward(reward, images[s], batch.take(s), state, name)
+        if not straight: check_orientation(reward, images[s], batch.take(s), state, r, name)
+        out, state = [*out, r], new
     return torch.cat(out), state
 
 def _check_scores(name, scores, allow_constant):
@@ -198,6 +204,8 @@ class WeightedSum:
         self.rewards, self.normalise, self.chunk_size, self.stats = (rewards,
                                                                      normalise,
                                                                      chunk_size, {})
+        # names of rewards whose answers are known not to be transposed
+        self._straight = {k for k, (r, _) in rewards.items() if is_ours(r)}
         self._gather = lambda x: x
         if gather: self.gather = gather
         self.allow_constant = (set(rewards) if allow_constant is True
@@ -223,7 +231,8 @@ class WeightedSum:
         loud = [name for name, s in shares.items() if s > DROWNED and len(shares) > 1]
         if loud and not self.drowned:
             self.drowned = True
-            warnings.warn(f"rewards: {loud[0]} has {shares[loud[0]]:.1%} of the say, so the "
+            warnings.warn(f"rewards: {loud[0]} has {shares[loud[0]]:.1%} "
+                          "of the say, so the "
                           "sum is that reward and little else; normalize_rewards=True "
                           "makes weights mean what they say, or change the weights")
 
@@ -236,8 +245,9 @@ class WeightedSum:
         inside = images.clamp(0, 1) if self.unclamped else images
         for name, (reward, weight) in self.rewards.items():
             seen = images if getattr(reward, 'unclamped', False) else inside
-            r, new[name] = _rows(reward, seen, batch, (state or {}).get(name),
-                                 self.chunk_size)
+            r, new[name] = _rows(name, reward, seen, batch, (state or {}).get(name),
+                                 self.chunk_size, name in self._straight)
+            self._straight.add(name)
             scores = self.gather(r.detach().flatten())
             _check_scores(name, scores, name in self.allow_constant)
             std = scores.std().item() if len(scores) > 1 else 0.

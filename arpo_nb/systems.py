@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['model_table', 'load_system', 'name_classes', 'load_shapes', 'model_files', 'usual_guidance', 'ClassScore',
            'own_images', 'own_reference', 'imagenet_classes', 'imagenet_synonyms', 'spec_of', 'load_reward',
-           'load_data', 'check_data', 'check_hub_model', 'prompt_encoder', 'load_metric_net', 'main']
+           'check_rewards', 'own_rewards', 'load_data', 'check_data', 'check_hub_model', 'prompt_encoder', 'own_data',
+           'load_metric_net', 'main']
 
 # %% ../nbs/37_models.ipynb #de9ccbda
 import argparse
@@ -15,15 +16,16 @@ from pathlib import Path
 
 import torch
 
-from .config import FREE, Config, parse_rewards
+from .config import FREE, Config, parse_rewards, uses_perceptual
 from .data.captions import DiskFeatures, NamedClasses, PromptData, T5Features, TextData
 from .data.images import ArrayData, LabelData, folder_data, hub_data, imagenet_ids, is_hub_folder
 from .maths.moments import Reference
+from .own_rewards import find_reward
 from .protocols import MetricNet, System
-from .rewards import WeightedSum
+from .rewards import WeightedSum, check_images
 from .scores.features import TRUNKS, LPIPSFeatures
-from .scores.reward_factory import CLIP_OF, make_rewards
-from .specs import ModelSpec, families, find_model, known_models, resolve
+from .scores.reward_factory import CLIP_OF, REWARDS, make_rewards, read_rewards
+from .specs import ModelSpec, families, find_model, is_dotted, known_models, names_object, resolve
 from .weights import FILES, _hub, human_size, import_torchvision
 
 # %% ../nbs/37_models.ipynb #fc56b059
@@ -46,7 +48,8 @@ def model_table(models=None, # names; None for all that are known
 def load_system(model, # name, dotted path, or `ModelSpec`
                 weights:str='default', # 'default', 'random', or a file or folder
                 seed:int=0, # of random weights
-                # with LPIPS on VGG, or on the trunk that is named; a model that has another network always has it
+                # trunk of LPIPS, or package.module:name of another network that compares pictures; True for the usual one,
+                # False for none. A model with a network of its own always has that
                 perceptual:bool|str=True,
                 tokenizer_weights:str='default', # the tokenizer's, where it is not the one that belongs to `weights`
                ) -> System: # in eval mode
@@ -55,10 +58,7 @@ def load_system(model, # name, dotted path, or `ModelSpec`
     torch.manual_seed(seed)
     encode = resolve(spec.encoder)(given) if spec.encoder else None # before gigabytes are read
     system = _as_system(spec, _build(spec, given, None if tokenizer_weights == 'default' else tokenizer_weights))
-    if system.perceptual is None and spec.perceptual: system.perceptual = resolve(spec.perceptual)()
-    if system.perceptual is None and perceptual:
-        net = perceptual if isinstance(perceptual, str) else 'vgg'
-        system.perceptual = LPIPSFeatures(net, random=weights == 'random')
+    system.perceptual = _perceptual(spec, perceptual, weights == 'random', system.perceptual)
     if encode: system.encode_prompts, system.answers = encode, spec.answers and resolve(spec.answers)(given, encode)
     system.name, system.spec = model if isinstance(model, str) else spec.name, spec
     for m in system.modules(): m.eval()
@@ -75,6 +75,19 @@ def _build(spec, weights, tokenizer_weights):
         if k in takes or anything: continue
         raise ValueError(f"{k}={v!r}: {spec.name} brings its own (its builder has no argument {k}); use 'default'")
     return build(**given)
+
+def _perceptual(spec, asked, random, own):
+    "The network that compares pictures"
+    if isinstance(asked, str) and is_dotted(asked):
+        found = resolve(asked, 'perceptual_net')
+        net = found if hasattr(found, 'features') and not isinstance(found, type) else found()
+        if callable(getattr(net, 'features', None)): return net
+        raise ValueError(f"perceptual_net={asked!r}: a {type(net).__name__} without features(images); see "
+                         "protocols.Perceptual")
+    if own is not None: return own
+    if spec.perceptual: return resolve(spec.perceptual)()
+    trunk = {} if asked in (True, 'vgg') else dict(net=asked)
+    return LPIPSFeatures(random=random, **trunk) if asked else None
 
 def _as_system(spec, made):
     "What a builder made, as a `System`"
@@ -99,7 +112,7 @@ def name_classes(system:System,
     return system
 
 # %% ../nbs/37_models.ipynb #b575d796
-def load_shapes(model, perceptual:bool=True) -> System: # on the meta device
+def load_shapes(model, perceptual:bool|str=True) -> System: # on the meta device
     "A system without memory"
     takes = signature(resolve(find_model(model).build)).parameters
     weights = 'random' if 'weights' in takes else 'default'
@@ -108,7 +121,7 @@ def load_shapes(model, perceptual:bool=True) -> System: # on the meta device
     except (NotImplementedError, RuntimeError): return load_system(model, weights, perceptual=perceptual).to('meta')
 
 # %% ../nbs/37_models.ipynb #81dfbf83
-def model_files(model, weights:str='default', perceptual:bool=True, tokenizer_weights:str='default',
+def model_files(model, weights:str='default', perceptual:bool|str=True, tokenizer_weights:str='default',
                ) -> list: # pairs of a key of `weights.FILES` and a local path or None
     "The files that a system is made of"
     spec = find_model(model)
@@ -119,9 +132,13 @@ def model_files(model, weights:str='default', perceptual:bool=True, tokenizer_we
     out = [(policy, given)]
     if text: out.append((text, given and resolve(spec.text_beside)(given)))
     if vq and own != 'random': out.append((vq, own))
-    if not perceptual or spec.perceptual: return out
-    net = perceptual if isinstance(perceptual, str) else 'vgg'
-    return [*out, (TRUNKS[net][0], None), (f'lpips_{net}', None)]
+    return out + [(name, None) for name in _perceptual_files(spec, perceptual)]
+
+def _perceptual_files(spec, asked):
+    "The published files of LPIPS, where it is used"
+    if not asked or spec.perceptual or (isinstance(asked, str) and is_dotted(asked)): return []
+    trunk = 'vgg' if asked is True else asked
+    return [TRUNKS[trunk][0], f'lpips_{trunk}']
 
 def usual_guidance(model) -> float:
     "The guidance weight that a model's own sampler has; 1 is none"
@@ -175,17 +192,35 @@ def load_reward(cfg:Config, # its rewards and how they are combined
     if cfg.method not in FREE: return None
     names, spec, random = parse_rewards(cfg.rewards), spec_of(system), cfg.weights == 'random'
     judge = resolve(spec.judge)(system) if spec.judge else None
-    own = {'class_score': names.pop('class_score')} if judge is not None and 'class_score' in names else {}
+    own = own_rewards(names, system) # those that no factory makes
+    names = {n: w for n, w in names.items() if n not in own}
     options = dict(normalise=cfg.normalize_rewards, pca=cfg.pca_dim, weights='random' if random else None,
                    loo_fid=dict(ema_weight=cfg.ema_weight, covariance=cfg.covariance))
     if 'loo_fid' in names: options |= _loo_fid_options(cfg, spec, judge)
-    if names.keys() & CLIP_OF.keys(): name_classes(system, cfg.class_names)
+    wants = any(getattr(r, 'prompts', False) for r in own.values())
+    if names.keys() & CLIP_OF.keys() or wants: name_classes(system, cfg.class_names)
     terms = make_rewards(names, **options).rewards if names else {}
     for name, threshold in zip(('brightness', 'darkness'), spec.brightness):
         if name in terms: terms[name][0].threshold = cfg.brightness_threshold or threshold
-    if own: terms = {'class_score': (ClassScore(judge), own['class_score'])} | terms
-    return WeightedSum(terms, normalise=cfg.normalize_rewards, chunk_size=cfg.decode_batch_size,
+    weights = parse_rewards(cfg.rewards)
+    terms = {n: (own[n], w) if n in own else terms[n] for n, w in weights.items()}
+    total = WeightedSum(terms, normalise=cfg.normalize_rewards, chunk_size=cfg.decode_batch_size,
                        allow_constant=terms.keys() & {'brightness', 'darkness', 'class_score'})
+    total.text = cfg.rewards # what it was made from
+    return total
+
+def check_rewards(cfg:Config, system:System):
+    "Raise for a reward that is not there, before anything is loaded"
+    if cfg.method not in FREE: return
+    names, judged = parse_rewards(cfg.rewards), ('class_score',) if spec_of(system).judge else ()
+    read_rewards({n: w for n, w in names.items() if n not in judged and find_reward(n, (*REWARDS, *judged)) is None} or 'clip')
+
+def own_rewards(names, # of rewards
+                system:System) -> dict: # name: `Reward`
+    "Those of the names that stand for a reward of your own, or for the judge of the model"
+    judge, known = spec_of(system).judge, (*REWARDS, 'class_score')
+    out = {'class_score': ClassScore(resolve(judge)(system))} if judge and 'class_score' in names else {}
+    return out | {n: r for n in names if (r := find_reward(n, known)) is not None}
 
 def _loo_fid_options(cfg, spec, judge):
     "What sees, and what real images look like to it"
@@ -204,6 +239,7 @@ def load_data(cfg:Config, # its model, method, data, seed and class_split
               system:System):
     "What a run trains on: pictures with their classes or captions, or, free-running, classes or prompts alone"
     check_data(cfg, system)
+    if names_object(cfg.data): return own_data(cfg, system)
     if cfg.method == 'grpo' and system.num_classes:
         return LabelData(system.num_classes, cfg.class_split, cfg.seed)
     if not system.num_classes: return _text_data(cfg, system)
@@ -212,6 +248,7 @@ def load_data(cfg:Config, # its model, method, data, seed and class_split
 
 def check_data(cfg:Config, system:System):
     "Raise for a data set or a text encoder that is not there; reads nothing, and needs a system of shapes only"
+    if names_object(cfg.data): return resolve(cfg.data, 'data')
     if cfg.method == 'grpo' and system.num_classes: return
     if cfg.data == 'default':
         if spec_of(system).data: return
@@ -279,6 +316,26 @@ def _text_data(cfg, system):
                          "without features; "
                          "name a T5 encoder such as 'google/flan-t5-xl'")
     return PromptData(cfg.data, encode)
+
+# %% ../nbs/37_models.ipynb #dc1f544c
+def own_data(cfg:Config, system:System):
+    "The data set that `cfg.data` names"
+    make = resolve(cfg.data, 'data')
+    offer = dict(cfg=cfg, system=system, image_size=system.tokenizer.image_size)
+    data = make(**{k: v for k, v in offer.items() if k in signature(make).parameters}) if callable(make) else make
+    if isinstance(data, tuple): data = ArrayData(*data)
+    if hasattr(data, 'batches'): return data
+    if not (hasattr(data, '__len__') and hasattr(data, 'load')):
+        raise ValueError(f"data={cfg.data!r}: gave a {type(data).__name__}; expected an object with a length and "
+                         "load(rows), "
+                         "or a tuple of images [N, ...], labels [N] and what makes pixels of images")
+    images, _ = data.load(range(1))
+    if images is not None: check_images(images, f'data={cfg.data!r}: images')
+    side = images is not None and images.shape[-1]
+    if side and side != system.tokenizer.image_size:
+        raise ValueError(f"data={cfg.data!r}: pictures of {side} pixels, but {system.name} takes "
+                         f"{system.tokenizer.image_size}")
+    return data
 
 # %% ../nbs/37_models.ipynb #9b4e1090
 def load_metric_net(model) -> MetricNet|None:

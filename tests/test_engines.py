@@ -43,9 +43,10 @@ def test_an_exact_copy_changes_nothing(tmp_path):
 def test_another_distribution_shows_and_is_weighed(tmp_path):
     cfg = replace(TINY, sampler=f'{__name__}.Uniform', steps=1)
     plain = run(cfg, tmp_path/'plain')[0]
-    weighed = run(replace(cfg, vllm_importance_sampling_correction=True, vllm_importance_sampling_cap=.5), tmp_path/'weighed')[0]
+    weighed = run(replace(cfg, vllm_importance_sampling_correction=True, vllm_importance_sampling_clip_max=.5), tmp_path/'weighed')[0]
     assert plain['sampling/sampling_logp_difference/mean'] == weighed['sampling/sampling_logp_difference/mean'] > .1
-    assert 0 < weighed['sampling/importance_sampling_ratio/mean'] <= .5
+    low, mean, high = (weighed[f'sampling/importance_sampling_ratio/{k}'] for k in ('min', 'mean', 'max'))
+    assert 0 < low < mean < high <= .5
     assert weighed['optim/grad_norm'] < plain['optim/grad_norm']
 
 

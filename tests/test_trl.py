@@ -144,7 +144,8 @@ def test_every_shared_field_is_accounted_for(trl):
     theirs, mine = {f.name for f in fields(trl.Config)}, {f.name for f in fields(Config)}
     compared = {k for kw in COMBINATIONS for k in kw}
     plain = {'seed', 'num_generations', 'num_iterations', 'temperature', 'scale_rewards', 'learning_rate', 'lr_scheduler_type', 'warmup_steps', 'weight_decay', 'adam_beta1', 'adam_beta2',
-             'max_grad_norm', 'gradient_checkpointing', 'save_steps', 'entropy_coef_min', 'entropy_coef_max'}
+             'max_grad_norm', 'gradient_checkpointing', 'save_steps', 'entropy_coef_min', 'entropy_coef_max',
+             'vllm_importance_sampling_correction', 'vllm_importance_sampling_mode', 'vllm_importance_sampling_clip_min', 'vllm_importance_sampling_clip_max'}
     assert theirs & mine == compared | plain
     assert set(TRL_ONLY) <= theirs and not set(TRL_ONLY) & mine
     for name, reason in TRL_ONLY.items():

@@ -47,12 +47,15 @@ _MIDDLE = [ # on the text without tags
     (r'[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+', ' '), (r'\s+\.\s+', ' ')]
 _AFTER = [ # on repaired Unicode
     # model numbers
-    (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''), (r'\b\d+[a-zA-Z]+\d+\b', ''),
+    (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''),
+    (r'\b\d+[a-zA-Z]+\d+\b', ''),
     # shop talk
-    (r'(?:worldwide\s+)?(?:free\s+)?shipping', ''), (r'(?:free\s)?download(?:\sfree)?', ''), (r'\bclick\b\s(?:for|on)\s\w+', ''),
+    (r'(?:worldwide\s+)?(?:free\s+)?shipping', ''),
+    (r'(?:free\s)?download(?:\sfree)?', ''), (r'\bclick\b\s(?:for|on)\s\w+', ''),
     (rf'\b{_FILES}(?:\simages?)?', ''), (r'\bpage\s+\d+\b', ''),
     # codes, and sizes like 4x6
-    (r'\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b', ' '), (r'\b\d+\.?\d*[xх×]\d+\.?\d*\b', ''),
+    (r'\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b', ' '),
+    (r'\b\d+\.?\d*[xх×]\d+\.?\d*\b', ''),
     (r'\b\s+:\s+', ': '), (r'(\D[,./])\b', r'\1 '), (r'\s+', ' ')]
 # quotes around, punctuation at the ends
 _ENDS = [(r'^["\'](.+)["\']$', r'\1'), (r"^['_,\-:;]", ''), (r"['_,\-:+]$", ''),
@@ -63,7 +66,8 @@ def _apply(rules, text):
     return text
 
 class _Text(HTMLParser):
-    "Collects the text between tags; an unknown &name; loses its semicolon, a known one may lack it"
+    ("Collects the text between tags; an unknown &name; loses its semicolon, a known "
+     "one may lack it")
     def __init__(self):
         super().__init__(convert_charrefs=False)
         self.parts, self.inside = [], 0
@@ -101,7 +105,7 @@ def clean_prompt(text:str, # as typed
 # %% ../../nbs/09_text_data.ipynb #c51e33f9
 def left_pad(feats:Tensor, # [B, L, D] features, valid rows first
              mask:Tensor, # [B, L], 1 for valid rows
-            ) -> tuple: # features [B, L, D] and mask [B, L], valid rows last and all others zero
+   ) -> tuple: # features [B, L, D] and mask [B, L], valid rows last and all others zero
     "Move valid rows to the end and zero the rest"
     # zeros first, both kinds in their old order
     order = mask.sort(dim=1, stable=True).indices
@@ -113,8 +117,9 @@ def left_pad(feats:Tensor, # [B, L, D] features, valid rows first
 
 def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each caption
                    length:int=120, # rows after padding
-                  ) -> tuple: # features [B, length, D] float32, mask [B, length], and how many captions were too long
-    "Right-align features of different lengths; longer ones lose their tail, as LlamaGen truncates"
+              ) -> tuple: # features [B, length, D], mask [B, length], how many too long
+    ("Right-align features of different lengths; longer ones lose their tail, as "
+     "LlamaGen truncates")
     rows = [torch.as_tensor(np.asarray(r, np.float32)) for r in rows]
     feats, mask = (torch.zeros(len(rows), length, rows[0].shape[-1]),
                    torch.zeros(len(rows), length, dtype=torch.long))
@@ -172,7 +177,8 @@ class T5Features:
                         mask)
 
 class DiskFeatures:
-    "Left-padded features of captions by their key, from a folder of .npy files or one .npz"
+    ("Left-padded features of captions by their key, from a folder of .npy files or "
+     "one .npz")
     def __init__(self, path, length:int=120):
         path = Path(path)
         if not path.exists():
@@ -290,7 +296,8 @@ def _sources(path):
 
 # %% ../../nbs/09_text_data.ipynb #9b6b20f3
 class TextImages:
-    "A stream of captioned pictures: dicts of index, key, image [3, size, size] in [0, 1], text, and feats when stored"
+    ("A stream of captioned pictures: dicts of index, key, image [3, size, size] in "
+     "[0, 1], text, and feats when stored")
     def __init__(self,
                  path, # folder, .tar, .parquet, or a pattern of those
                  size:int=256, # side after the centre crop
@@ -303,7 +310,8 @@ class TextImages:
                  crop:str='adm', # key of `image_io.CROPS`
                 ):
         self.crop = crop
-        self.sources, self.size, self.rank, self.world_size, self.start, self.shuffle = _sources(path), size, rank, world_size, start, shuffle
+        self.sources, self.size, self.rank = _sources(path), size, rank
+        self.world_size, self.start, self.shuffle = world_size, start, shuffle
         # features cut, and broken records by reason
         self.epoch, self.endless, self.truncated, self.skipped = (start >> 40,
                                                                   endless, 0, Counter())
@@ -419,7 +427,8 @@ class TextData:
                  features=None, # see `text_batches`
                  length:int=120, # rows of stored features
                  crop:str='adm'): # key of `image_io.CROPS`
-        self.path, self.size, self.features, self.length, self.seen = path, size, features, length, dict(skipped=0, truncated=0)
+        self.path, self.size, self.features, self.length = path, size, features, length
+        self.seen = dict(skipped=0, truncated=0)
         self.crop = crop
         probe = TextImages(path, size)
         if next(text_batches(probe, 1, features, length=length), None) is None:
@@ -482,7 +491,8 @@ class PromptData:
                 if hasattr(self.features, 'truncated') else {})
 
 class NamedClasses:
-    "Prompts to class ids, for a class-conditional model: the class whose name stands in the prompt"
+    ("Prompts to class ids, for a class-conditional model: the class whose name stands"
+     " in the prompt")
     def __init__(self, names): # class names in the order of their ids
         self.ids = {n.lower(): i for i, n in enumerate(names)}
 

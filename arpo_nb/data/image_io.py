@@ -30,13 +30,16 @@ def center_crop(image:Image.Image, # any size and mode
 def resize_crop(image:Image.Image, # any size and mode
                 size:int, # side of the square
                ) -> Image.Image: # RGB, size × size
-    "As `center_crop`, with one bicubic resize, as torchvision's Resize and CenterCrop do"
+    ("As `center_crop`, with one bicubic resize, as torchvision's Resize and "
+     "CenterCrop do")
     image, short = image.convert('RGB'), min(image.size)
-    image = image.resize(tuple(int(size*s/short) for s in image.size), Image.Resampling.BICUBIC)
+    image = image.resize(tuple(int(size*s/short) for s in image.size),
+                         Image.Resampling.BICUBIC)
     left, top = (round((s - size)/2) for s in image.size)
     return image.crop((left, top, left+size, top+size))
 
-CROPS = dict(adm=center_crop, bicubic=resize_crop) # by the names of a configuration's image_crop
+# by the names of a configuration's image_crop
+CROPS = dict(adm=center_crop, bicubic=resize_crop)
 
 def to_tensor(image:Image.Image) -> Tensor: # [3, H, W] in [0, 1]
     "An RGB picture as a float tensor"
@@ -45,7 +48,7 @@ def to_tensor(image:Image.Image) -> Tensor: # [3, H, W] in [0, 1]
 # %% ../../nbs/07_image_io.ipynb #c6777da9
 def ten_crop(image:Image.Image, # at least size × size
              size:int, # side of each crop
-            ) -> list: # ten crops: top left, top right, bottom left, bottom right, centre, then the five of the mirrored picture
+     ) -> list: # ten crops: four corners and the centre, then those of the mirror image
     "Four corners, the centre, and the same from the mirror image"
     w, h = image.size
     if min(w, h) < size:
@@ -68,7 +71,8 @@ def to_uint8(pixels:Tensor, # [N, 3, H, W], nominally in [0, 1]
 def resize_pixels(pixels:Tensor, # [N, 3, H, W], unclamped
                   size:int, # new side
                  ) -> Tensor: # [N, 3, size, size]
-    "Bicubic resize without antialiasing, as between a 384-pixel model and the 256-pixel evaluation"
+    ("Bicubic resize without antialiasing, as between a 384-pixel model and the "
+     "256-pixel evaluation")
     return (pixels if pixels.shape[-1] == size
             else F.interpolate(pixels.float(), (size, size), mode='bicubic',
                                align_corners=False))

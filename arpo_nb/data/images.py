@@ -135,7 +135,8 @@ def imagenet_ids() -> dict: # synset, such as n02123045, to class id
 def class_ids(root:str|Path, # folder with a folder for each class
               num_classes:int, # of the policy
              ) -> dict: # folder name to class id
-    "Class ids by folder name: a number, a synset of ImageNet, or else the place in alphabetical order"
+    ("Class ids by folder name: a number, a synset of ImageNet, or else the place in "
+     "alphabetical order")
     where, names = (f"data={str(root)!r}",
                     sorted(d.name for d in Path(root).iterdir() if d.is_dir()
                            and not d.name.startswith('.')))
@@ -181,7 +182,8 @@ def folder_data(root:str|Path,
                 num_classes:int, # of the policy; id `num_classes` is its null class
                 **kwargs, # of `Pictures`
                ) -> Pictures:
-    "Pictures below a folder: sub-folders are classes (see `class_ids`), no sub-folders means no classes"
+    ("Pictures below a folder: sub-folders are classes (see `class_ids`), no "
+     "sub-folders means no classes")
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"data={str(root)!r}: no such folder; give a "

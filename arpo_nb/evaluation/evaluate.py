@@ -15,7 +15,8 @@ from ..protocols import MetricNet, Streams
 
 # %% ../../nbs/50_evaluate.ipynb #8e7b0898
 def root_factor(sigma:Tensor) -> Tensor: # L with L Lᵀ = sigma, [D, rank]
-    "Cholesky factor of a covariance, or its eigenvectors times their roots where it is singular"
+    ("Cholesky factor of a covariance, or its eigenvectors times their roots where it "
+     "is singular")
     L, failed = torch.linalg.cholesky_ex(sigma)
     if not failed: return L
     values, vectors = torch.linalg.eigh(sigma)
@@ -37,7 +38,8 @@ def frechet_distance(mu1:Tensor, sigma1:Tensor, # [D], [D, D]
 
 # %% ../../nbs/50_evaluate.ipynb #bca7b657
 def gram(x:Tensor) -> Tensor: # [D, D]
-    "xᵀx; on the CPU through NumPy, which sees that both factors are one matrix and does half the work"
+    ("xᵀx; on the CPU through NumPy, which sees that both factors are one matrix and "
+     "does half the work")
     return torch.from_numpy(x.numpy().T@x.numpy()) if x.device.type == 'cpu' else x.T@x
 
 class RunningMoments:
@@ -142,7 +144,7 @@ def generate_images(policy, tokenizer, # `Policy`, `Tokenizer`
                     *, start:int=0, # number of the first image
                     batch_size:int=512, progress:bool=False, device='cpu',
                     **sampling, # temperature, top_k, top_p, cfg_scale
-                   ): # yields images [n, 3, H, W] in [0, 1] and their labels [n], batch by batch
+          ): # yields images [n, 3, H, W] in [0, 1] and their labels [n], batch by batch
     "Images of some labels, each from its own random stream"
     for i in tqdm(range(0, len(labels), batch_size), disable=not progress,
                   desc='images', leave=False):
@@ -155,7 +157,8 @@ def evaluate(policy, tokenizer, # `Policy`, `Tokenizer`
              metric_net:MetricNet,
              num_classes:int, # labels go round 0 ... num_classes-1
              *, n:int=4096, # images
-             seed:int=0, batch_size:int=512, progress:bool=True, device='cpu', **sampling) -> dict:
+             seed:int=0, batch_size:int=512, progress:bool=True, device='cpu',
+             **sampling) -> dict:
     "fid, inception_score, precision, recall and class accuracy of `n` generated images"
     outs = [(*metric_net.net(x), y) for x,
             y in generate_images(policy, tokenizer, torch.arange(n) % num_classes,

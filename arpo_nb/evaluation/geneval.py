@@ -121,7 +121,8 @@ def write_geneval(prompts:list, # of `read_prompts`
     return len(todo)
 
 # %% ../../nbs/55_geneval.ipynb #51f08677
-def arrange_geneval(prompts:list, # of `read_prompts`; picture i was drawn for prompt i mod P
+def arrange_geneval(prompts:list,
+                    # of `read_prompts`; picture i was drawn for prompt i mod P
                     samples, # folder of NNNNNN.png
                     folder, # made anew
                     n:int, # pictures
@@ -184,7 +185,8 @@ def judge(prompt:dict, # metadata, see `read_prompts`
           detections:dict, # class to list of `Found`
           color_of=None, # (`Found`, class) to one of COLORS
           # see `keep_found`
-          *, threshold:float=.3, counting_threshold:float=.9, max_overlap:float=1., max_objects:int=16,
+          *, threshold:float=.3, counting_threshold:float=.9, max_overlap:float=1.,
+          max_objects:int=16,
          position_threshold:float=.1, # see `relations`
          ) -> tuple: # right or wrong, and why
     "GenEval's verdict on one picture"
@@ -266,7 +268,8 @@ def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
               top:int=100, # instances kept
              ) -> dict: # class to list of `Found`
     "Objects from one picture's queries"
-    scores, flat = class_logits.softmax(-1)[:, :-1].flatten().topk(min(top, class_logits[:, :-1].numel()))
+    scores, flat = (class_logits.softmax(-1)[:, :-1].flatten()
+                    .topk(min(top, class_logits[:, :-1].numel())))
     query, label = flat//(class_logits.shape[1] - 1), flat % (class_logits.shape[1] - 1)
     mask_logits = F.interpolate(mask_logits[None], size, mode='bilinear',
                                 align_corners=False)[0]

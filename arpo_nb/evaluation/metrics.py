@@ -136,7 +136,8 @@ def image_statistics(source, # see `image_chunks`
                      net,
                      # features kept, evenly spread over the set; None for all
                      *, keep:int|None=None,
-                     batch_size:int=64, chunk:int=512, size:int|None=None, limit:int|None=None, progress:bool=False) -> Statistics:
+                     batch_size:int=64, chunk:int=512, size:int|None=None,
+                     limit:int|None=None, progress:bool=False) -> Statistics:
     "Pass images through a network once"
     pool, spatial, rows, logits = RunningMoments(), RunningMoments(), [], []
     n = min(image_count(source), _at_most(limit)) if keep else 0
@@ -225,9 +226,11 @@ def load_reference(path, # .npz, see the table above
     return Statistics(note.get('network', ''), note.get('source') or Path(path).name, int(note.get('n', 0)), **got, features=features, sha256=file_sha256(path))
 
 # %% ../../nbs/53_metrics.ipynb #4c66523d
-def looks_sorted(classes:Tensor, # [N] labels, or predicted classes, in the order of the files
+def looks_sorted(classes:Tensor,
+                 # [N] labels, or predicted classes, in the order of the files
                 ) -> bool:
-    "Whether neighbours share their class far more often than they would in random order"
+    ("Whether neighbours share their class far more often than they would in random "
+     "order")
     share = classes.unique(return_counts=True)[1].double()/len(classes)
     chance, agree = share.square().sum(), (classes[1:] == classes[:-1]).double().mean()
     return len(classes) > 20 and bool(agree - chance > .25*(1 - chance))
@@ -245,7 +248,8 @@ def check_reference(real:Statistics, # reference
                     image:Tensor|None=None,
                     n:int|None=None, # images there will be
                     k:int=3):
-    "Raise, before any work, unless `n` images seen by a network can be compared with a reference"
+    ("Raise, before any work, unless `n` images seen by a network can be compared with"
+     " a reference")
     _same_network(real, net.name)
     if n is not None and n < 2:
         raise ValueError(f"{n} images; a covariance needs at least 2")

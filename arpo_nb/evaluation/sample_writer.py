@@ -74,7 +74,8 @@ def image_path(folder, i:int) -> Path:
     return Path(folder)/f'{i:06d}.png'
 
 def _plain(x):
-    "What JSON does not know: numbers as numbers, functions and their fixed arguments by name"
+    ("What JSON does not know: numbers as numbers, functions and their fixed arguments"
+     " by name")
     if hasattr(x, 'item'): return x.item()
     if isinstance(x, partial):
         return f"{_plain(x.func)}({', '.join([*map(repr, x.args), *(f'{k}={v!r}' for k, v in x.keywords.items())])})"
@@ -174,7 +175,8 @@ def write_npz(folder, # with NNNNNN.png
                           "delete it and run write_samples again") from e
     first = read(0)
     def write(f):
-        with zipfile.ZipFile(f, 'w', zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as z, z.open('arr_0.npy', 'w', force_zip64=True) as out:
+        with zipfile.ZipFile(f, 'w',
+                             zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as z, z.open('arr_0.npy', 'w', force_zip64=True) as out:
             npy_format.write_array_header_1_0(out,
                                               dict(descr='|u1', fortran_order=False,
                                                    shape=(n, *first.shape)))

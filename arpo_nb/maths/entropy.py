@@ -45,7 +45,8 @@ def entropy_schedule(progress:float, # p in [0, 1], steps done over all steps
     check_unit('progress', progress)
     if progress < warmup: return peak*progress/warmup
     if progress <= decay_start: return peak
-    return end + (peak - end)*(1 + math.cos(math.pi*(progress - decay_start)/(1 - decay_start)))/2
+    done = (progress - decay_start)/(1 - decay_start)
+    return end + (peak - end)*(1 + math.cos(math.pi*done))/2
 
 # %% ../../nbs/14_entropy.ipynb #3b9bbb7e
 def entropy_coef(progress:float, # p in [0, 1]
@@ -58,7 +59,8 @@ def entropy_coef(progress:float, # p in [0, 1]
                  clamp_inside:bool=False, # apply the bounds inside the deadband too
                  **schedule, # of `entropy_schedule`
                 ) -> float:
-    "Effective entropy coefficient: the schedule times exponential feedback (LOO-FID Eq. 33)"
+    ("Effective entropy coefficient: the schedule times exponential feedback (LOO-FID "
+     "Eq. 33)")
     check_unit('entropy', entropy)
     coef, error = entropy_schedule(progress, **schedule), target - entropy
     if abs(error) > deadband: return min(max(coef*math.exp(gain*error), low), high)

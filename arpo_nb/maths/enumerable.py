@@ -100,7 +100,8 @@ class PatchTokenizer(nn.Module):
         "[N, T, K] rows of probabilities to [N, 3, H, W]"
         grey = (probs@self.levels).unflatten(-1, self.token_grid)
         mixed = (1 - self.blur)*grey + self.blur*grey.mean((-2, -1), keepdim=True)
-        image = mixed.repeat_interleave(self.patch, -1).repeat_interleave(self.patch, -2)[:, None].expand(-1, 3, -1, -1)
+        image = (mixed.repeat_interleave(self.patch, -1)
+                 .repeat_interleave(self.patch, -2)[:, None].expand(-1, 3, -1, -1))
         return image.clamp(0, 1) if clamp else image
 
     def decode(self, tokens:Tensor, clamp:bool=True) -> Tensor:
@@ -111,12 +112,14 @@ class PatchTokenizer(nn.Module):
 
     def encode(self, images:Tensor) -> Tensor:
         "[N, 3, H, W] to the nearest grey level of every unblurred patch, [N, T]"
-        mixed = images.mean(1).unflatten(-1, (-1, self.patch)).unflatten(-3, (-1, self.patch)).mean((-3, -1))
+        mixed = (images.mean(1).unflatten(-1, (-1, self.patch))
+                 .unflatten(-3, (-1, self.patch)).mean((-3, -1)))
         grey = (mixed - self.blur*mixed.mean((-2, -1), keepdim=True))/(1 - self.blur)
         return (grey.flatten(1)[..., None] - self.levels).abs().argmin(-1)
 
     def log_likelihood(self, images:Tensor, tokens:Tensor) -> Tensor:
-        "log p(I | x) of [N, 3, H, W] images under [S, T] sequences, [N, S]; grey pixels count once"
+        ("log p(I | x) of [N, 3, H, W] images under [S, T] sequences, [N, S]; grey "
+         "pixels count once")
         error = ((images[:, None, 0] - self.decode(tokens)[None, :,
                                                            0]).square().sum((-2, -1)))
         return (-error/(2*self.noise**2)

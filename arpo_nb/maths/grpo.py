@@ -34,10 +34,12 @@ def group_advantages(rewards:Tensor, # [B, G] or [B, G, T]
 
 def reward_scale(rewards, scale_rewards, unbiased):
     "The standard deviation to divide by, or None"
-    if scale_rewards in ('group', True): return rewards.std(1, keepdim=True, unbiased=unbiased)
+    if scale_rewards in ('group', True):
+        return rewards.std(1, keepdim=True, unbiased=unbiased)
     if scale_rewards == 'batch': return rewards.std(unbiased=unbiased)
     if scale_rewards in ('none', False): return None
-    raise ValueError(f"scale_rewards={scale_rewards!r}: choose 'group', 'batch' or 'none'")
+    raise ValueError(f"scale_rewards={scale_rewards!r}: choose "
+                     "'group', 'batch' or 'none'")
 
 # %% ../../nbs/13_grpo.ipynb #ae48a0e6
 def log_ratio(logps:Tensor, # [B, G, T] log π_θ
@@ -122,7 +124,8 @@ def aggregate(x:Tensor, # [B, G, T or 1]
              ) -> Tensor: # scalar
     "Average a per-token loss as TRL does"
     if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type={loss_type!r}: choose one of {', '.join(LOSS_TYPES)}")
+        raise ValueError(f"loss_type={loss_type!r}: choose one of "
+                         f"{', '.join(LOSS_TYPES)}")
     if mask is None: return x.mean()
     if loss_type in ('grpo', 'sapo'): return sequence_mean(x, mask).mean()
     count = mask.numel() if loss_type == 'dr_grpo' else mask.sum().clamp(min=1)

@@ -237,7 +237,7 @@ def build_llamagen(model:str, # key of `MODELS`
                    tokenizer_weights=None,
                    image_size:int|None=None, # pixels; None for the model's usual one
                    cache_dir=None, offline:bool|None=None, # see `locate`
-                  ) -> tuple: # policy, tokenizer; both on the CPU in float32 and eval mode
+               ) -> tuple: # policy, tokenizer; both on the CPU in float32 and eval mode
     "A LlamaGen transformer and its tokenizer, with their weights"
     if model not in MODELS:
         raise ValueError(f"model={model!r}: choose one of {', '.join(MODELS)}")

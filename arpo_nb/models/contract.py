@@ -59,14 +59,16 @@ def check_policy(policy, # `Policy`, in eval mode
           "generate: the last image differs when drawn alone; use "
           "row i of streams.uniform for image i")
     best = policy.generate(cond, streams, top_k=1)
-    gap = (scores(best).amax(-1) - scores(best).gather(-1, best[..., None])[..., 0]).max().item()
+    gap = ((scores(best).amax(-1) - scores(best).gather(-1, best[..., None])[..., 0])
+           .max().item())
     _must(gap < 1e-3, f"generate(top_k=1): a token lies {gap:.3g} below the best "
           "teacher-forced score; generate and hidden describe different distributions")
     for kw in {}, dict(temperature=.5), dict(top_k=max(2, v//4)), dict(top_p=.7):
         _check_distribution(policy, repeat_cond(cond, -(-samples//n)), seed, kw)
 
 def _check_distribution(policy, cond, seed, kw):
-    "Drawn tokens must have the log-probability that their distribution gives them on average"
+    ("Drawn tokens must have the log-probability that their distribution gives them on"
+     " average")
     streams = Streams.range(seed, 1000,
                             len(cond[0] if isinstance(cond, (tuple, list)) else cond))
     drawn = policy.generate(cond, streams, **kw)

@@ -66,15 +66,22 @@ CONFIGS = dict(janus_pro_1b=(JanusConfig(), VQ),
 
 # %% ../../nbs/39_janus.ipynb #66c3b9ef
 def llama_config(cfg:JanusConfig):
-    "Settings of the language model for transformers; text head and embedding are not tied"
+    ("Settings of the language model for transformers; text head and embedding are not"
+     " tied")
     return import_transformers('janus').LlamaConfig(
-        vocab_size=cfg.text_vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
-        num_key_value_heads=cfg.n_kv_head or cfg.n_head, max_position_embeddings=cfg.max_positions, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False,
-        rope_parameters=dict(rope_theta=cfg.rope_base, rope_type='default'), attn_implementation='sdpa')
+        vocab_size=cfg.text_vocab_size, hidden_size=cfg.dim,
+        intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer,
+        num_attention_heads=cfg.n_head,
+        num_key_value_heads=cfg.n_kv_head or cfg.n_head,
+        max_position_embeddings=cfg.max_positions, rms_norm_eps=cfg.norm_eps,
+        tie_word_embeddings=False,
+        rope_parameters=dict(rope_theta=cfg.rope_base, rope_type='default'),
+        attn_implementation='sdpa')
 
 # %% ../../nbs/39_janus.ipynb #e8955669
 class Cache:
-    "Keys and values of all layers in memory taken once; what transformers' attention layers call"
+    ("Keys and values of all layers in memory taken once; what transformers' attention"
+     " layers call")
     def __init__(self, length:int): self.length, self.start, self.layers = length, 0, {}
 
     def update(self, k, v, layer:int, *args, **kwargs):
@@ -112,10 +119,12 @@ def _what(x):
             else type(x).__name__)
 
 class JanusPolicy(nn.Module):
-    "The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are transformers'"
+    ("The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are "
+     "transformers'")
     def __init__(self, cfg:JanusConfig):
         super().__init__()
-        self.cfg, self.num_tokens, self.vocab_size, self.gradient_checkpointing = cfg, cfg.num_tokens, cfg.vocab_size, False
+        self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.num_tokens, cfg.vocab_size
+        self.gradient_checkpointing = False
         self.language_model = import_transformers('janus').LlamaModel(llama_config(cfg))
         self.generation_embeddings, self.generation_aligner = (
             nn.Embedding(cfg.vocab_size, cfg.code_dim), Aligner(cfg.code_dim, cfg.dim))
@@ -132,13 +141,16 @@ class JanusPolicy(nn.Module):
     def reset_rotary(self):
         "Compute the rotary frequencies where the parameters are"
         rotary, d = self.language_model.rotary_emb, self.cfg.dim//self.cfg.n_head
-        freqs = 1/self.cfg.rope_base**(torch.arange(0, d, 2, device=self.generation_embeddings.weight.device).float()/d)
+        freqs = 1/self.cfg.rope_base**(torch.arange(0, d, 2,
+                                                    device=self.generation_embeddings.weight.device).float()/d)
         for name in [n for n, _ in rotary.named_buffers()]: setattr(rotary, name, freqs)
         return self
 
     def check(self, cond):
         "Refuse what is not a left-padded batch of prompts that ends in begin-of-image"
-        if not isinstance(cond, (tuple, list)) or len(cond) != 2 or any(not torch.is_tensor(c) or c.dim() != 2 or c.is_floating_point() for c in cond) or cond[0].shape != cond[1].shape:
+        if not isinstance(cond,
+                          (tuple,
+                           list)) or len(cond) != 2 or any(not torch.is_tensor(c) or c.dim() != 2 or c.is_floating_point() for c in cond) or cond[0].shape != cond[1].shape:
             raise ValueError("cond: expected a pair of prompt ids [N, L] "
                              "and mask [N, L], got "
                              f"{_what(cond)}; janus.encode_prompts makes one")
@@ -172,7 +184,8 @@ class JanusPolicy(nn.Module):
         return ids, torch.ones_like(ids)
 
     def null_cond(self, cond:tuple) -> tuple:
-        "Unconditional prompts: every real id but the first and the last becomes the pad tag, which is attended to"
+        ("Unconditional prompts: every real id but the first and the last becomes the "
+         "pad tag, which is attended to")
         ids, mask = cond
         inner = mask.bool() & (mask.cumsum(1) > 1)
         inner[:, -1] = False
@@ -184,13 +197,16 @@ class JanusPolicy(nn.Module):
 
     def trunk(self, x:Tensor, valid:Tensor, cache:Cache|None=None,
               positions=None) -> Tensor:
-        "States of inputs [N, n, dim]; `valid` [N, m] marks real positions, the last n of which belong to `x`"
+        ("States of inputs [N, n, dim]; `valid` [N, m] marks real positions, the last "
+         "n of which belong to `x`")
         n, m, lm, mask = x.shape[1], valid.shape[1], self.language_model, None
         if positions is None: positions = (valid.cumsum(1) - 1).clamp(min=0)[:, m-n:]
         # padded keys are hidden, but a padded query must see something
         if not valid.is_meta and not valid.all():
             mask = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m-n)
-            mask = (mask & valid[:, None] | torch.eye(n, m, dtype=torch.bool, device=x.device).roll(m-n, 1))[:, None]
+            mask = (mask & valid[:, None] | torch.eye(n, m, dtype=torch.bool,
+                                                      device=x.device).roll(m-n, 1))[:,
+                                                                                     None]
         kw = dict(attention_mask=mask, position_ids=positions,
                   position_embeddings=lm.rotary_emb(x, positions),
                   past_key_values=cache)
@@ -201,7 +217,8 @@ class JanusPolicy(nn.Module):
         return lm.norm(x)
 
     def hidden(self, context:Tensor, cond:tuple) -> Tensor:
-        "[N, T] context codes to [N, T, dim]; state t has seen the prompt and codes before t"
+        ("[N, T] context codes to [N, T, dim]; state t has seen the prompt and codes "
+         "before t")
         if context.shape[1] > self.num_tokens:
             raise ValueError(f"context: {context.shape[1]} codes, expected at "
                              f"most {self.num_tokens}; "
@@ -221,10 +238,13 @@ class JanusPolicy(nn.Module):
                                     1))[:, ids.shape[1]-1:]
 
     def released_states(self, context:Tensor, ids:Tensor, valid:Tensor) -> Tensor:
-        "States of VA-π's released code: prompts padded on the right, and state t has seen context token t"
-        order = (~valid).long().argsort(dim=1, stable=True) # text first, padding after it
+        ("States of VA-π's released code: prompts padded on the right, and state t has"
+         " seen context token t")
+        # text first, padding after it
+        order = (~valid).long().argsort(dim=1, stable=True)
         ids, valid = ids.gather(1, order), valid.gather(1, order)
-        x = torch.cat([self.language_model.embed_tokens(ids), self.embed_codes(context)], 1)
+        x = torch.cat([self.language_model.embed_tokens(ids),
+                       self.embed_codes(context)], 1)
         positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         valid = torch.cat([valid, valid.new_ones(context.shape)], 1)
         return self.trunk(x, valid, positions=positions)[:, ids.shape[1]:]
@@ -556,10 +576,13 @@ class Answers:
 
     def __call__(self, policy) -> Tensor: # [8] in nats
         torch.manual_seed(0) # of a random head, the same at every call
-        return answer_logps(policy, load_text_head(self.model, self.weights).to(policy.generation_embeddings.weight.device), self.tokenizer)
+        return answer_logps(policy, load_text_head(self.model, self.weights)
+                            .to(policy.generation_embeddings.weight.device),
+                            self.tokenizer)
 
 def understanding_change(before:Tensor, after:Tensor) -> dict:
-    "How far the answers moved, in nats per answer; negative means less likely than before"
+    ("How far the answers moved, in nats per answer; negative means less likely than "
+     "before")
     return dict(mean=(after - before).mean().item(),
                 worst=(after - before).min().item())
 

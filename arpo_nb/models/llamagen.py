@@ -156,7 +156,8 @@ def _what(x):
             else type(x).__name__)
 
 def _check_ids(name, ids, n, meaning):
-    "Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and says less"
+    ("Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and "
+     "says less")
     if ids.is_meta or not ids.numel() or torch.compiler.is_compiling(): return
     if ids.is_cuda:
         return torch._assert_async((ids.min() >= 0) & (ids.max() < n),
@@ -216,7 +217,8 @@ class CaptionEmbedding(nn.Module):
                                          cfg.caption_dim)/cfg.caption_dim**.5)
 
     def null(self, cond:tuple) -> tuple:
-        "The null caption, under the caption's own padding mask as in the official sampler"
+        ("The null caption, under the caption's own padding mask as in the official "
+         "sampler")
         return self.uncond_embedding.to(cond[0].dtype).expand_as(cond[0]), cond[1]
 
     def check(self, cond):
@@ -249,7 +251,8 @@ class CaptionEmbedding(nn.Module):
 
 # %% ../../nbs/31_llamagen.ipynb #dddf3f86
 class GPT(nn.Module):
-    "LlamaGen's transformer behind the `Policy` protocol; parameter names are the official ones"
+    ("LlamaGen's transformer behind the `Policy` protocol; parameter names are the "
+     "official ones")
     def __init__(self, cfg:GPTConfig):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
@@ -283,7 +286,8 @@ class GPT(nn.Module):
         return self.cls_embedding(cond).to(self.tok_embeddings.weight.dtype)
 
     def mask(self, cond, length:int) -> Tensor|None:
-        "For text, the causal mask without padded prefix columns but with the diagonal, [B, 1, length, length]; None for classes"
+        ("For text, the causal mask without padded prefix columns but with the "
+         "diagonal, [B, 1, length, length]; None for classes")
         if self.cfg.cond == 'class': return None
         mask = torch.ones(length, length, dtype=torch.bool,
                           device=cond[1].device).tril().repeat(len(cond[1]), 1, 1)
@@ -300,7 +304,8 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def hidden(self, context:Tensor, cond) -> Tensor:
-        "[N, T] context tokens to [N, T, dim]; state t has seen the condition and tokens before t"
+        ("[N, T] context tokens to [N, T, dim]; state t has seen the condition and "
+         "tokens before t")
         if context.shape[1] > self.num_tokens:
             raise ValueError(f"context: {context.shape[1]} tokens, expected "
                              f"at most {self.num_tokens} "
@@ -310,7 +315,8 @@ class GPT(nn.Module):
         _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
         x = torch.cat([self.prefix(cond), self.tok_embeddings(context[:, :-1])], 1)
         length = x.shape[1]
-        return self.trunk(x, self.rope[:length], self.mask(cond, length))[:, self.cfg.cond_len-1:]
+        return self.trunk(x, self.rope[:length], self.mask(cond, length))[:,
+                                                                          self.cfg.cond_len-1:]
 
     def head(self, hidden:Tensor) -> Tensor:
         "[..., dim] to [..., V] logits in float32"
@@ -336,7 +342,8 @@ class GPT(nn.Module):
         return [p.new_zeros(2, n, kv, length, self.cfg.head_dim) for _ in self.layers]
 
     def step(self, tokens:Tensor, pos, mask:Tensor|None, cache:list) -> Tensor:
-        "Logits [N, V] after one more token each, at position `pos`; a tensor `pos` [1] keeps all shapes fixed, for compilation"
+        ("Logits [N, V] after one more token each, at position `pos`; a tensor `pos` "
+         "[1] keeps all shapes fixed, for compilation")
         rope = (self.rope.index_select(0, pos) if torch.is_tensor(pos)
                 else self.rope[pos:pos+1])
         return self.head(self.trunk(self.tok_embeddings(tokens)[:, None],

@@ -30,7 +30,8 @@ def check_patch_nums(patch_nums):
 
 @dataclass(frozen=True)
 class MultiScaleConfig:
-    "Shape of a multi-scale tokenizer; the defaults are VAR's, which serves all sizes of the transformer"
+    ("Shape of a multi-scale tokenizer; the defaults are VAR's, which serves all sizes"
+     " of the transformer")
     ch: int = 160 # base width
     # width multiplier per level, highest resolution first
     ch_mult: tuple = (1, 1, 2, 2, 4)
@@ -68,7 +69,8 @@ class MultiScaleConfig:
 
 # %% ../../nbs/32_multiscale_vq.ipynb #5a62a8ad
 class FusedAttn(nn.Module):
-    "Single-head self-attention over pixels, with one convolution for queries, keys and values"
+    ("Single-head self-attention over pixels, with one convolution for queries, keys "
+     "and values")
     def __init__(self, c:int, groups:int):
         super().__init__()
         self.norm, self.qkv, self.proj_out = (nn.GroupNorm(groups, c, 1e-6),
@@ -78,10 +80,12 @@ class FusedAttn(nn.Module):
         # [B, 1, hw, c]
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:,
                                                                     None].chunk(3, -1)
-        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape))
+        return (x + self.proj_out(F.scaled_dot_product_attention(q, k, v)[:, 0]
+                                  .transpose(1, 2).reshape(x.shape)))
 
 class Stage(nn.Module):
-    "Residual blocks of one resolution, each followed by attention if asked, then a change of resolution"
+    ("Residual blocks of one resolution, each followed by attention if asked, then a "
+     "change of resolution")
     def __init__(self, c_in:int, c_out:int, n:int, groups:int, attn:bool,
                  resize:nn.Module|None, name:str):
         super().__init__()
@@ -233,7 +237,7 @@ class MultiScaleQuantizer(nn.Module):
              k:int, # scale
              f_hat, # [N, C, h, w] so far, or 0
              codes:Tensor, # [N, p_k², C] of this scale
-            ) -> tuple: # f_hat, and what the transformer sees at scale k+1, [N, p_{k+1}², C], or None after the last
+            ) -> tuple: # f_hat, and the input at scale k+1, [N, p_{k+1}², C], or None
         "Add one scale"
         f_hat = f_hat + self.lift(k, codes)
         if k + 1 == len(self.sizes): return f_hat, None
@@ -265,10 +269,12 @@ class MultiScaleQuantizer(nn.Module):
 
 # %% ../../nbs/32_multiscale_vq.ipynb #f4c1381f
 class MultiScaleVQ(nn.Module):
-    "VAR's image tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
+    ("VAR's image tokenizer behind the `Tokenizer` protocol; parameter names are the "
+     "official ones")
     def __init__(self, cfg:MultiScaleConfig):
         super().__init__()
-        self.cfg, self.image_size, self.codebook_size, self.num_tokens = cfg, cfg.image_size, cfg.codebook_size, cfg.num_tokens
+        self.cfg, self.image_size = cfg, cfg.image_size
+        self.codebook_size, self.num_tokens = cfg.codebook_size, cfg.num_tokens
         self.token_grid = tuple((p, p) for p in cfg.patch_nums)
         self.encoder, self.decoder, self.quantize = (Encoder(cfg), Decoder(cfg),
                                                      MultiScaleQuantizer(cfg))
@@ -279,7 +285,8 @@ class MultiScaleVQ(nn.Module):
     def latents(self, images:Tensor) -> Tensor:
         "[N, 3, H, W] in [0, 1] to latents f [N, C, h, w]"
         side = self.image_size
-        if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side) or not images.is_floating_point():
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, side,
+                                                            side) or not images.is_floating_point():
             raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, expected floats in [0, 1] of shape [N, 3, {side}, {side}]; image_io.to_tensor(image_io.center_crop(picture, {side})) gives one. The maps of a scale have fixed sides, so other sizes need other patch_nums")
         return self.quant_conv(self.encoder(2*images - 1))
 
@@ -315,11 +322,13 @@ class MultiScaleVQ(nn.Module):
             self.quantize.f_hats(probs @ self.quantize.embedding.weight)[-1], clamp)
 
     def decoder_parameters(self):
-        "What tokenizer post-training moves: everything after the codebook and the phis (VA-π App. C.2)"
+        ("What tokenizer post-training moves: everything after the codebook and the "
+         "phis (VA-π App. C.2)")
         return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
     def forward(self, images:Tensor, beta:float=.25):
-        "Straight-through reconstruction of `images`, VQ losses averaged over scales, and ids: for training a tokenizer"
+        ("Straight-through reconstruction of `images`, VQ losses averaged over scales,"
+         " and ids: for training a tokenizer")
         f = self.latents(images)
         ids = self.quantize.encode(f.detach())
         f_hats = self.quantize.f_hats(self.quantize.embedding(ids))

@@ -55,7 +55,8 @@ def fit(model, # nn.Module to train, left in eval mode
 def train_classifier(images:Tensor, # [N, 28, 28] uint8
                      labels:Tensor, # [N]
                      widths:tuple, # channels, see `ToyNet`
-                     *, epochs:float=5, batch_size:int=128, learning_rate:float=3e-3, seed:int=0, **kwargs):
+                     *, epochs:float=5, batch_size:int=128, learning_rate:float=3e-3,
+                     seed:int=0, **kwargs):
     "Train a `ToyNet`; returns it with its losses"
     torch.manual_seed(seed)
     net = ToyNet(widths)
@@ -75,8 +76,11 @@ def _pixel_loss(recon, x, perceptual, coef):
 def train_tokenizer(images:Tensor, # [N, 28, 28] uint8
                     cfg:VQConfig,
                     perceptual, # network A
-                    *, perceptual_coef:float=.1, entropy_ratio:float=.02, epochs:float=1., batch_size:int=64, learning_rate:float=2e-3, seed:int=0, **kwargs):
-    "Train a `VQModel` on MSE + perceptual + VQ losses (VA-π Eq. 2); returns it with its losses"
+                    *, perceptual_coef:float=.1, entropy_ratio:float=.02,
+                    epochs:float=1., batch_size:int=64, learning_rate:float=2e-3,
+                    seed:int=0, **kwargs):
+    ("Train a `VQModel` on MSE + perceptual + VQ losses (VA-π Eq. 2); returns it with "
+     "its losses")
     torch.manual_seed(seed)
     vq, look = (VQModel(cfg).to(memory_format=FAST),
                 perceptual.requires_grad_(False).to(memory_format=FAST))
@@ -91,7 +95,8 @@ def train_tokenizer(images:Tensor, # [N, 28, 28] uint8
 def train_policy(tokens:Tensor, # [N, T] token ids
                  labels:Tensor, # [N]
                  cfg:GPTConfig,
-                 *, epochs:float=5, batch_size:int=128, learning_rate:float=3e-3, seed:int=0, **kwargs):
+                 *, epochs:float=5, batch_size:int=128, learning_rate:float=3e-3,
+                 seed:int=0, **kwargs):
     "Train a `GPT` by maximum likelihood; returns it with its losses"
     torch.manual_seed(seed)
     gpt = GPT(cfg)

@@ -194,12 +194,16 @@ class Quantizer(nn.Module):
             entropy = (-(p*(-self.distances(z)/0.01
                             + 1e-5).log_softmax(-1)).sum(-1).mean()
                        + (mean*(mean + 1e-5).log()).sum())
-        return dict(vq=(codes - z.detach()).pow(2).mean(), commit=beta*(codes.detach() - z).pow(2).mean(), entropy=entropy_ratio*entropy,
-                    usage=self.codebook_used.unique().numel()/self.embedding.num_embeddings)
+        return dict(vq=(codes - z.detach()).pow(2).mean(),
+                    commit=beta*(codes.detach() - z).pow(2).mean(),
+                    entropy=entropy_ratio*entropy,
+                    usage=self.codebook_used.unique()
+                    .numel()/self.embedding.num_embeddings)
 
 # %% ../../nbs/30_tokenizers.ipynb #3d05121a
 class VQModel(nn.Module):
-    "LlamaGen's image tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
+    ("LlamaGen's image tokenizer behind the `Tokenizer` protocol; parameter names are "
+     "the official ones")
     def __init__(self, cfg:VQConfig):
         super().__init__()
         self.cfg, self.image_size, self.codebook_size = (cfg, cfg.image_size,
@@ -223,10 +227,12 @@ class VQModel(nn.Module):
     def encode(self, images:Tensor) -> Tensor:
         "[B, 3, H, W] in [0, 1] to ids [B, h*w], row by row"
         z = self.latents(images)
-        return self.quantize.distances(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])).argmin(1).view(len(images), -1)
+        return (self.quantize.distances(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]))
+                .argmin(1).view(len(images), -1))
 
     def decode_latents(self, z:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
-        "Code vectors [B, T, C] to pixels [B, 3, H, W]; `grid` (h, w) where it is not square"
+        ("Code vectors [B, T, C] to pixels [B, 3, H, W]; `grid` (h, w) where it is not"
+         " square")
         h, w = grid or [int(z.shape[1]**.5)]*2
         if h*w != z.shape[1]:
             raise ValueError(f"tokens: {z.shape[1]} per image, expected "
@@ -252,11 +258,13 @@ class VQModel(nn.Module):
         return self.decode_latents(probs @ self.quantize.codes, clamp, grid)
 
     def decoder_parameters(self):
-        "What tokenizer post-training moves: everything after the codebook (VA-π App. C.2)"
+        ("What tokenizer post-training moves: everything after the codebook (VA-π App."
+         " C.2)")
         return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
     def forward(self, images:Tensor, beta:float=0.25, entropy_ratio:float=0.):
-        "Straight-through reconstruction of `images` and the VQ losses, for training a tokenizer"
+        ("Straight-through reconstruction of `images` and the VQ losses, for training "
+         "a tokenizer")
         z = self.latents(images).permute(0, 2, 3, 1)
         ids = self.quantize.distances(z.reshape(-1, z.shape[-1])).argmin(1)
         codes = self.quantize.codes[ids].view_as(z)

@@ -42,7 +42,8 @@ def read_idx(path:str|Path, # an IDX file of unsigned bytes, gzipped or not
     return torch.from_numpy(np.frombuffer(raw, np.uint8,
                                           offset=4 + 4*raw[3]).reshape(shape).copy())
 
-def read_fashion_mnist(folder:str|Path, # holds train-images-idx3-ubyte and the other three, gzipped or not
+def read_fashion_mnist(folder:str|Path,
+                       # holds train-images-idx3-ubyte and the other three, gzipped or not
                        # the 60,000 training images, or the 10,000 test images
                        train:bool=True,
                       ) -> tuple: # images [N, 28, 28] uint8, labels [N] int64
@@ -59,13 +60,16 @@ def read_fashion_mnist(folder:str|Path, # holds train-images-idx3-ubyte and the 
 
 def to_pixels(images:Tensor, # [N, 28, 28] uint8
              ) -> Tensor: # [N, 3, 32, 32] in [0, 1]
-    "Pad to 32×32 and repeat the grey value in three channels, the form every tokenizer expects"
+    ("Pad to 32×32 and repeat the grey value in three channels, the form every "
+     "tokenizer expects")
     return F.pad(images, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1)/255
 
 # %% ../../nbs/35_toy.ipynb #8f60fc1f
 class ToyNet(nn.Module):
-    "A small convolutional classifier: feature maps for perceptual distance, pooled features and logits for metrics"
-    def __init__(self, widths:tuple, # channels at 32², 16² and 8² pixels; the last is the feature length D
+    ("A small convolutional classifier: feature maps for perceptual distance, pooled "
+     "features and logits for metrics")
+    def __init__(self, widths:tuple,
+                 # channels at 32², 16² and 8² pixels; the last is the feature length D
                  num_classes:int=10):
         super().__init__()
         conv = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride,
@@ -84,7 +88,8 @@ class ToyNet(nn.Module):
         return out
 
     def features(self, images:Tensor) -> list:
-        "Feature maps of unit length per pixel, as LPIPS compares them (the `Perceptual` protocol)"
+        ("Feature maps of unit length per pixel, as LPIPS compares them (the "
+         "`Perceptual` protocol)")
         return [F.normalize(m, dim=1, eps=1e-6) for m in self.maps(images)]
 
     def forward(self, images:Tensor) -> tuple:

@@ -99,7 +99,8 @@ class SelfAttention(nn.Module):
             q, k = ((F.normalize(q, dim=-1)*self.q_scale()).type_as(v),
                     F.normalize(k, dim=-1).type_as(v))
         if cache is not None: k, v = cache.add(k, v)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
+                         .transpose(1, 2).flatten(2))
 
 # %% ../../nbs/33_var.ipynb #1689cf99
 class MLP(nn.Module):
@@ -127,7 +128,8 @@ class Block(nn.Module):
         else: self.ada_lin = modulation(c, 6)
 
     def modulate(self, cond:Tensor, shared:Tensor|None) -> tuple:
-        "The six vectors, each [N, 1, C], from a condition [N, C] or from what all blocks share [N, 1, 6, C]"
+        ("The six vectors, each [N, 1, C], from a condition [N, C] or from what all "
+         "blocks share [N, 1, 6, C]")
         six = (self.ada_lin(cond).view(len(cond), 1, 6, -1) if shared is None
                else shared + self.ada_gss)
         return six.unbind(2)
@@ -158,7 +160,8 @@ def _exact(device):
                           enabled=False)
 
 class VAR(nn.Module):
-    "VAR's transformer behind the `Policy` protocol; parameter names are the official ones"
+    ("VAR's transformer behind the `Policy` protocol; parameter names are the official"
+     " ones")
     has_sampler_logps = True # `generate` can return them
     def __init__(self, cfg:VARConfig, quantizer:MultiScaleQuantizer):
         super().__init__()
@@ -192,7 +195,8 @@ class VAR(nn.Module):
         return self
 
     def modulations(self, cond:Tensor) -> tuple:
-        "From embedded labels [N, C]: six vectors for every block, two for the output norm"
+        ("From embedded labels [N, C]: six vectors for every block, two for the output"
+         " norm")
         shared = (self.shared_ada_lin(cond).view(len(cond), 1, 6, -1)
                   if self.cfg.shared_aln else None)
         return [b.modulate(cond, shared)
@@ -209,12 +213,14 @@ class VAR(nn.Module):
             return self.quantizer.inputs(context).to(self.word_embed.weight.dtype)
 
     def embed(self, context:Tensor, cond:Tensor) -> Tensor:
-        "Tokens [N, T] and embedded labels [N, C] to the input of the first block, [N, T, C]"
+        ("Tokens [N, T] and embedded labels [N, C] to the input of the first block, "
+         "[N, T, C]")
         return (torch.cat([cond[:, None] + self.pos_start,
                            self.word_embed(self.seen(context))], 1) + self.positions())
 
     def hidden(self, context:Tensor, cond:Tensor) -> Tensor:
-        "[N, T] context tokens and [N] class ids to [N, T, C]; the states of a scale have seen the label and earlier scales"
+        ("[N, T] context tokens and [N] class ids to [N, T, C]; the states of a scale "
+         "have seen the label and earlier scales")
         self.check_cond(cond, null=True)
         if context.shape != (len(cond), self.num_tokens):
             raise ValueError(f"context: shape {list(context.shape)}, "
@@ -242,11 +248,13 @@ class VAR(nn.Module):
         return torch.full_like(cond, self.cfg.num_classes)
 
     def shard_units(self) -> list:
-        "Modules whose parameters are used within their own forward alone; the blocks are asked for their modulations before they run"
+        ("Modules whose parameters are used within their own forward alone; the blocks"
+         " are asked for their modulations before they run")
         return [m for b in self.blocks for m in b.children()]
 
     def guidance(self, cfg_scale:float) -> Tensor: # [T]
-        "The guidance scale at every token: it rises from 1 at the first scale to `cfg_scale` at the last"
+        ("The guidance scale at every token: it rises from 1 at the first scale to "
+         "`cfg_scale` at the last")
         return 1 + (cfg_scale - 1)*scale_index(self.sizes)/max(len(self.sizes) - 1, 1)
 
     def check_cond(self, cond, null:bool=False):
@@ -285,12 +293,14 @@ class VAR(nn.Module):
             with _exact(x.device):
                 f_hat, seen = self.quantizer.step(k, f_hat, choose(k, logits))
             if k < last:
-                x = self.word_embed(seen.to(self.word_embed.weight.dtype)).repeat(1 + guided, 1, 1)
+                x = (self.word_embed(seen.to(self.word_embed.weight.dtype))
+                     .repeat(1 + guided, 1, 1))
         return f_hat
 
     @torch.no_grad()
     def init_weights(self, gamma:float=1e-3, head:float=.02):
-        "VAR's initialisation: small gates and a small head, so a fresh model is almost the identity with flat logits"
+        ("VAR's initialisation: small gates and a small head, so a fresh model is "
+         "almost the identity with flat logits")
         c, depth = self.cfg.width, self.cfg.depth
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
@@ -322,7 +332,8 @@ def _check_quantizer(cfg, quantizer):
 
 @torch.no_grad()
 def randomise(policy:VAR) -> VAR: # the same
-    "Draw all weights at a scale where every part of the model matters, for tests, rehearsals and benchmarks"
+    ("Draw all weights at a scale where every part of the model matters, for tests, "
+     "rehearsals and benchmarks")
     for name, p in policy.named_parameters():
         if p.ndim > 1 and 'scale_mul' not in name:
             nn.init.normal_(p, std=p.shape[-1]**-.5 if name.endswith('weight')
@@ -341,7 +352,7 @@ def generate(policy:VAR,
              greedy:bool=False, # most probable tokens, no randomness
              # also log π of the drawn tokens as the sampler saw it, without truncation
              return_logps:bool=False,
-            ) -> Tensor: # [N, T] int64; with `return_logps` a pair, the second [N, T] in nats
+      ) -> Tensor: # [N, T] int64; with `return_logps` a pair, the second [N, T] in nats
     "Draw token maps free-running, a scale at a time"
     policy.check_cond(cond)
     if len(cond) != len(streams):
@@ -389,9 +400,10 @@ def smooth_weights(logits:Tensor, # [..., V] filtered
 
 # %% ../../nbs/33_var.ipynb #dee43df7
 @torch.no_grad()
+# latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
 def generate_smooth(policy:VAR, cond:Tensor, streams:Streams, *, temperature:float=1.,
                     top_k:int=0, top_p:float=1., cfg_scale:float=1.,
-                   ) -> Tensor: # latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
+                   ) -> Tensor:
     "Smooth pictures: latents instead of tokens; arguments as in `generate`"
     policy.check_cond(cond)
     noise = -streams.bulk_uniform(policy.num_tokens, policy.vocab_size,
@@ -423,7 +435,8 @@ def load_var(policy:VAR, # filled in place
     "Load a transformer strictly"
     state = read_state_dict(path, key='var_wo_ddp')
     wrong = policy.state_dict().keys() ^ state.keys()
-    if 'pos_1LC' in state and wrong and policy.cfg.attn_l2_norm and all('scale_mul_1H11' in k for k in wrong):
+    only_scale = wrong and all('scale_mul_1H11' in k for k in wrong)
+    if 'pos_1LC' in state and only_scale and policy.cfg.attn_l2_norm:
         raise ValueError(f"{path}: no scale_mul_1H11 in it, so it "
                          "was made before April "
                          "2024, when VAR's attention was not yet L2-normalised and "

@@ -28,7 +28,8 @@ def toy_var_config(**kwargs) -> VARConfig:
                                z_channels=16, num_classes=10, patch_nums=TOY_PATCHES),
                         **kwargs})
 
-def build_toy_var(weights=None, # None for the shipped ones, 'random', or a file of the transformer
+def build_toy_var(weights=None,
+                  # None for the shipped ones, 'random', or a file of the transformer
                  ) -> tuple: # policy, tokenizer; in eval mode
     "The toy's VAR and its tokenizer, with their weights"
     vq = load_weights(MultiScaleVQ(toy_multiscale_config()),

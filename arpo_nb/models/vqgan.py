@@ -57,7 +57,8 @@ class Middle(nn.Module):
     def forward(self, x): return self.block_2(self.attn_1(self.block_1(x)))
 
 class Level(nn.Module):
-    "Residual blocks of one resolution, each followed by attention if there is any, then a change of resolution"
+    ("Residual blocks of one resolution, each followed by attention if there is any, "
+     "then a change of resolution")
     def __init__(self, c_in:int, c_out:int, n:int, attn:bool, resize:str|None):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, 32)
@@ -77,7 +78,8 @@ class Level(nn.Module):
 
 # %% ../../nbs/34_vqgan.ipynb #40519870
 def _levels(cfg, extra, resize):
-    "Widths and levels from the highest resolution down; `resize` names the change and the level without one"
+    ("Widths and levels from the highest resolution down; `resize` names the change "
+     "and the level without one")
     widths, (name, without) = [cfg.ch*m for m in cfg.ch_mult], resize
     into = [cfg.ch, *widths] if name == 'downsample' else [*widths[1:], widths[-1]]
     return widths, nn.ModuleList(Level(into[i], w, cfg.num_res_blocks + extra,
@@ -128,7 +130,8 @@ class Codebook(nn.Module):
                 - 2*z @ codes.T).argmin(-1)
 
     def forward(self, z:Tensor, beta:float=.25, legacy:bool=True) -> tuple:
-        "Straight-through codes [B, C, h, w], loss, and ids [B, h*w] of latents [B, C, h, w]"
+        ("Straight-through codes [B, C, h, w], loss, and ids [B, h*w] of latents [B, "
+         "C, h, w]")
         ids = self.nearest(z)
         e = self.embedding(ids).transpose(1, 2).reshape(z.shape)
         commit, codebook = ((e.detach() - z).pow(2).mean(),
@@ -153,7 +156,8 @@ def unmap(ids:Tensor, # positions in `used`; M or more counts as 0, as in the or
 
 # %% ../../nbs/34_vqgan.ipynb #3f8b3fea
 class VQGAN(nn.Module):
-    "The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
+    ("The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the "
+     "official ones")
     def __init__(self, cfg:VQGANConfig):
         super().__init__()
         self.cfg, self.image_size, self.codebook_size = (cfg, cfg.image_size,
@@ -184,7 +188,8 @@ class VQGAN(nn.Module):
         return pixels.clamp(0, 1) if clamp else pixels
 
     def decode(self, tokens:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
-        "Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped; `grid` (h, w) if it is not a square"
+        ("Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped; `grid` (h, w)"
+         " if it is not a square")
         if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
             raise ValueError(f"tokens: ids from {tokens.min().item()} to "
                              f"{tokens.max().item()}, "
@@ -204,11 +209,13 @@ class VQGAN(nn.Module):
         return self.decode_map(codes.transpose(1, 2).unflatten(2, (h, w)), clamp)
 
     def decoder_parameters(self):
-        "What tokenizer post-training moves: everything after the codebook (VA-π App. C.2)"
+        ("What tokenizer post-training moves: everything after the codebook (VA-π App."
+         " C.2)")
         return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
     def forward(self, images:Tensor, beta:float=.25, legacy:bool=True):
-        "Straight-through reconstruction of `images`, not clamped, and the codebook loss"
+        ("Straight-through reconstruction of `images`, not clamped, and the codebook "
+         "loss")
         quant, loss, _ = self.quantize(self.latents(images), beta, legacy)
         return self.decode_map(quant, clamp=False), loss
 
@@ -275,10 +282,12 @@ class Head(nn.Linear):
     def forward(self, x): return super().forward(x).float()
 
 class CINTransformer(nn.Module):
-    "VQGAN's class-conditional transformer behind the `Policy` protocol; parameter names are the official ones"
+    ("VQGAN's class-conditional transformer behind the `Policy` protocol; parameter "
+     "names are the official ones")
     def __init__(self, cfg:CINConfig):
         super().__init__()
-        self.cfg, self.num_tokens, self.vocab_size, self.gradient_checkpointing = cfg, cfg.block_size, cfg.vocab_size, False
+        self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
+        self.gradient_checkpointing = False
         self.tok_emb, self.pos_emb = (nn.Embedding(cfg.vocab_size, cfg.n_embd),
                                       nn.Parameter(torch.zeros(1, cfg.block_size,
                                                                cfg.n_embd)))
@@ -309,7 +318,8 @@ class CINTransformer(nn.Module):
         return self.ln_f(x)
 
     def hidden(self, context:Tensor, cond) -> Tensor:
-        "[N, T] context tokens to [N, T, D]; state t has seen the label and tokens before t"
+        ("[N, T] context tokens to [N, T, D]; state t has seen the label and tokens "
+         "before t")
         if context.shape[1] > self.num_tokens:
             raise ValueError(f"context: {context.shape[1]} tokens, expected "
                              f"at most {self.num_tokens} "
@@ -431,8 +441,9 @@ def read_lightning(path, # a checkpoint, Lightning's or any that `read_state_dic
                                    "and keep the tensors: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt'); then pass weights.pt") from e
 
 # %% ../../nbs/34_vqgan.ipynb #ec27a40f
-def split_state(state:dict, # name → tensor, of a transformer with its tokenizer or of either alone
-               ) -> tuple: # transformer's and tokenizer's state, each empty if not there
+def split_state(state:dict,
+                # name → tensor, of a transformer with its tokenizer or of either alone
+              ) -> tuple: # transformer's and tokenizer's state, each empty if not there
     "Sort a state dict by the published prefixes, without masks and training leftovers"
     state = {k: v for k, v in state.items()
              if not re.match(r'(first_stage_model\.)?loss\.', k)}

@@ -28,7 +28,7 @@ def resnet_input(images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
 def top_k_accuracy(logits:Tensor, # [N, classes]
                    labels:Tensor, # [N] class ids
                    k:int=5,
-                  ) -> dict: # top1 and top5 in [0, 1], and whether each item is a hit [N]
+                ) -> dict: # top1 and top5 in [0, 1], and whether each item is a hit [N]
     "Share of images whose label is the first guess, and among the first k"
     if len(logits) != len(labels):
         raise ValueError(f"{len(logits)} rows of logits and {len(labels)} labels; "
@@ -42,7 +42,8 @@ def top_k_accuracy(logits:Tensor, # [N, classes]
             f'per_item_top{k}': hits.any(1)}
 
 # %% ../../nbs/54_classifier.ipynb #719d5e6e
-def load_resnet50(weights:str|None=None, # None for the published file as `weights` finds it, 'random', or a path
+def load_resnet50(weights:str|None=None,
+                  # None for the published file as `weights` finds it, 'random', or a path
                  ): # in eval mode
     "ResNet-50 with its V2 weights"
     net = import_torchvision().models.resnet50(weights=None).eval().requires_grad_(

@@ -77,13 +77,15 @@ CLIP_MEAN, CLIP_STD = ((.48145466, .4578275, .40821073),
 def standardise(x:Tensor, # [N, 3, H, W] in [0, 1]
                 mean=CLIP_MEAN, std=CLIP_STD) -> Tensor: # float32
     "Subtract the mean, divide by the std"
-    return (x.float() - torch.tensor(mean, device=x.device)[:, None, None])/torch.tensor(std, device=x.device)[:, None, None]
+    return (x.float() - torch.tensor(mean, device=x.device)[:, None,
+                                                            None])/torch.tensor(std,
+                                                                                device=x.device)[:, None, None]
 
 def shortest_side(images:Tensor, # [N, 3, H, W] in [0, 1]
                   size:int=224, # of the shortest side
                   filter:str='bicubic', # or bilinear
                   eight_bit:bool=True, # as Pillow on 8-bit images; else on floats
-                 ) -> Tensor: # [N, 3, h, w] in [0, 1], with eight_bit multiples of 1/255
+                ) -> Tensor: # [N, 3, h, w] in [0, 1], with eight_bit multiples of 1/255
     "Resize so that the shortest side is `size`, as torchvision does"
     h, w = images.shape[-2:]
     new = (size, int(size*w/h)) if h <= w else (int(size*h/w), size)
@@ -199,7 +201,9 @@ class CLIPScorer(nn.Module):
                 ):
         super().__init__()
         check_precision(precision)
-        self.model, self.preprocess, self.chunk_size, self.precision, self.max_cached, self.cache = model, preprocess, check_chunk_size(chunk_size), precision, max_cached, {}
+        self.model, self.preprocess = model, preprocess
+        self.chunk_size, self.precision = check_chunk_size(chunk_size), precision
+        self.max_cached, self.cache = max_cached, {}
 
     def _follow(self, device):
         "Move to a device, and forget embeddings that lie on another"
@@ -331,7 +335,8 @@ class AestheticReward:
         return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
 
 # %% ../../nbs/23_clip.ipynb #1cec03c0
-def clip_reward(name:str='clip_l14', # key of `CLIPS`; 'hps_v2.1' and 'hps_v2.0' use HPSv2's preprocessing
+def clip_reward(name:str='clip_l14',
+                # key of `CLIPS`; 'hps_v2.1' and 'hps_v2.0' use HPSv2's preprocessing
                 weights=None, # None for the published file, 'random', or a local file
                 arch=None, quick_gelu:bool|None=None, # see `build_clip`
                 cache_dir=None, offline:bool|None=None, # see `weights.locate`
@@ -343,7 +348,8 @@ def clip_reward(name:str='clip_l14', # key of `CLIPS`; 'hps_v2.1' and 'hps_v2.0'
                                             cache_dir, offline),
                                  **{'preprocess': pre, **options}))
 
-def aesthetic_reward(weights=None, # of the head: None for the published file, 'random', or a local file
+def aesthetic_reward(weights=None,
+                     # of the head: None for the published file, 'random', or a local file
                      # share the one of a `clip_l14` reward; None builds it
                      scorer:CLIPScorer|None=None,
                      clip_weights=None, # of ViT-L/14, if it is built

@@ -17,7 +17,8 @@ from ..weights import import_torchvision, locate
 TRUNKS = dict(vgg=('vgg16', 16), alex=('alexnet', 31), squeeze=('squeezenet', 17))
 
 class LPIPSFeatures(nn.Module):
-    "The lpips package's network as a `Perceptual`: feature maps whose squared differences add up to LPIPS"
+    ("The lpips package's network as a `Perceptual`: feature maps whose squared "
+     "differences add up to LPIPS")
     def __init__(self,
                  net:str='vgg', # 'vgg' (the papers'), 'alex' or 'squeeze'
                  # a random trunk with the real heads, for rehearsals; no download

@@ -39,7 +39,10 @@ def tf1_resize(x:Tensor, # [N, C, H, W] float
     "Bilinear resize as in TensorFlow 1: corners at i·n/n', no half-pixel shift"
     # the two neighbours of every output pixel, and how far it is from the first
     def taps(n):
-        at = torch.arange(size, device=x.device, dtype=torch.float32)*(torch.tensor(n, dtype=torch.float32)/size).item()
+        at = (torch.arange(size, device=x.device,
+                           dtype=torch.float32)*(torch.tensor(n,
+                                                              dtype=torch.float32)/size)
+              .item())
         low = at.long().clamp(max=n-1)
         return low, (low + 1).clamp(max=n-1), at - low
     (top, bottom, dy), (left, right, dx) = (taps(n) for n in x.shape[-2:])
@@ -173,7 +176,8 @@ class Inception(nn.Module):
         return out.pool, out.logits
 
 # %% ../../nbs/26_inception.ipynb #6645d8f0
-def load_inception(weights:str|None=None, # None for the published file as `weights` finds it, 'random', or a path
+def load_inception(weights:str|None=None,
+                   # None for the published file as `weights` finds it, 'random', or a path
                    seed:int=0, # of random weights
                   ) -> Inception: # in eval mode
     "The FID Inception with its weights"

@@ -36,11 +36,13 @@ def windows(x:Tensor, # [B, H, W, C]
             size:int) -> Tensor: # [B*windows, size², C]
     "Cut a map into windows"
     b, h, w, c = x.shape
-    return x.reshape(b, h//size, size, w//size, size, c).transpose(2, 3).reshape(-1, size*size, c)
+    return (x.reshape(b, h//size, size, w//size, size, c).transpose(2, 3)
+            .reshape(-1, size*size, c))
 
 def unwindows(x:Tensor, size:int, h:int, w:int) -> Tensor: # [B, h, w, C]
     "Undo `windows`"
-    return x.reshape(-1, h//size, w//size, size, size, x.shape[-1]).transpose(2, 3).reshape(-1, h, w, x.shape[-1])
+    return (x.reshape(-1, h//size, w//size, size, size, x.shape[-1]).transpose(2, 3)
+            .reshape(-1, h, w, x.shape[-1]))
 
 def relative_positions(size:int) -> Tensor: # [size², size²] rows of the bias table
     "Which bias a pair of positions in a window shares"
@@ -140,8 +142,10 @@ class ScaledSwin(nn.Module):
 # %% ../../nbs/24_maniqa.ipynb #01e7f29d
 class MANIQA(nn.Module):
     "MANIQA: crops to quality scores"
-    def __init__(self, embed_dim:int=768, num_outputs:int=1, dim_mlp:int=768, patch_size:int=8, img_size:int=224, window_size:int=4,
-                 depths:tuple=(2, 2), num_heads:tuple=(4, 4), num_tab:int=2, scale:float=.8,
+    def __init__(self, embed_dim:int=768, num_outputs:int=1, dim_mlp:int=768,
+                 patch_size:int=8, img_size:int=224, window_size:int=4,
+                 depths:tuple=(2, 2), num_heads:tuple=(4, 4), num_tab:int=2,
+                 scale:float=.8,
                  vit:str='vit_base_patch8_224', # timm's name of the backbone
                  blocks:tuple=(6, 7, 8, 9), # whose outputs are read
                  vit_options:dict|None=None): # of timm's model, for a smaller backbone
@@ -229,7 +233,9 @@ class MANIQAReward:
                    if self.num_crops else grid_corners(h, w, size))
         crops = torch.stack([images[..., t:t + size, l:l + size] for t, l in corners],
                             1)
-        return torch.cat([self.net(c) for c in crops.flatten(0, 1).float().split(self.chunk_size or crops.shape[:2].numel())]).unflatten(0, (len(images), -1)).mean(1)
+        return torch.cat([self.net(c) for c in crops.flatten(0, 1).float()
+                          .split(self.chunk_size or crops.shape[:2]
+                                 .numel())]).unflatten(0, (len(images), -1)).mean(1)
 
     def __call__(self, images:Tensor, batch=None, state=None,
                     ) -> tuple: # rewards [B, G], state untouched

@@ -43,7 +43,7 @@ def read_rewards(spec, # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a d
         near = difflib.get_close_matches(name, REWARDS, 1)
         raise ValueError(f"rewards={spec!r}: no reward named "
                          f"{name!r}{f', did you mean {near[0]!r}?' if near else '.'} "
-                         f"Known: {', '.join(REWARDS)}")
+                         f"Known: {', '.join(REWARDS)}, or package.module:name of your own")
     if not out:
         raise ValueError(f"rewards={spec!r}: empty; expected something like 'clip+hps'")
     return out

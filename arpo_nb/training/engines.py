@@ -115,13 +115,18 @@ class Watched:
         if error is not None: raise RuntimeError(f"sampler={self.name!r}: {f.__name__} failed: {type(error).__name__}: {error}") from error
         return answer
 
-# %% ../../nbs/49_engines.ipynb #8d74ceb0
-def sampling_weights(old_logps:Tensor, # [...] of the policy, in nats
-                     sampler_logps:Tensor, # [...] of the engine
-                     cap:float, # C
-                    ) -> Tensor: # [...]
-    "Truncated importance weights of an engine's samples"
-    return (old_logps - sampler_logps).exp().clamp(max=cap)
+# %% ../../nbs/49_engines.ipynb #766e4f06
+def sampling_weights(old_logps:Tensor, # [..., T] of the policy, in nats
+                     sampler_logps:Tensor, # [..., T] of the engine
+                     mode:str='token_truncate', # per 'token' or 'sequence'; 'truncate' or 'mask'
+                     clip_min:float|None=None, clip_max:float|None=3., # range, None for no bound
+                    ) -> Tensor: # [..., T], or [..., 1] per sequence
+    "Importance weights of an engine's samples, as TRL has them"
+    d = old_logps - sampler_logps
+    w = (d.sum(-1, keepdim=True) if mode.startswith('sequence') else d).exp()
+    if clip_min is None and clip_max is None: return w
+    kept = w.clamp(clip_min, clip_max)
+    return kept if mode.endswith('truncate') else w*(w == kept)
 
 # %% ../../nbs/49_engines.ipynb #e7dac533
 def load_sampler(cfg:Config, policy:nn.Module # before it is sharded
@@ -130,7 +135,7 @@ def load_sampler(cfg:Config, policy:nn.Module # before it is sharded
     seen = cfg.rollout_cfg_scale == 1 or cfg.logprob_cfg == 'guided'
     engine = None
     if cfg.sampler and cfg.method in FREE:
-        module, _, name = cfg.sampler.rpartition('.')
+        module, _, name = cfg.sampler.replace(':', '.').rpartition('.')
         try: make = getattr(import_module(module or 'arpo_nb.training.engines'), name)
         except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"sampler={cfg.sampler!r}: expected module.Class of an engine that can be imported, or 'PolicyCopy' [{e}]") from e
         if bad := [m for m in ('sync', 'generate') if not callable(getattr(make, m, None))]: raise ValueError(f"sampler={cfg.sampler!r}: has no {' and no '.join(bad)}; an engine has sync(named_tensors) and generate(cond, streams, **sampling)")

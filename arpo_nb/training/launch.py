@@ -47,6 +47,11 @@ def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> l
                  progress=progress)
 
 # %% ../../nbs/42_launch.ipynb #db4ef028
+def _environment():
+    "What the processes see: the modules that this one sees, and lines as they are written"
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    return {**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONPATH': path}
+
 JOB = f'{TEMPORARY}job-' # how names of jobs begin
 
 def launch(cfg:Config, # what to run
@@ -68,7 +73,7 @@ def launch(cfg:Config, # what to run
         (job/'job.json').write_text(json.dumps(about))
         cmd = [*launch_command(cfg, launcher), str(job/'job.json')]
         child = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                 start_new_session=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+                                 start_new_session=True, env=_environment())
         code, lines = attend(child, job, progress, stop_s)
         if (job/'stopped').exists(): raise Stopped((job/'stopped').read_text())
         if code: raise RuntimeError(first_failure(job, cmd, code) + ''.join(lines))

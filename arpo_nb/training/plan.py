@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import FREE, SAMPLING, Config, contexts, uses_perceptual
 from ..protocols import map_cond
 from ..specs import find_model
-from ..systems import check_data, load_shapes, model_files
+from ..systems import check_data, check_rewards, load_shapes, model_files
 from .sharding import shard_count, shard_units
 from ..weights import _hub, plan_file, url_cache
 
@@ -77,10 +77,11 @@ def _at_a_time(policy):
     return _count([policy]) - sum(units) + 2*max(units, default=0)
 
 def _width(policy):
-    "Channels and number of the transformer's blocks"
-    blocks = next(m for m in policy.modules() if isinstance(m, torch.nn.ModuleList))
-    return next(m.in_features for m in blocks.modules()
-                if isinstance(m, torch.nn.Linear)), len(blocks)
+    "Channels and number of the transformer's blocks; the widest layer and one block of anything else"
+    wide = lambda m: [l.in_features for l in m.modules() if isinstance(l, torch.nn.Linear)]
+    blocks = next((m for m in policy.modules() if isinstance(m, torch.nn.ModuleList) and wide(m)), None)
+    if blocks is not None: return wide(blocks)[0], len(blocks)
+    return max(wide(policy), default=0), 1
 
 # %% ../../nbs/43_plan.ipynb #069c10df
 def _example(system):
@@ -138,8 +139,9 @@ def make_plan(cfg:Config,
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # that weights read into shapes are lost
         system = load_shapes(cfg.model, uses_perceptual(cfg))
-    try: check_data(cfg, system)
-    except (OSError, ImportError, ValueError) as e: missing.append(e)
+    for check in (check_data, check_rewards):
+        try: check(cfg, system)
+        except (OSError, ImportError, ValueError) as e: missing.append(e)
     if len(missing) > 1 and not missing_ok:
         raise FileNotFoundError(f'{cfg.model}: {len(missing)} things are missing:\n'
                                 + '\n'.join(f'- {e}' for e in missing))
@@ -147,7 +149,7 @@ def make_plan(cfg:Config,
     check_disk(files)
     # raises without a null class
     if cfg.method in FREE and cfg.rollout_cfg_scale != 1:
-        system.policy.null_cond(_example(system))
+        _check_guidance(cfg, system)
     per = cfg.mini_batch_size or contexts(cfg)
     shards = shards or shard_count(cfg)
     batch = {'per rollout': f"{cfg.batch_size} "
@@ -158,8 +160,20 @@ def make_plan(cfg:Config,
              f'{min(cfg.micro_batch_size or per, per//cfg.num_processes)} per pass',
              'optimiser steps per rollout': contexts(cfg)//per*cfg.num_iterations}
     if shards > 1: batch['policy sharded over'] = f'{shards} processes'
-    return Plan(files, batch, memory_estimate(cfg, system, shards), flop_estimate(cfg, system),
-                missing)
+    return Plan(files, batch, memory_estimate(cfg, system, shards), _operations(cfg, system), missing)
+
+def _check_guidance(cfg, system):
+    "Raise for a policy that has nothing to guide away from"
+    if hasattr(system.policy, 'null_cond'):
+        return system.policy.null_cond(_example(system))
+    raise ValueError(f"rollout_cfg_scale={cfg.rollout_cfg_scale}: "
+                     f"{type(system.policy).__name__} has no null_cond to "
+                     "guide away from; use rollout_cfg_scale=1")
+
+def _operations(cfg, system):
+    "`flop_estimate`, where the model can be counted without numbers"
+    try: return flop_estimate(cfg, system)
+    except (NotImplementedError, RuntimeError, AttributeError, TypeError): return {}
 
 # in the words of `describe`
 SOURCES = dict(local='given', cache='in the cache', package='in its package',
@@ -192,11 +206,16 @@ def describe(plan:Plan, cfg:Config) -> str:
     lines += [f'  memory per device, estimated: {plan.peak/1e9:.2f} GB',
               *(f'    {k}: {v/1e9:.2f} GB' for k, v in plan.memory.items())]
     total = sum(plan.flops.values())
-    lines += [f'  operations per step: {total/1e12:.2f} T',
+    lines += [f'  operations per step: {total/1e12:.2f} T' if total else '  operations '
+                                                                         'per step: '
+                                                                         'not known '
+                                                                         'for this '
+                                                                         'model',
               *(f'    {k}: {v/1e12:.3f} T' for k, v in plan.flops.items())]
     for name, speeds in PEAKS.items():
         if torch.cuda.is_available() and name in torch.cuda.get_device_name():
-            lines.append(f'  at the peak of {cfg.num_processes} × {name}: {total/speeds[cfg.mixed_precision == "no"]/cfg.num_processes:.2f} s a step')
+            lines.append(f'  at the peak of {cfg.num_processes} × {name}: '
+                         f'{total/speeds[cfg.mixed_precision == "no"]/cfg.num_processes:.2f} s a step')
     return '\n'.join(lines)
 
 CURES = {'activations': 'micro_batch_size', 'logits': 'logps_chunk',
@@ -216,7 +235,9 @@ def check_memory(plan:Plan, cfg:Config,
     needed = plan.peak*(cfg.num_processes if whose == 'this machine' else 1)
     if needed > total:
         parts = ', '.join(f'{k} {v/1e9:.1f} GB' for k, v in plan.memory.items())
-        raise MemoryError(f"{cfg.model}: a step needs about {needed/1e9:.1f} GB ({parts}), {whose} has {total/1e9:.1f} GB. Use a smaller {CURES.get(max(plan.memory, key=plan.memory.get), 'model')}"
+        raise MemoryError(f"{cfg.model}: a step needs about {needed/1e9:.1f} GB "
+                          f"({parts}), {whose} has {total/1e9:.1f} GB. Use a smaller "
+                          f"{CURES.get(max(plan.memory, key=plan.memory.get), 'model')}"
                           f"{'' if cfg.gradient_checkpointing else ', or gradient_checkpointing=True'}")
 
 # %% ../../nbs/43_plan.ipynb #45660642

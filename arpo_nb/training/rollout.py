@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..maths.entropy import token_entropy
 from ..maths.noisy_context import corrupt_tokens
 from ..maths.sampling import draw, guide
+from ..own_rewards import ask_reward
 from ..protocols import NOISE, SAMPLE, Batch, Rollout, map_cond, repeat_cond
 
 # %% ../../nbs/40_rollout.ipynb #f90df920
@@ -70,7 +71,8 @@ def teacher_forced(policy, # `Policy`, in eval mode
                    chunk:int=4096, # states whose logits exist at a time
                    entropy:bool=False, # compute the entropies too
                   ) -> Rollout: # tokens [B, G, T], context [B, 1, T], targets [B, T]
-    "Corrupt the tokens of the images and sample every position from one forward pass (VA-π Eq. 7)"
+    ("Corrupt the tokens of the images and sample every position from one forward pass"
+     " (VA-π Eq. 7)")
     context = targets
     if noise_rate:
         u = batch.streams.uniform(targets.shape[1], 2, purpose=NOISE,
@@ -81,7 +83,8 @@ def teacher_forced(policy, # `Policy`, in eval mode
                                    micro_batch_size, chunk, entropy)
     return Rollout(batch, tokens, logps, context[:, None], targets, entropy=h)
 
-def _sample_all(policy, batch, context, g, temperature, micro_batch_size, chunk, entropy):
+def _sample_all(policy, batch, context, g, temperature, micro_batch_size,
+                chunk, entropy):
     (b, t), new = context.shape, context.new_empty
     if not g: return new(b, 0, t), new(b, 0, t, dtype=torch.float32), None
     u = batch.streams.uniform(t, g, purpose=SAMPLE, device=context.device)
@@ -108,7 +111,8 @@ class Guided:
     def parameters(self): return self.policy.parameters()
 
     def hidden(self, context:Tensor, cond) -> Tensor:
-        "[N, T] to [N, T, 2D+1]: conditional and unconditional states side by side, and the scale, which some policies raise along the way"
+        ("[N, T] to [N, T, 2D+1]: conditional and unconditional states side by side, "
+         "and the scale, which some policies raise along the way")
         states = [self.policy.hidden(context, c)
                   for c in (cond, self.policy.null_cond(cond))]
         scale = (self.policy.guidance(self.cfg_scale)
@@ -198,7 +202,7 @@ def rollout_logps(policy, # `Policy`
                   temperature:float=1., # of the policy, for samples and targets alike
                   chunk:int=4096, # states whose logits exist at a time
                   entropy_grad:bool=False, # let gradients through the entropy
-                 ) -> tuple: # log π of the samples [B, G, T], of the targets [B, T] or None, entropy [B, C, T]
+       ) -> tuple: # log π of samples [B,G,T], of targets [B,T] or None, entropy [B,C,T]
     "Log-probabilities of a rollout under the policy as it is now"
     b, c, t = rollout.context.shape
     hidden = policy.hidden(rollout.context.flatten(0, 1),
@@ -228,9 +232,10 @@ def score_groups(reward, # `Reward`
     raw = dict(clamp=False) if getattr(reward, 'unclamped', False) else {}
     for s in _slices(len(tokens), max(1, decode_batch_size//g)):
         with clock('decode'):
-            images = tokenizer.decode(tokens[s].flatten(0, 1), **raw).unflatten(0, (-1, g))
+            images = (tokenizer.decode(tokens[s].flatten(0, 1), **raw)
+                      .unflatten(0, (-1, g)))
         if together: out.append(images); continue
-        with clock('reward'): rewards, state = reward(images, batch.take(s), state)
+        with clock('reward'): rewards, state = ask_reward(reward, images, batch.take(s), state)
         out.append(rewards)
     if not together: return torch.cat(out), state
-    with clock('reward'): return reward(torch.cat(out), batch, state)
+    with clock('reward'): return ask_reward(reward, torch.cat(out), batch, state)

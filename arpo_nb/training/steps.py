@@ -11,6 +11,7 @@ __all__ = ['make_reward', 'reward_parts', 'Place', 'check_needs', 'forced_sample
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Callable
 
 import torch
@@ -22,6 +23,7 @@ from ..evaluation.sample_writer import speed_options
 from ..maths.grpo import group_advantages, high_entropy_mask
 from ..protocols import Batch, Rollout, System
 from ..rewards import ReconstructionReward
+from ..specs import resolve
 from .engines import load_sampler, sampling_weights
 from .objectives import scored_policy
 from .rollout import (Clock, encode_images, free_running, rollout_logps, sampling_gap, score_groups,
@@ -98,7 +100,9 @@ def free_samples(system:System, cfg:Config, batch:Batch, here:Place,
                          generate_batch_size=cfg.generate_batch_size, micro_batch_size=cfg.micro_batch_size,
                          clock=here.clock, sampler=sampler, **options)
     if cfg.vllm_importance_sampling_correction:
-        r = replace(r, sampling_ratio=sampling_weights(r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_cap))
+        r = replace(r, sampling_ratio=sampling_weights(
+            r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_mode,
+            cfg.vllm_importance_sampling_clip_min, cfg.vllm_importance_sampling_clip_max))
     return undecided(r, cfg, here)
 
 # %% ../../nbs/46_steps.ipynb #a1913c13
@@ -116,7 +120,8 @@ def _parts(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)
 
 @torch.no_grad()
 def reference_logps(ref_policy, # `Policy`; sent back to the CPU with `ref_offload`
-                    r:Rollout, cfg:Config, autocast=nullcontext) -> Tensor: # [B, G, T] nats
+                    # [B, G, T] nats
+                    r:Rollout, cfg:Config, autocast=nullcontext) -> Tensor:
     "Log-probabilities of the samples under the reference policy"
     ref, rows = ref_policy if is_sharded(ref_policy) else ref_policy.to(r.tokens.device), len(r)
     policy = scored_policy(ref, cfg) if r.targets is None else ref
@@ -135,7 +140,8 @@ def judge(r:Rollout, reward, state, system:System, cfg:Config, here:Place,
     stats = reward_stats(judged, reward)
     if r.sampler_logps is not None: stats |= sampling_gap(r, here.gather)
     if r.sampling_ratio is not None:
-        stats['sampling/importance_sampling_ratio/mean'] = r.sampling_ratio.mean()
+        w = here.gather(r.sampling_ratio.contiguous())
+        stats |= {f'sampling/importance_sampling_ratio/{k}': getattr(w, k)() for k in ('min', 'mean', 'max')}
     if ref_policy is None or not cfg.beta: return judged, state, stats
     with here.clock('reference'): ref = reference_logps(ref_policy, r, cfg, here.autocast)
     return replace(judged, ref_logps=ref), state, stats
@@ -203,12 +209,21 @@ def learning_rate(cfg:Config, step:int) -> float:
     return cfg.learning_rate*.5*(1 + math.cos(math.pi*done))
 
 # %% ../../nbs/46_steps.ipynb #81fcf09e
-def make_optimizer(params:list, cfg:Config):
-    "AdamW with weight decay on matrices only"
+def make_optimizer(params:list, cfg:Config) -> torch.optim.Optimizer:
+    "AdamW, or what `cfg.optimizer` names, with weight decay on matrices only"
     groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)]
-    return torch.optim.AdamW([g for g in groups if g['params']], lr=cfg.learning_rate,
-                             betas=(cfg.adam_beta1, cfg.adam_beta2))
+    known = dict(adamw=torch.optim.AdamW)
+    make = known.get(cfg.optimizer) or resolve(cfg.optimizer, 'optimizer')
+    options = dict(lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2))
+    if cfg.optimizer in known and all(p.is_cuda for p in params):
+        options['fused'] = True
+    takes = signature(make).parameters
+    opt = make([g for g in groups if g['params']],
+               **{k: v for k, v in options.items() if k in takes})
+    if isinstance(opt, torch.optim.Optimizer): return opt
+    raise ValueError(f"optimizer={cfg.optimizer!r}: made a {type(opt).__name__}, "
+                     "expected a torch.optim.Optimizer")
 
 # %% ../../nbs/46_steps.ipynb #6536e99f
 def micro_batches(rollouts:dict, k:int, # number of the mini-batch
