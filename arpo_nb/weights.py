@@ -8,7 +8,7 @@ __all__ = ['FILES', 'Published', 'human_size', 'table', 'url_cache', 'plan_file'
            'check_file', 'main']
 
 # %% ../nbs/08_weights.ipynb #2dfe1853
-import argparse, difflib, os, re, shutil, sys
+import argparse, difflib, os, re, shutil, sys, warnings
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
@@ -18,6 +18,8 @@ from urllib.request import Request, urlopen
 
 from filelock import FileLock
 from tqdm import tqdm
+
+from .files import home_cache, plain_terminal, split_part, user_path
 
 # %% ../nbs/08_weights.ipynb #a9ca7230
 @dataclass(frozen=True)
@@ -31,27 +33,21 @@ class Published:
     url: str = '' # or a plain address
     package: str = '' # or a Python package that contains it
     sha256: str = '' # or its first digits
+    revision: str = '' # commit of the hub repository, '' for its present one
     parts: tuple = () # further files of the same hub repository that belong to it
 
     @property
     def address(self):
         "Where a person would look"
-        return (self.url or (f'https://huggingface.co/{self.repo}/blob/main/{self.file}'
-                             if self.repo
-                             else f'inside the Python package {self.package}'))
+        return self.url or (f'https://huggingface.co/{self.repo}/blob/main/{self.file}' if self.repo else f'inside the Python package {self.package}')
 
-_LLAMAGEN = dict(vq_ds16_c2i=71_948_939, vq_ds8_c2i=70_175_371, c2i_B_256=110_888_448,
-                 c2i_B_384=110_888_448, c2i_L_256=342_910_976, c2i_L_384=342_910_976,
-                 c2i_XL_384=774_699_520, c2i_XXL_384=1_410_972_672,
-                 c2i_3B_384=3_096_659_200)
-_LLAMAGEN_TEXT = dict(vq_ds16_t2i=71_948_939, t2i_XL_stage1_256=777_923_840,
-                      t2i_XL_stage2_512=777_923_840)
-_VAR = dict(d16=1_243_054_656, d20=2_405_625_984, d24=4_135_599_936, d30=8_042_166_864,
-            d36=9_435_995_712)
+_LLAMAGEN = dict(vq_ds16_c2i=71_948_939, vq_ds8_c2i=70_175_371, c2i_B_256=110_888_448, c2i_B_384=110_888_448, c2i_L_256=342_910_976,
+                 c2i_L_384=342_910_976, c2i_XL_384=774_699_520, c2i_XXL_384=1_410_972_672, c2i_3B_384=3_096_659_200)
+_LLAMAGEN_TEXT = dict(vq_ds16_t2i=71_948_939, t2i_XL_stage1_256=777_923_840, t2i_XL_stage2_512=777_923_840)
+_VAR = dict(d16=1_243_054_656, d20=2_405_625_984, d24=4_135_599_936, d30=8_042_166_864, d36=9_435_995_712)
 _JANUS_7B = tuple(f'pytorch_model-0000{i}-of-00002.bin' for i in (1, 2))
 _CODE = 'MIT (code repository)'
-_OPENAI, _HUB_HPS, _TORCH = ('https://openaipublic.azureedge.net/clip/models/',
-                             'xswu/HPSv2', 'https://download.pytorch.org/models/')
+_OPENAI, _HUB_HPS, _TORCH = 'https://openaipublic.azureedge.net/clip/models/', 'xswu/HPSv2', 'https://download.pytorch.org/models/'
 
 # %% ../nbs/08_weights.ipynb #3e6afec7
 FILES = {
@@ -178,53 +174,43 @@ def table(names=None, # which; None for all
 
 # %% ../nbs/08_weights.ipynb #d49ca2e5
 def _hub():
-    # the latter is not attached by itself
-    try: import huggingface_hub, huggingface_hub.constants
-    except ImportError as e:
-        raise ImportError("huggingface_hub is needed to find published weights: "
-                          "pip install huggingface_hub") from e
+    try: import huggingface_hub, huggingface_hub.constants # the latter is not attached by itself
+    except ImportError as e: raise ImportError("huggingface_hub is needed to find published weights: pip install huggingface_hub") from e
     return huggingface_hub
 
 def url_cache() -> Path:
     "The folder of files that are not from the hub"
-    return Path(os.environ.get('ARPO_WEIGHTS') or '~/.cache/arpo_nb').expanduser()
+    return user_path(os.environ['ARPO_WEIGHTS'], 'ARPO_WEIGHTS') if os.environ.get('ARPO_WEIGHTS') else home_cache('arpo_nb')
 
-def _torch_cache():
-    return Path(os.environ.get('TORCH_HOME')
-                or '~/.cache/torch').expanduser()/'hub'/'checkpoints'
+def _torch_cache(): return (user_path(os.environ['TORCH_HOME'], 'TORCH_HOME') if os.environ.get('TORCH_HOME') else home_cache('torch'))/'hub'/'checkpoints'
 
 def _is_offline(offline, hub=None):
     "Whether the network may not be asked"
     if offline is not None: return offline
-    return (hub.constants.HF_HUB_OFFLINE if hub
-            else os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1',
-                                                                  'ON', 'YES', 'TRUE'))
+    return hub.constants.HF_HUB_OFFLINE if hub else os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE')
 
 def _known(name):
-    if name not in FILES:
-        raise ValueError(f"name={name!r}: no published file of that name; "
-                         f"known: {', '.join(FILES)}")
+    if name not in FILES: raise ValueError(f"name={name!r}: no published file of that name; known: {', '.join(FILES)}")
     return FILES[name]
 
 def _in_cache(name, cache_dir=None):
     "The path of a file that is already here, or None"
     f = _known(name)
     if f.repo:
-        found = [_hub().try_to_load_from_cache(f.repo, part, cache_dir=cache_dir)
-                 for part in (f.file, *f.parts)]
+        found = [_hub().try_to_load_from_cache(f.repo, part, cache_dir=cache_dir, **_pinned(f)) for part in (f.file, *f.parts)]
         return Path(found[0]) if all(isinstance(p, str) for p in found) else None
     if f.package:
         spec = find_spec(f.package)
         places = [Path(spec.origin).parent] if spec else []
-    else: places = [Path(cache_dir or url_cache()).expanduser(), _torch_cache()]
+    else: places = [user_path(cache_dir or url_cache(), 'cache_dir'), _torch_cache()]
     return next((p/f.file for p in places if (p/f.file).is_file()), None)
+
+def _pinned(f): return dict(revision=f.revision) if f.revision else {}
 
 def _what(f): return f"{f.file} ({human_size(f.size)}, {f.address})"
 
-def _plan(name, source, path=None, size=0, sha=None):
-    return dict(source=source, path=path, address=FILES[name].address
-                if source != 'local' else str(path),
-                size=size or (path.stat().st_size if path else 0), sha256=sha)
+def _plan(name, source, path=None, size=0, sha=None, part=None):
+    return dict(source=source, path=path, part=part, address=FILES[name].address if source != 'local' else str(path), size=size or (path.stat().st_size if path else 0), sha256=sha)
 
 # %% ../nbs/08_weights.ipynb #85a6675b
 def plan_file(name:str, # key of `FILES`
@@ -234,12 +220,12 @@ def plan_file(name:str, # key of `FILES`
              ) -> dict: # source ('local', 'cache', 'package', 'hub' or 'url'), path, address, size in bytes, SHA-256 or None
     "Where a file will come from, checked before any work"
     if weights is not None:
-        path = Path(weights).expanduser()
+        path, key = split_part(weights, 'weights')
         if not path.exists(): raise FileNotFoundError(f"weights={str(weights)!r}: no such file or folder. Give the path of {name}, or leave weights out to use the published file")
-        return _plan(name, 'local', _whole(path, name))
+        return _plan(name, 'local', _whole(path, name), part=key)
     f = _known(name)
     hub = _hub() if f.repo else None
-    cache = Path(cache_dir or (hub.constants.HF_HUB_CACHE if hub else url_cache())).expanduser()
+    cache = user_path(cache_dir or (hub.constants.HF_HUB_CACHE if hub else url_cache()), 'cache_dir')
     if found := _in_cache(name, cache if cache_dir or hub else None): return _plan(name, 'package' if f.package else 'cache', _whole(found, name))
     if f.package: raise FileNotFoundError(f"{f.file} comes with the Python package {f.package}: pip install {f.package}")
     if _is_offline(offline, hub):
@@ -265,7 +251,7 @@ def _by_hand(name, cache):
 
 def _ask_hub(hub, f):
     "Size and hash of a hub file"
-    metas = [hub.get_hf_file_metadata(hub.hf_hub_url(f.repo, part)) for part in (f.file, *f.parts)]
+    metas = [hub.get_hf_file_metadata(hub.hf_hub_url(f.repo, part, **_pinned(f))) for part in (f.file, *f.parts)]
     return sum(m.size or 0 for m in metas), metas[0].etag if re.fullmatch('[0-9a-f]{64}', metas[0].etag or '') else None
 
 def _open(url, start=0):
@@ -324,11 +310,11 @@ def noted_sha256(path) -> str:
     "SHA-256 of a file, computed again only when its size or times have changed"
     path, s = Path(path).resolve(), Path(path).stat()
     note = url_cache()/'sha256'/sha256(f'{path} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}'.encode()).hexdigest()
-    if note.is_file() and len(digest := note.read_text()) == 64: return digest
+    if note.is_file() and len(digest := note.read_text(encoding='ascii', errors='replace')) == 64: return digest
     digest = file_sha256(path)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(digest)
+        note.write_text(digest, encoding='ascii')
     except OSError: pass # nowhere to write: it is read again next time
     return digest
 
@@ -363,21 +349,25 @@ def locate(name:str, # key of `FILES`
     "The path of a published or local file, downloaded and verified if need be"
     plan = plan_file(name, weights, cache_dir, offline)
     f, path = FILES.get(name), plan['path']
-    if path: return path
-    if plan['source'] == 'url':
-        return download(f.url, Path(cache_dir or url_cache()).expanduser()/f.file,
-                        f.sha256, progress)
-    paths = [Path(_hub().hf_hub_download(f.repo, part, cache_dir=cache_dir))
-             for part in (f.file, *f.parts)]
+    if plan['source'] == 'local': return path if plan['part'] is None else path.with_name(f"{path.name}#{plan['part']}")
+    if not path: path = _fetch(name, f, plan, cache_dir, progress)
+    if f.repo or f.url: _say_unverified(name, f, path)
+    return path
+
+def _fetch(name, f, plan, cache_dir, progress):
+    "Download a file from its address or from the hub"
+    if plan['source'] == 'url': return download(f.url, user_path(cache_dir or url_cache(), 'cache_dir')/f.file, f.sha256, progress)
+    paths = [Path(_hub().hf_hub_download(f.repo, part, cache_dir=cache_dir, **_pinned(f))) for part in (f.file, *f.parts)]
     want = plan['sha256'] or f.sha256
     if want and noted_sha256(paths[0]) != want:
         real = paths[0].resolve()
         paths[0].unlink(); real.unlink(missing_ok=True)
-        raise ValueError(f"{paths[0].name} from {f.address}: the "
-                         "SHA-256 differs from the "
-                         f"published {want}; the download was damaged "
-                         "and is deleted. Run again")
+        raise ValueError(f"{paths[0].name} from {f.address}: the SHA-256 differs from the published {want}; the download was damaged and is deleted. Run again")
     return paths[0]
+
+def _say_unverified(name, f, path):
+    "Warn of a file whose publisher gave neither a hash nor a commit, so that another one could come under its name"
+    if not f.sha256 and not f.revision: warnings.warn(f"{name}: neither a hash nor a commit of {f.file} is published, so nobody can tell whether it is the file that others used; this one has SHA-256 {noted_sha256(path)}")
 
 def require(names, # keys of `FILES`
             weights=None, # name → local file
@@ -386,9 +376,7 @@ def require(names, # keys of `FILES`
     ("Several files at once; all that cannot be had are named in one error, before "
      "anything is downloaded")
     names, weights, problems = list(names), weights or {}, {}
-    if not isinstance(weights, dict):
-        raise ValueError(f"weights={weights!r}: expected a dict from names "
-                         "of files to local files")
+    if not isinstance(weights, dict): raise ValueError(f"weights={weights!r}: expected a dict from names of files to local files")
     if bad := [n for n in weights if n not in names]:
         near = difflib.get_close_matches(str(bad[0]), names, 1, .4)
         raise ValueError(f"weights: no file named {', '.join(map(str, bad))} is needed here, only: {', '.join(names) or 'none'}{f'; did you mean {near[0]!r}?' if near else ''}")
@@ -396,13 +384,9 @@ def require(names, # keys of `FILES`
         try: plan_file(n, weights.get(n), cache_dir, offline)
         except (OSError, ImportError, ValueError) as e: problems[n] = e
     if problems:
-        # the others are here, but wrong
-        absent = [n for n, e in problems.items() if not isinstance(e, ValueError)]
-        raise FileNotFoundError(f"{len(problems)} of {len(names)} files "
-                                "cannot be had:\n" + '\n'.join(f'- {n}: {e}' for n,
-                                                               e in problems.items())
-                                + ("\nWith a network: python -m arpo_nb.weights "
-                                   f"--fetch {' '.join(absent)}" if absent else ''))
+        absent = [n for n, e in problems.items() if not isinstance(e, ValueError)] # the others are here, but wrong
+        raise FileNotFoundError(f"{len(problems)} of {len(names)} files cannot be had:\n" + '\n'.join(f'- {n}: {e}' for n, e in problems.items())
+                                + (f"\nWith a network: python -m arpo_nb.weights --fetch {' '.join(absent)}" if absent else ''))
     return {n: locate(n, weights.get(n), cache_dir, offline) for n in names}
 
 # %% ../nbs/08_weights.ipynb #bc649a5d
@@ -443,6 +427,7 @@ def check_file(name:str, # key of `FILES`
 
 def main(args=None):
     "Command line of the table"
+    plain_terminal()
     p = argparse.ArgumentParser(prog='python -m arpo_nb.weights', description='List, fetch and check the published files this library can use.',
                                 epilog=f'Hub files go to the cache of huggingface_hub (HF_HOME), others to ARPO_WEIGHTS (now {url_cache()}). HF_HUB_OFFLINE=1 forbids the network.')
     what = p.add_mutually_exclusive_group(required=True)

@@ -144,3 +144,16 @@ def test_entry_points(mine, monkeypatch):
     with pytest.raises(ValueError, match="rewards='clip': arpo_nb and theirs both"): pick('clip', ['clip'], registered('arpo_nb.rewards'), 'rewards')
     launch(replace(preset('theirs', 'loofid'), rewards='colourful', steps=1, batch_size=2, num_generations=2), mine/'out', progress=False)
     assert 'reward/colourful' in rows(mine/'out')[0]
+
+
+def test_every_field_is_an_option(mine):
+    "Reachable and documented, and a number that is none fails with its name"
+    from arpo_nb.training.launch import main
+    text = subprocess.run([sys.executable, '-m', 'arpo_nb.training.launch', '--help'], env=ENV, capture_output=True, text=True).stdout
+    for name in vars(Config()): assert f'--{name} ' in text or f'--{name}\n' in text, name
+    assert 'weight of the cross-entropy on the' in ' '.join(text.split()) and 'the optimiser' in text
+    with pytest.raises(SystemExit): main(['--model', 'toy', '--learning_rate', 'fast', '--dry-run'])
+    with pytest.raises(ValueError, match='learning_rate=inf: expected a finite number'): main(['--model', 'toy', '--learning_rate', 'inf', '--dry-run'])
+    main(['--model', 'toy', '--learning_rate', '1e-5', '--gradient_checkpointing', 'on', '--steps', '1', '--batch_size', '2', '--num_generations', '2', '--out_dir', 'out'])
+    cfg = from_json((mine/'out'/'config.json').read_text())
+    assert (cfg.learning_rate, cfg.gradient_checkpointing, cfg.steps) == (1e-5, True, 1)

@@ -6,9 +6,10 @@
 __all__ = ['CLASSES', 'COLORS', 'TASKS', 'RELATIONS', 'check_prompt', 'read_prompts', 'sample_file', 'write_geneval',
            'arrange_geneval', 'Found', 'iou', 'keep_found', 'relations', 'judge', 'summarize', 'color_crop',
            'ColorClassifier', 'instances', 'StandInDetector', 'read_folder', 'evaluate_folder', 'ClassifierDetector',
-           'official_command', 'check_official', 'official_evaluation']
+           'official_command', 'check_official', 'official_evaluation', 'read_verdicts']
 
 # %% ../../nbs/55_geneval.ipynb #db394ccf
+import errno
 import json
 import shlex
 import shutil
@@ -23,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.image_io import to_tensor, to_uint8
-from .sample_writer import _atomically, _settle, image_path
+from ..data.image_io import open_picture, to_tensor, to_uint8
+from .sample_writer import image_path, settle
+from ..files import BadFile, parse_json, read_json, read_lines, read_text, reading, refuse_foreign, user_path, write_atomically
 from ..protocols import Streams
 from ..weights import import_torchvision, locate
 
@@ -34,53 +36,39 @@ bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umb
 baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza,
 donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink,
 refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush'''.split(',')]
-COLORS = ['red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink',
-          'brown', 'black', 'white']
+COLORS = ['red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'brown', 'black', 'white']
 TASKS = ['single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr']
 RELATIONS = ['left of', 'right of', 'above', 'below']
 
 def check_prompt(p:dict, where:str, classes=CLASSES):
     "Raise unless a prompt's metadata can be judged"
-    if not isinstance(p, dict) or not p.get('prompt') or not p.get('include'):
-        raise ValueError(f"{where}: expected keys prompt and include, got "
-                         f"{sorted(p) if isinstance(p, dict) else p!r}")
-    if p.get('tag') not in TASKS:
-        raise ValueError(f"{where}: tag {p.get('tag')!r}, expected one "
-                         f"of {', '.join(TASKS)}")
-    for i, r in enumerate([*p['include'], *p.get('exclude', [])]):
-        if r.get('class') not in classes:
-            raise ValueError(f"{where}: class {r.get('class')!r} is not one of the {len(classes)} that the detector knows: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
-        if not isinstance(r.get('count'), int) or r['count'] < 1:
-            raise ValueError(f"{where}: count {r.get('count')!r} of {r['class']}, "
-                             "expected a whole number from 1")
-        if r.get('color', 'red') not in COLORS:
-            raise ValueError(f"{where}: color {r['color']!r}, expected one "
-                             f"of {', '.join(COLORS)}")
-        place = r.get('position', [])
-        if 'position' in r and not (isinstance(place, list) and len(place) == 2
-                                    and place[0] in RELATIONS
-                                    and isinstance(place[1], int)
-                                    and 0 <= place[1] < i):
-            raise ValueError(f"{where}: position {place}, expected one of "
-                             f"{', '.join(RELATIONS)} "
-                             "and the number of an earlier entry, from 0")
+    if not isinstance(p, dict) or not p.get('prompt') or not p.get('include'): raise ValueError(f"{where}: expected keys prompt and include, got {sorted(map(str, p)) if isinstance(p, dict) else p!r}")
+    if not isinstance(p['prompt'], str): raise ValueError(f"{where}: prompt {p['prompt']!r}, expected text")
+    if p.get('tag') not in TASKS: raise ValueError(f"{where}: tag {p.get('tag')!r}, expected one of {', '.join(TASKS)}")
+    for k in 'include', 'exclude':
+        if not isinstance(p.get(k, []), list): raise ValueError(f"{where}: {k} {p[k]!r}, expected a list of objects with class and count")
+    for i, r in enumerate([*p['include'], *p.get('exclude', [])]): _check_object(r, i, where, classes)
+
+def _check_object(r, i, where, classes):
+    "Raise unless an entry of include or exclude names what can be found"
+    if not isinstance(r, dict): raise ValueError(f"{where}: entry {r!r}, expected an object with class and count")
+    if r.get('class') not in [*classes]: raise ValueError(f"{where}: class {r.get('class')!r} is not one of the {len(classes)} that the detector knows: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
+    if type(r.get('count')) is not int or not 1 <= r['count'] <= 1000: raise ValueError(f"{where}: count {r.get('count')!r} of {r['class']}, expected a whole number from 1 to 1000")
+    if r.get('color', 'red') not in COLORS: raise ValueError(f"{where}: color {r['color']!r}, expected one of {', '.join(COLORS)}")
+    place = r.get('position', [])
+    if 'position' in r and not (isinstance(place, list) and len(place) == 2 and place[0] in RELATIONS and type(place[1]) is int and 0 <= place[1] < i): raise ValueError(f"{where}: position {place}, expected one of {', '.join(RELATIONS)} and the number of an earlier entry, from 0")
 
 def read_prompts(path=None, # .jsonl; None for the published 553 as `weights` finds them
                  classes=CLASSES, # what the detector knows
                 ) -> list: # of dicts
     "Prompts with what must be seen"
-    path = path or locate('geneval_prompts')
+    path = user_path(path or locate('geneval_prompts'))
     prompts = []
-    for i, line in enumerate(Path(path).read_text().splitlines()):
+    for n, line in read_lines(path):
         if not line.strip(): continue
-        try: prompts.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}, line {i+1}: not JSON ({e}); expected "
-                             "one object on each line") from e
-        check_prompt(prompts[-1], f'{path}, line {i+1}', classes)
-    if not prompts:
-        raise ValueError(f"{path}: no prompts in this file; expected one "
-                         "JSON object on each line")
+        with reading(path, f'line {n}', 'one object on each line'): prompts.append(json.loads(line))
+        check_prompt(prompts[-1], f'{path}, line {n}', classes)
+    if not prompts: raise ValueError(f"{path}: no prompts in this file; expected one JSON object on each line")
     return prompts
 
 # %% ../../nbs/55_geneval.ipynb #70b75eab
@@ -90,53 +78,59 @@ def sample_file(folder, prompt:int, sample:int) -> Path:
 
 @torch.no_grad()
 def write_geneval(prompts:list, # of `read_prompts`
-                  # (list of N strings, `Streams`) to images [N, 3, H, W] in [0, 1]
-                  draw,
+                  draw, # (list of N strings, `Streams`) to images [N, 3, H, W] in [0, 1]
                   folder, # made if missing
                   *, n:int=4, # pictures per prompt
-                  # this process draws pictures rank, rank + world_size, ...
-                  seed:int=0, batch_size:int=16, rank:int=0, world_size:int=1,
-                  # settings that a restart must share
-                  progress:bool=True, note:dict|None=None,
+                  seed:int=0, batch_size:int=16, rank:int=0, world_size:int=1, # this process draws pictures rank, rank + world_size, ...
+                  progress:bool=True, note:dict|None=None, # settings that a restart must share
                  ) -> int: # pictures drawn by this call
     "Fill GenEval's folders with the pictures that are not there yet"
-    folder = Path(folder)
+    folder = user_path(folder, 'folder')
     folder.mkdir(parents=True, exist_ok=True)
-    _settle(folder, dict(prompts=len(prompts), n=n, seed=seed, **(note or {})))
+    settle(folder, dict(prompts=len(prompts), n=n, seed=seed, **(note or {})), '[0-9]*/metadata.jsonl')
     for i, p in enumerate(prompts):
         sample_file(folder, i, 0).parent.mkdir(parents=True, exist_ok=True)
-        _atomically(folder/f'{i:05d}'/'metadata.jsonl',
-                    lambda f: f.write(json.dumps(p).encode()))
+        write_atomically(folder/f'{i:05d}'/'metadata.jsonl', lambda f: f.write(json.dumps(p).encode()))
     mine = [(i, j) for i in range(len(prompts)) for j in range(n)][rank::world_size]
-    todo = np.array([ij for ij in mine if not sample_file(folder, *ij).exists()],
-                    dtype=int).reshape(-1, 2)
-    for start in tqdm(range(0, len(todo), batch_size), desc='pictures',
-                      unit='batch', disable=not progress or rank > 0):
+    todo = np.array([ij for ij in mine if not sample_file(folder, *ij).exists()], dtype=int).reshape(-1, 2)
+    for start in tqdm(range(0, len(todo), batch_size), desc='pictures', unit='batch', disable=not progress or rank > 0):
         index = todo[start:start+batch_size]
-        pixels = to_uint8(draw([prompts[i]['prompt'] for i, _ in index],
-                               Streams(seed, index))).cpu().numpy()
-        for ij, p in zip(index, pixels):
-            _atomically(sample_file(folder, *ij),
-                        lambda f: Image.fromarray(p).save(f, 'PNG'))
+        pixels = to_uint8(draw([prompts[i]['prompt'] for i, _ in index], Streams(seed, index))).cpu().numpy()
+        for ij, p in zip(index, pixels): write_atomically(sample_file(folder, *ij), lambda f: Image.fromarray(p).save(f, 'PNG'))
     return len(todo)
 
 # %% ../../nbs/55_geneval.ipynb #51f08677
-def arrange_geneval(prompts:list,
-                    # of `read_prompts`; picture i was drawn for prompt i mod P
+def arrange_geneval(prompts:list, # of `read_prompts`; picture i was drawn for prompt i mod P
                     samples, # folder of NNNNNN.png
-                    folder, # made anew
+                    folder, # made anew; one that this function did not make is refused
                     n:int, # pictures
                    ) -> Path: # folder
     "Put numbered pictures into GenEval's folders"
-    folder = Path(folder)
-    if folder.exists(): shutil.rmtree(folder)
+    folder = user_path(folder, 'folder')
+    if folder.exists(): _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder/_ARRANGED, lambda f: f.write(json.dumps(dict(made_by='arrange_geneval', prompts=len(prompts), n=n)).encode()))
     for i, p in enumerate(prompts[:n]):
-        (folder/f'{i:05d}'/'samples').mkdir(parents=True)
-        (folder/f'{i:05d}'/'metadata.jsonl').write_text(json.dumps(p))
-    for i in range(n):
-        shutil.copyfile(image_path(samples, i),
-                        sample_file(folder, i % len(prompts), i//len(prompts)))
+        (folder/f'{i:05d}'/'samples').mkdir(parents=True, exist_ok=True)
+        (folder/f'{i:05d}'/'metadata.jsonl').write_text(json.dumps(p), encoding='utf-8')
+    for i in range(n): shutil.copyfile(image_path(samples, i), sample_file(folder, i % len(prompts), i//len(prompts)))
     return folder
+
+_ARRANGED = 'arranged.json' # says that a folder is ours to make anew
+
+def _clear(folder):
+    "Remove what an earlier call put into a folder, and nothing else"
+    if not folder.is_dir() or folder.is_symlink() or (any(folder.iterdir()) and not (folder/_ARRANGED).is_file()):
+        raise FileExistsError(errno.EEXIST, f"{folder}: already there, and no {_ARRANGED} in it says that this function made it, so nothing in it is removed; give another folder, or move it away")
+    if not (folder/_ARRANGED).is_file(): return
+    made = read_json(folder/_ARRANGED)
+    P, n = (made.get(k) for k in ('prompts', 'n')) if isinstance(made, dict) else (None, None)
+    if type(P) is not int or type(n) is not int or not (0 < P < 10**5 and 0 < n < 10**7): raise BadFile(folder/_ARRANGED, "does not say how many prompts and pictures were arranged; move the folder away")
+    for i in range(n): sample_file(folder, i % P, i//P).unlink(missing_ok=True)
+    for p in (folder/f'{i:05d}' for i in range(min(P, n))):
+        (p/'metadata.jsonl').unlink(missing_ok=True)
+        for d in (p/'samples', p):
+            if d.is_dir() and not any(d.iterdir()): d.rmdir()
 
 # %% ../../nbs/55_geneval.ipynb #2382e1f6
 class Found(NamedTuple):
@@ -327,15 +321,17 @@ class StandInDetector:
                          out.masks_queries_logits[0].float().cpu(), image.shape[-2:])
 
 # %% ../../nbs/55_geneval.ipynb #60a239fc
-def read_folder(folder): # yields metadata and the paths of the samples, prompt by prompt
+def read_folder(folder, classes=CLASSES): # yields metadata and the paths of the samples, prompt by prompt
     "GenEval's folders"
-    numbered = sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name.isdigit())
+    numbered = sorted(p for p in user_path(folder, 'folder').iterdir() if p.is_dir() and p.name.isdigit())
     if not numbered: raise FileNotFoundError(f"{folder}: no numbered prompt folders; write them with write_geneval")
     for p in numbered:
         if not (p/'metadata.jsonl').exists(): raise FileNotFoundError(f"{p}: no metadata.jsonl")
         samples = sorted(s for s in (p/'samples').glob('*.png') if s.stem.isdigit())
         if not samples: raise FileNotFoundError(f"{p}: no samples; run write_geneval again, it draws only what is missing")
-        yield json.loads((p/'metadata.jsonl').read_text()), samples
+        prompt = parse_json(read_text(p/'metadata.jsonl'), p/'metadata.jsonl')
+        check_prompt(prompt, str(p/'metadata.jsonl'), classes)
+        yield prompt, samples
 
 def evaluate_folder(folder, # see `write_geneval`
                     detect, # image [3, H, W] to class: list of `Found`, with a `name`
@@ -345,14 +341,19 @@ def evaluate_folder(folder, # see `write_geneval`
                     **rules) -> dict: # thresholds of `judge`; `summarize`, with the detector's name
     "Judge every picture of a folder"
     rows = []
-    for p, samples in tqdm(list(read_folder(folder)), desc='prompts', disable=not progress):
+    if out: refuse_foreign(out := user_path(out, 'out'), _are_verdicts)
+    for p, samples in tqdm(list(read_folder(folder, getattr(detect, 'classes', CLASSES))), desc='prompts', disable=not progress):
         if color is None and any('color' in r for r in p['include']): continue
         for s in samples:
-            image = to_tensor(Image.open(s))
+            image = to_tensor(open_picture(s))
             right, why = judge(p, detect(image), lambda f, c: color(image, f, c), **rules)
             rows.append(dict(filename=str(s), tag=p['tag'], prompt=p['prompt'], correct=right, reason=why, metadata=json.dumps(p)))
-    if out: _atomically(Path(out), lambda f: f.write('\n'.join(map(json.dumps, rows)).encode()))
+    if out: write_atomically(out, lambda f: f.write('\n'.join(map(json.dumps, rows)).encode()))
     return dict(**summarize(rows), detector=getattr(detect, 'name', 'unnamed'), official=False)
+
+def _are_verdicts(path): # of a file: whether `evaluate_folder` wrote it
+    first = next((line for _, line in read_lines(path) if line.strip()), '{}')
+    return {'filename', 'tag', 'correct'} <= json.loads(first).keys()
 
 # %% ../../nbs/55_geneval.ipynb #e05aecef
 class ClassifierDetector:
@@ -398,5 +399,14 @@ def official_evaluation(folder, # see `write_geneval`
     check_official(repo, python, detector)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f"GenEval's evaluator failed:\n{done.stderr[-2000:]}")
-    rows = [json.loads(line) for line in Path(results).read_text().splitlines() if line.strip()]
-    return dict(**summarize(rows), detector='official', official=True)
+    return dict(**summarize(read_verdicts(results)), detector='official', official=True)
+
+def read_verdicts(path) -> list: # dicts with tag and correct
+    "The verdicts in an evaluator's results"
+    rows = []
+    for n, line in read_lines(user_path(path)):
+        if not line.strip(): continue
+        row = parse_json(line, path, f'line {n}')
+        if not isinstance(row, dict) or row.get('tag') not in TASKS or type(row.get('correct')) is not bool: raise BadFile(path, f"{line[:80]!r}, expected an object with a tag of GenEval and correct", f'line {n}')
+        rows.append(row)
+    return rows

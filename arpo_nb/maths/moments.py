@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import open_file, open_npz, read_npy, read_npz
+
 # %% ../../nbs/15_moments.ipynb #1adf14a0
 def fid_diag(mean:Tensor, # [..., D]
              std:Tensor, # [..., D] standard deviations, not variances
@@ -156,10 +158,13 @@ class Reference:
 # %% ../../nbs/15_moments.ipynb #bef5f691
 def _npz(path) -> dict:
     "Names and arrays of an npz file, without the pictures"
-    with np.load(path) as z:
-        known = {'mu', 'sigma', 'network'} if 'mu' in z.files else {'features', 'network'}
-        wanted = z.files if len(z.files) == 1 else known.intersection(z.files)
-        return dict.fromkeys(z.files) | {k: z[k] for k in wanted}
+    with open_npz(path) as (entries, _): names = [*entries]
+    known = {'mu', 'sigma', 'network'} if 'mu' in names else {'features', 'network'}
+    wanted = names if len(names) == 1 else known.intersection(names)
+    return dict.fromkeys(names) | read_npz(path, wanted)
+
+def _npy(path):
+    with open_file(path) as f: return read_npy(f, path.stat().st_size, path)
 
 def _pt(path):
     "Tensors and numpy arrays of a torch file; anything else in it is refused"
@@ -173,7 +178,7 @@ def _safetensors(path):
     from safetensors.torch import load_file
     return load_file(path)
 
-READERS = {'.npz': _npz, '.npy': np.load, '.pt': _pt, '.pth': _pt, '.safetensors': _safetensors}
+READERS = {'.npz': _npz, '.npy': _npy, '.pt': _pt, '.pth': _pt, '.safetensors': _safetensors}
 
 def read_file(path): # contents, by name where they have names
     "A file of moments or features"

@@ -7,7 +7,7 @@ __all__ = ['ASSETS', 'CLASSES', 'NET_A', 'NET_B', 'TOY_RECIPES', 'TOY', 'SPECS',
            'ToyNet', 'toy_vq_config', 'toy_gpt_config', 'build_toy', 'toy_pictures', 'toy_judge', 'toy_metric']
 
 # %% ../../nbs/35_toy.ipynb #2d2bfe5f
-import gzip
+import math
 from operator import attrgetter
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..files import BadFile, open_packed, reading, user_path
 from .checkpoints import load_weights
 from .llamagen import GPT, GPTConfig
 from .tokenizers import VQConfig, VQModel
@@ -33,35 +34,30 @@ CLASSES = ['T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal',
 def read_idx(path:str|Path, # an IDX file of unsigned bytes, gzipped or not
             ) -> Tensor: # uint8, in the shape the file states
     "Read an IDX file"
-    raw = Path(path).read_bytes()
-    if raw[:2] == b'\x1f\x8b': raw = gzip.decompress(raw)
-    if raw[:3] != b'\0\0\x08':
-        raise ValueError(f"{path}: not an IDX file of unsigned bytes "
-                         f"(starts with {raw[:4]!r})")
-    shape = np.frombuffer(raw, '>i4', raw[3], 4).astype(int)
-    return torch.from_numpy(np.frombuffer(raw, np.uint8,
-                                          offset=4 + 4*raw[3]).reshape(shape).copy())
+    with open_packed(path := user_path(path)) as f, reading(path, expected='an IDX file of unsigned bytes'):
+        head = f.read(4)
+        if head[:3] != b'\0\0\x08' or len(head) < 4: raise BadFile(path, f"not an IDX file of unsigned bytes (starts with {head!r})")
+        sides = f.read(4*head[3])
+        if len(sides) < 4*head[3] or not head[3]: raise BadFile(path, f"ends within its header; copy it again")
+        shape = [int(n) for n in np.frombuffer(sides, '>u4')]
+        raw = f.read(min(math.prod(shape) + 1, 1 << 31))
+    if len(raw) != math.prod(shape): raise BadFile(path, f"promises {' × '.join(map(str, shape))} bytes and holds {'more' if len(raw) > math.prod(shape) else f'{len(raw):,}'}; copy it again")
+    return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape).copy())
 
-def read_fashion_mnist(folder:str|Path,
-                       # holds train-images-idx3-ubyte and the other three, gzipped or not
-                       # the 60,000 training images, or the 10,000 test images
-                       train:bool=True,
+def read_fashion_mnist(folder:str|Path, # holds train-images-idx3-ubyte and the other three, gzipped or not
+                       train:bool=True, # the 60,000 training images, or the 10,000 test images
                       ) -> tuple: # images [N, 28, 28] uint8, labels [N] int64
     "The full Fashion-MNIST from a local folder"
     split = 'train' if train else 't10k'
-    found = [sorted(Path(folder).rglob(f'{split}-{kind}-ubyte*'))
-             for kind in ('images-idx3', 'labels-idx1')]
-    if not all(found):
-        raise FileNotFoundError(f"folder={str(folder)!r}: no "
-                                f"{split}-images-idx3-ubyte(.gz) "
-                                "with its labels below it")
+    found = [sorted(user_path(folder, 'folder').rglob(f'{split}-{kind}-ubyte*')) for kind in ('images-idx3', 'labels-idx1')]
+    if not all(found): raise FileNotFoundError(f"folder={str(folder)!r}: no {split}-images-idx3-ubyte(.gz) with its labels below it")
     images, labels = (read_idx(f[0]) for f in found)
+    if images.ndim != 3 or labels.shape != images.shape[:1]: raise BadFile(found[0][0], f"pictures {list(images.shape)} and labels {list(labels.shape)}, expected [N, 28, 28] and [N]")
     return images, labels.long()
 
 def to_pixels(images:Tensor, # [N, 28, 28] uint8
              ) -> Tensor: # [N, 3, 32, 32] in [0, 1]
-    ("Pad to 32×32 and repeat the grey value in three channels, the form every "
-     "tokenizer expects")
+    "Pad to 32×32 and repeat the grey value in three channels, the form every tokenizer expects"
     return F.pad(images, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1)/255
 
 # %% ../../nbs/35_toy.ipynb #8f60fc1f

@@ -9,7 +9,8 @@ __all__ = ['FILTERS', 'CLIP_MEAN', 'CLIP_STD', 'CLIPS', 'SCALES', 'import_open_c
            'AestheticHead', 'affine_score', 'CLIPReward', 'AestheticReward', 'clip_reward', 'aesthetic_reward']
 
 # %% ../../nbs/23_clip.ipynb #b7440bb2
-import difflib, warnings, zipfile
+import difflib, io, warnings
+from hashlib import sha256
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -18,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.checkpoints import load_strict, read_state_dict
+from ..files import BadFile, read_bytes, split_part
+from ..models.checkpoints import check_values, is_torchscript, load_strict, read_state_dict
 from ..protocols import Batch
 from ..rewards import check_chunk_size, check_images
-from ..weights import import_torchvision, locate
+from ..weights import FILES, import_torchvision, locate
 
 # %% ../../nbs/23_clip.ipynb #a0faa0e4
 def import_open_clip():
@@ -140,13 +142,17 @@ CLIPS = dict(clip_l14=('ViT-L-14', True), clip_b32=('ViT-B-32', True), clip_l14_
 CLIPS |= {f'hps_v{v}': ('ViT-H-14', False) for v in ('2.1', '2.0')} # architecture, quick-GELU
 
 def _archive_state(path):
-    "The tensors of a TorchScript archive, the form of OpenAI's original files; None for any other file"
-    if not zipfile.is_zipfile(path): return None
-    with zipfile.ZipFile(path) as z:
-        if not any(n.split('/', 1)[-1] == 'constants.pkl' for n in z.namelist()): return None
+    "The tensors of one of OpenAI's original files, which are TorchScript archives; None for any other file"
+    path, _ = split_part(path)
+    if not path.is_file() or not is_torchscript(path): return None
+    raw, known = read_bytes(path, 1 << 32), {f.sha256 for n, f in FILES.items() if n.endswith('_openai')}
+    if sha256(raw).hexdigest() not in known:
+        raise BadFile(path, "a TorchScript archive, a program that runs when it is loaded, and not one of OpenAI's published files (its SHA-256 differs), so it is refused; save its tensors alone, with safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # torch.jit is on its way out, reading it still works
-        return dict(torch.jit.load(str(path), map_location='cpu').state_dict())
+        state = dict(torch.jit.load(io.BytesIO(raw), map_location='cpu').state_dict())
+    check_values(state, path)
+    return state
 
 def load_clip(model:nn.Module, # filled in place
               path:Path, # safetensors, torch file or TorchScript archive

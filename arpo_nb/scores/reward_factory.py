@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import parse_rewards
+from ..files import BadFile, read_moments, refuse_foreign, user_path
 from ..maths.moments import Reference, as_reference
 from ..rewards import BrightnessReward, LOOFIDReward, WeightedSum, check_chunk_size
+from ..models.checkpoints import read_state_dict
 from .clip import CLIPReward, CLIPScorer, aesthetic_reward, build_clip, check_arch, check_precision, clip_preprocess, hps_preprocess
 from .maniqa import maniqa_reward
 from ..weights import FILES, require
@@ -56,19 +58,15 @@ class PCA:
     basis: Tensor # [D, k] orthonormal columns
     variances: Tensor # [k]
     of: Tensor # [2] fingerprint of the reference
+    _PARTS = {'mean', 'basis', 'variances', 'of'}
 
     @classmethod
     def fit(cls, reference:Reference, k:int):
         "The first `k` directions of a reference with covariance"
-        if reference.cov is None:
-            raise ValueError("pca: needs the reference's covariance, got "
-                             "standard deviations only")
-        if not 1 <= k <= len(reference.mean):
-            raise ValueError(f"pca={k}: expected 1 to {len(reference.mean)}, "
-                             "the number of features")
+        if reference.cov is None: raise ValueError("pca: needs the reference's covariance, got standard deviations only")
+        if not 1 <= k <= len(reference.mean): raise ValueError(f"pca={k}: expected 1 to {len(reference.mean)}, the number of features")
         lam, U = torch.linalg.eigh(reference.cov)
-        return cls(reference.mean, U[:, -k:].flip(1).contiguous(),
-                   lam[-k:].flip(0).clamp(min=0), reference.fingerprint)
+        return cls(reference.mean, U[:, -k:].flip(1).contiguous(), lam[-k:].flip(0).clamp(min=0), reference.fingerprint)
 
     def __call__(self, features:Tensor) -> Tensor: # [N, D] to [N, k], float32 or 64
         "Project features"
@@ -79,27 +77,36 @@ class PCA:
     @property
     def reference(self) -> Reference:
         "The reference's moments in these directions"
-        return Reference(torch.zeros_like(self.variances), self.variances.sqrt(),
-                         self.variances.diag())
+        return Reference(torch.zeros_like(self.variances), self.variances.sqrt(), self.variances.diag())
 
     def save(self, path):
-        "Write a safetensors file"
-        save_file({k: getattr(self, k).contiguous()
-                   for k in ('mean', 'basis', 'variances', 'of')}, path)
+        "Write a safetensors file, never over another's"
+        refuse_foreign(path := user_path(path), lambda p: self._PARTS == {*read_state_dict(p)})
+        save_file({k: getattr(self, k).contiguous() for k in ('mean', 'basis', 'variances', 'of')}, path)
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote"
-        if not Path(path).exists():
-            raise FileNotFoundError(f"pca={str(path)!r}: no such file; "
-                                    "PCA.fit(reference, " "k).save(path) writes one")
-        return cls(**load_file(path))
+        path = user_path(path, 'pca')
+        if not path.exists(): raise FileNotFoundError(f"pca={str(path)!r}: no such file; PCA.fit(reference, k).save(path) writes one")
+        got = read_state_dict(path)
+        if {*got} != cls._PARTS: raise BadFile(path, f"holds {', '.join(got)}; expected {', '.join(sorted(cls._PARTS))}, as PCA.save writes them")
+        D, k = got['mean'].numel(), got['variances'].numel()
+        shapes = dict(mean=(D,), basis=(D, k), variances=(k,), of=(2,))
+        for n, shape in shapes.items():
+            if got[n].shape != shape or not got[n].is_floating_point(): raise BadFile(path, f"{got[n].dtype} {list(got[n].shape)}, expected floats {list(shape)}", n)
+        if not 1 <= k <= D or got['variances'].min() < 0: raise BadFile(path, f"{k} directions of {D} features, the least variance {got['variances'].min():.3g}; expected 1 to {D} directions without negative variances", 'variances')
+        if (got['basis'].double().T @ got['basis'].double() - torch.eye(k).double()).abs().max() > 1e-3: raise BadFile(path, "directions that are not orthonormal; fit it again", 'basis')
+        return cls(**got)
 
 # %% ../../nbs/25_reward_factory.ipynb #b50d080d
 def load_reference(reference, # anything `as_reference` takes: pair, features, file, …
                    network:str|None=None, # name of the extractor, if it must be its own
                   ) -> Reference:
     "A `Reference` that belongs to an extractor"
+    if isinstance(reference, (str, Path)):
+        reference = user_path(reference, 'reference')
+        if reference.is_file() and reference.suffix == '.npz': read_moments(reference) # says what cannot be
     ref = as_reference(reference)
     if network and ref.network and ref.network != network:
         raise ValueError(f"reference={str(reference)!r}: made with the network "
