@@ -153,7 +153,8 @@ def _rows(name, reward, images, batch, state, chunk_size, straight):
     out = []
     for s in (slice(i, i + n) for i in range(0, len(images), n)):
         r, new = ask_reward(reward, images[s], batch.take(s), state, name)
-        if not straight: check_orientation(reward, images[s], batch.take(s), state, r, name)
+        if not straight:
+            check_orientation(reward, images[s], batch.take(s), state, r, name)
         out, state = [*out, r], new
     return torch.cat(out), state
 

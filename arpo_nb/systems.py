@@ -11,6 +11,7 @@ __all__ = ['model_table', 'load_system', 'name_classes', 'load_shapes', 'model_f
 # %% ../nbs/37_models.ipynb #de9ccbda
 import argparse
 import shutil
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 
@@ -146,7 +147,8 @@ def usual_guidance(model) -> float:
 
 # %% ../nbs/37_models.ipynb #a4ab9cee
 class ClassScore:
-    "A classifier's probability of the class that was asked for: an instance-level reward, the toy's CLIP"
+    ("A classifier's probability of the class that was asked for: an instance-level "
+     "reward, the toy's CLIP")
     def __init__(self, net): # images [N, 3, H, W] to features and logits
         self.net = net
 
@@ -174,9 +176,10 @@ def imagenet_classes() -> list:
 
 def imagenet_synonyms() -> list: # 'tench, Tinca tinca', …
     "All names that WordNet has for ImageNet's 1,000 classes, as AR-GRPO's prompts list them"
-    try: import timm
-    except ImportError as e: raise ImportError("class_names='synonyms' are read from timm's WordNet list: pip install 'arpo_nb[rewards]'") from e
-    text = (Path(timm.__file__).parent/'data'/'_info'/'imagenet_synset_to_lemma.txt').read_text()
+    found = find_spec('timm') # a list in its folder; nothing of it is imported
+    if found is None:
+        raise ImportError("class_names='synonyms' are read from timm's WordNet list: pip install 'arpo_nb[rewards]'")
+    text = (Path(found.origin).parent/'data'/'_info'/'imagenet_synset_to_lemma.txt').read_text()
     names = dict(line.split('\t') for line in text.splitlines())
     return [names[s] for s in imagenet_ids()]
 
@@ -237,17 +240,20 @@ def _loo_fid_options(cfg, spec, judge):
 # %% ../nbs/37_models.ipynb #e8f774c8
 def load_data(cfg:Config, # its model, method, data, seed and class_split
               system:System):
-    "What a run trains on: pictures with their classes or captions, or, free-running, classes or prompts alone"
+    ("What a run trains on: pictures with their classes or captions, or, free-running,"
+     " classes or prompts alone")
     check_data(cfg, system)
     if names_object(cfg.data): return own_data(cfg, system)
     if cfg.method == 'grpo' and system.num_classes:
         return LabelData(system.num_classes, cfg.class_split, cfg.seed)
     if not system.num_classes: return _text_data(cfg, system)
     if cfg.data == 'default': return own_images(spec_of(system))
-    return (hub_data if is_hub_folder(cfg.data) else folder_data)(cfg.data, system.tokenizer.image_size, system.num_classes)
+    return (hub_data if is_hub_folder(cfg.data) else folder_data)(cfg.data,
+                                                                  system.tokenizer.image_size, system.num_classes)
 
 def check_data(cfg:Config, system:System):
-    "Raise for a data set or a text encoder that is not there; reads nothing, and needs a system of shapes only"
+    ("Raise for a data set or a text encoder that is not there; reads nothing, and "
+     "needs a system of shapes only")
     if names_object(cfg.data): return resolve(cfg.data, 'data')
     if cfg.method == 'grpo' and system.num_classes: return
     if cfg.data == 'default':
@@ -268,7 +274,8 @@ def check_data(cfg:Config, system:System):
         check_hub_model('text_features', cfg.text_features)
 
 def check_hub_model(argument:str, repo:str):
-    "Raise for a model of transformers that is neither in the cache nor can be asked for"
+    ("Raise for a model of transformers that is neither in the cache nor can be asked "
+     "for")
     hub = _hub()
     if any(hub.try_to_load_from_cache(repo, f'{name}{index}')
            for name in ('model.safetensors', 'pytorch_model.bin')
@@ -291,7 +298,8 @@ def prompt_encoder(system:System,
                    # T5 encoder of a text-conditional LlamaGen: hub name or folder
                    text_features:str='google/flan-t5-xl',
                   ): # list of N prompts to conditions of N images
-    "What turns prompts into a system's conditions: its own encoder, the names of its classes, or T5"
+    ("What turns prompts into a system's conditions: its own encoder, the names of its"
+     " classes, or T5")
     if system.encode_prompts is not None: return system.encode_prompts
     if not system.num_classes:
         return T5Features(text_features, device='cuda' if torch.cuda.is_available()
@@ -310,7 +318,8 @@ def _text_data(cfg, system):
     encode = (DiskFeatures(path) if on_disk else None if kind == 'stored'
               and system.encode_prompts is None else prompt_encoder(system, kind))
     if cfg.method != 'grpo':
-        return TextData(cfg.data, system.tokenizer.image_size, encode, crop=cfg.image_crop)
+        return TextData(cfg.data, system.tokenizer.image_size, encode,
+                        crop=cfg.image_crop)
     if encode is None or isinstance(encode, DiskFeatures):
         raise ValueError(f"text_features={kind!r}: prompts alone come "
                          "without features; "

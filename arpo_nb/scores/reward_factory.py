@@ -28,7 +28,8 @@ CLIP_OF = dict(clip='clip_l14', clip_b32='clip_b32', hps='hps_v2.1',
                aesthetic='clip_l14') | {f'hps_v2.{i}': f'hps_v2.{i}' for i in (0, 1)}
 REWARDS = *CLIP_OF, 'maniqa', 'brightness', 'darkness', 'loo_fid'
 
-def read_rewards(spec, # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict name → weight
+def read_rewards(spec,
+                 # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict name → weight
                 ) -> dict: # name → weight
     "Names and weights, checked"
     text = spec
@@ -45,7 +46,8 @@ def read_rewards(spec, # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a d
         near = difflib.get_close_matches(name, REWARDS, 1)
         raise ValueError(f"rewards={spec!r}: no reward named "
                          f"{name!r}{f', did you mean {near[0]!r}?' if near else '.'} "
-                         f"Known: {', '.join(REWARDS)}, or package.module:name of your own")
+                         f"Known: {', '.join(REWARDS)}, or "
+                         "package.module:name of your own")
     if not out:
         raise ValueError(f"rewards={spec!r}: empty; expected something like 'clip+hps'")
     return out
@@ -114,7 +116,8 @@ def load_reference(reference, # anything `as_reference` takes: pair, features, f
                          f"{network!r}; make the reference again with that one")
     return ref
 
-def make_loo_fid(extractor, # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`, if it has one, must be that of the reference's network
+def make_loo_fid(extractor,
+                 # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`, if it has one, must be that of the reference's network
                  reference=None, # as above; not needed with a stored `pca`
                  # number of directions, a stored basis (file or `PCA`), or 0 for the
                  # features themselves

@@ -49,7 +49,8 @@ def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> l
 
 # %% ../../nbs/42_launch.ipynb #db4ef028
 def _environment():
-    "What the processes see: the modules that this one sees, and lines as they are written"
+    ("What the processes see: the modules that this one sees, and lines as they are "
+     "written")
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     return {**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONPATH': path}
 

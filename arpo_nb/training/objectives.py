@@ -30,7 +30,8 @@ def choose_forcing(policy, kind:str): # of a configuration
 
 class Objective(nn.Module):
     "A rollout in, a loss and its metrics out; `model` is what is trained"
-    def __init__(self, system:System, # all of it is frozen, then the trained parameters are freed
+    def __init__(self, system:System,
+                 # all of it is frozen, then the trained parameters are freed
                  cfg:Config):
         super().__init__()
         self.cfg, self.system = cfg, system
@@ -61,59 +62,74 @@ def reconstruction(pixels:Tensor, # [B, G, 3, H, W], not clamped
                    system:System, cfg:Config) -> Tensor: # scalar
     "Mean reconstruction loss of the samples of a rollout"
     weights = dict(mse_coef=cfg.mse_coef, perceptual_coef=cfg.perceptual_coef)
-    return reconstruction_loss(pixels, rollout.batch.images, system.perceptual, **weights).mean()
+    return reconstruction_loss(pixels, rollout.batch.images, system.perceptual,
+                               **weights).mean()
 
 # %% ../../nbs/45_objectives.ipynb #09e88180
 def scored_policy(policy, # `Policy`
                   cfg:Config):
-    "What free-running samples are scored under: the policy, or the policy under guidance"
-    if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale != 1: return Guided(policy, cfg.rollout_cfg_scale)
+    ("What free-running samples are scored under: the policy, or the policy under "
+     "guidance")
+    if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale != 1:
+        return Guided(policy, cfg.rollout_cfg_scale)
     return policy
 
 # %% ../../nbs/45_objectives.ipynb #15c351d8
 class PolicyGradient(Objective):
-    "Clipped policy gradient, with a prior on true tokens (VA-π Eq. 11) and an entropy bonus (LOO-FID Eq. 34)"
+    ("Clipped policy gradient, with a prior on true tokens (VA-π Eq. 11) and an "
+     "entropy bonus (LOO-FID Eq. 34)")
     entropy_coef = 0. # per nat and token, set before every step
 
     def forward(self, rollout:Rollout):
         c, bonus = self.cfg, self.entropy_coef
         policy = scored_policy(self.model, c) if rollout.targets is None else self.model
-        logps, target_logps, entropy = rollout_logps(policy, rollout, c.temperature, c.logps_chunk,
+        logps, target_logps, entropy = rollout_logps(policy, rollout, c.temperature,
+                                                     c.logps_chunk,
                                                      entropy_grad=bonus > 0)
         loss, stats = self.policy_term(logps, rollout)
         stats['policy/entropy'] = entropy.mean().detach()
-        if bonus: loss = loss - bonus*(entropy if rollout.entropy_mask is None else entropy*rollout.entropy_mask).mean()
-        if target_logps is not None: loss = loss + c.prior_coef*prior(target_logps, stats)
+        if bonus:
+            loss = (loss - bonus*(entropy if rollout.entropy_mask is None
+                                  else entropy*rollout.entropy_mask).mean())
+        if target_logps is not None:
+            loss = loss + c.prior_coef*prior(target_logps, stats)
         return loss, stats
 
     def policy_term(self, logps:Tensor, # [B, G, T] log π_θ
                     r:Rollout) -> tuple: # loss, metrics
         "The clipped loss with this run's choices"
         c = self.cfg
-        return grpo_loss(logps, r.old_logps, r.advantages, loss_type=c.loss_type, level=c.importance_sampling_level,
-                         epsilon=c.epsilon, epsilon_high=c.epsilon_high, delta=c.delta,
-                         sapo_temperatures=(c.sapo_temperature_pos, c.sapo_temperature_neg),
+        return grpo_loss(logps, r.old_logps, r.advantages, loss_type=c.loss_type,
+                         level=c.importance_sampling_level, epsilon=c.epsilon,
+                         epsilon_high=c.epsilon_high, delta=c.delta,
+                         sapo_temperatures=(c.sapo_temperature_pos,
+                                            c.sapo_temperature_neg),
                          ref_logps=r.ref_logps, beta=c.beta, kl_level=c.kl_level,
-                         use_bias_correction_kl=c.use_bias_correction_kl, entropy_mask=r.entropy_mask,
-                         sampling_ratio=r.sampling_ratio)
+                         use_bias_correction_kl=c.use_bias_correction_kl,
+                         entropy_mask=r.entropy_mask, sampling_ratio=r.sampling_ratio)
 
 # %% ../../nbs/45_objectives.ipynb #c79f8270
 class MaximumLikelihood(Objective):
     "Cross-entropy of the true tokens"
     def forward(self, rollout:Rollout):
         stats = {}
-        _, target_logps, entropy = rollout_logps(self.model, rollout, 1., self.cfg.logps_chunk)
+        _, target_logps, entropy = rollout_logps(self.model, rollout, 1.,
+                                                 self.cfg.logps_chunk)
         stats['policy/entropy'] = entropy.mean()
         return prior(target_logps, stats), stats
 
 # %% ../../nbs/45_objectives.ipynb #ff7d379e
 class StraightThrough(Objective):
-    "Reconstruction loss through straight-through tokens, with the same prior (VA-π App. C.1)"
+    ("Reconstruction loss through straight-through tokens, with the same prior (VA-π "
+     "App. C.1)")
     def forward(self, rollout:Rollout):
-        stats, logits = {}, self.model.head(self.model.hidden(rollout.context[:, 0], rollout.batch.cond))
+        stats, logits = ({},
+                         self.model.head(self.model.hidden(rollout.context[:, 0],
+                                                           rollout.batch.cond)))
         recon = self.through_pixels(logits, rollout)
         stats['reward/mean'] = -recon.detach()
-        target_logps = logits.log_softmax(-1).gather(-1, rollout.targets[..., None])[..., 0]
+        target_logps = logits.log_softmax(-1).gather(-1,
+                                                     rollout.targets[..., None])[..., 0]
         return recon + self.cfg.prior_coef*prior(target_logps, stats), stats
 
     def through_pixels(self, logits:Tensor, # [B, T, V]
@@ -121,7 +137,8 @@ class StraightThrough(Objective):
         "Reconstruction loss of the tokens that the logits stand for"
         c, noise = self.cfg, None
         if c.ste_mode == 'gumbel':
-            u = rollout.batch.streams.bulk_uniform(*logits.shape[1:], device=logits.device)
+            u = rollout.batch.streams.bulk_uniform(*logits.shape[1:],
+                                                   device=logits.device)
             noise = gumbel_noise(u)
         probs = straight_through(logits, c.ste_temperature, noise)
         with autocast(logits.device.type, enabled=False):
@@ -142,8 +159,10 @@ class TokenizerPostTraining(Objective):
         return loss, {'reward/mean': -loss.detach()}
 
 # %% ../../nbs/45_objectives.ipynb #a3ccf77f
-OBJECTIVES = dict(vapi=PolicyGradient, grpo=PolicyGradient, mixed=PolicyGradient, mle=MaximumLikelihood,
-                  ste=StraightThrough, tokenizer=TokenizerPostTraining) # of a configuration's `method`
+# of a configuration's `method`
+OBJECTIVES = dict(vapi=PolicyGradient, grpo=PolicyGradient, mixed=PolicyGradient,
+                  mle=MaximumLikelihood, ste=StraightThrough,
+                  tokenizer=TokenizerPostTraining)
 
 # %% ../../nbs/45_objectives.ipynb #0078d376
 def bonus_weight(cfg:Config, step:int,
@@ -151,8 +170,11 @@ def bonus_weight(cfg:Config, step:int,
                  start:float, # Ĥ of the first step's
                 ) -> float: # per nat
     "Weight of the entropy bonus at a step (LOO-FID Eq. 33)"
-    if cfg.entropy_control == 'constant' or not cfg.entropy_coef: return cfg.entropy_coef
-    p, schedule = step/cfg.steps, dict(peak=cfg.entropy_coef, end=min(cfg.entropy_coef_min, cfg.entropy_coef))
+    if cfg.entropy_control == 'constant' or not cfg.entropy_coef:
+        return cfg.entropy_coef
+    p, schedule = (step/cfg.steps,
+                   dict(peak=cfg.entropy_coef,
+                        end=min(cfg.entropy_coef_min, cfg.entropy_coef)))
     if cfg.entropy_control == 'schedule': return entropy_schedule(p, **schedule)
     target = cfg.normalized_entropy_target or min(1., start + cfg.entropy_margin)
     return entropy_coef(p, entropy, target, cfg.entropy_gain, cfg.entropy_deadband,

@@ -41,7 +41,8 @@ class Plan:
 def _count(modules): return sum(p.numel() for m in modules for p in m.parameters())
 
 def memory_estimate(cfg:Config, system, # `System`, may be on the meta device
-                    shards:int=1, # parts that the policy and what belongs to it is cut into
+                    # parts that the policy and what belongs to it is cut into
+                    shards:int=1,
                    ) -> dict: # bytes per device
     "Peak memory of a training step, by part"
     policy, side = system.policy, system.tokenizer.image_size
@@ -56,7 +57,8 @@ def memory_estimate(cfg:Config, system, # `System`, may be on the meta device
     kept = (layers + BLOCK if cfg.gradient_checkpointing
             else layers*BLOCK)*tokens*dim*size
     group = cfg.free_generations or cfg.num_generations
-    samples = min(cfg.generate_batch_size or 10**9, cfg.batch_size*group//world)*(2 if cfg.rollout_cfg_scale > 1 else 1) if cfg.method in FREE else 0
+    samples = min(cfg.generate_batch_size or 10**9,
+                  cfg.batch_size*group//world)*(2 if cfg.rollout_cfg_scale > 1 else 1) if cfg.method in FREE else 0
     width = getattr(getattr(system.tokenizer, 'cfg', None), 'ch', 128)
     out = {'weights, gradients, Adam': n*16//shards + n*2*half,
            'frozen networks': 4*(_count(system.modules()) - n)
@@ -64,22 +66,31 @@ def memory_estimate(cfg:Config, system, # `System`, may be on the meta device
               and not cfg.ref_offload else 0)}
     phases = {'activations': kept,
               'logits': 16*min(cfg.logps_chunk, tokens)*policy.vocab_size}
-    gathered = 'gathered weights' # in float32, of all units to sample, of two at a time to train
+    # in float32, of all units to sample, of two at a time to train
+    gathered = 'gathered weights'
     if shards > 1: phases[gathered] = 4*_at_a_time(policy)
-    decode = DECODER*4*width*side*side*min(cfg.decode_batch_size, max(1, cfg.batch_size*cfg.num_generations//world))
+    decode = DECODER*4*width*side*side*min(cfg.decode_batch_size,
+                                           max(1,
+                                               cfg.batch_size*cfg.num_generations//world))
     cache = samples*2*layers*dim*policy.num_tokens*4
-    sampling = {'key/value cache': cache} | ({gathered: 4*n} if shards > 1 and samples else {})
-    return out | max(phases, {'decoder': decode}, sampling, key=lambda p: sum(p.values()))
+    sampling = {'key/value cache': cache} | ({gathered: 4*n} if shards > 1
+                                             and samples else {})
+    return out | max(phases, {'decoder': decode}, sampling,
+                     key=lambda p: sum(p.values()))
 
 def _at_a_time(policy):
-    "Parameters that exist whole in a pass: what belongs to no unit, and two units, one in use and one on its way"
+    ("Parameters that exist whole in a pass: what belongs to no unit, and two units, "
+     "one in use and one on its way")
     units = [_count([m]) for m in shard_units(policy)]
     return _count([policy]) - sum(units) + 2*max(units, default=0)
 
 def _width(policy):
-    "Channels and number of the transformer's blocks; the widest layer and one block of anything else"
-    wide = lambda m: [l.in_features for l in m.modules() if isinstance(l, torch.nn.Linear)]
-    blocks = next((m for m in policy.modules() if isinstance(m, torch.nn.ModuleList) and wide(m)), None)
+    ("Channels and number of the transformer's blocks; the widest layer and one block "
+     "of anything else")
+    wide = lambda m: [l.in_features for l in m.modules()
+                      if isinstance(l, torch.nn.Linear)]
+    blocks = next((m for m in policy.modules() if isinstance(m, torch.nn.ModuleList)
+                   and wide(m)), None)
     if blocks is not None: return wide(blocks)[0], len(blocks)
     return max(wide(policy), default=0), 1
 
@@ -128,9 +139,12 @@ PEAKS = dict(H200=(989e12, 67e12), H100=(989e12, 67e12), A100=(312e12, 19.5e12),
 def make_plan(cfg:Config,
               cache_dir=None, offline=None, # see `plan_file`
               missing_ok:bool=False, # list what can't be had instead of raising
-             shards:int|None=None, # see `memory_estimate`; None for those of the launcher this process was started by
+             # see `memory_estimate`; None for those of the launcher this process was
+             # started by
+             shards:int|None=None,
              ) -> Plan:
-    "All that can be known before a run starts; all files and data that can't be had are named in one error"
+    ("All that can be known before a run starts; all files and data that can't be had "
+     "are named in one error")
     files, missing = [], []
     for name, path in model_files(cfg.model, cfg.weights, uses_perceptual(cfg),
                                   cfg.tokenizer_weights):
@@ -160,7 +174,8 @@ def make_plan(cfg:Config,
              f'{min(cfg.micro_batch_size or per, per//cfg.num_processes)} per pass',
              'optimiser steps per rollout': contexts(cfg)//per*cfg.num_iterations}
     if shards > 1: batch['policy sharded over'] = f'{shards} processes'
-    return Plan(files, batch, memory_estimate(cfg, system, shards), _operations(cfg, system), missing)
+    return Plan(files, batch, memory_estimate(cfg, system, shards),
+                _operations(cfg, system), missing)
 
 def _check_guidance(cfg, system):
     "Raise for a policy that has nothing to guide away from"
@@ -220,7 +235,8 @@ def describe(plan:Plan, cfg:Config) -> str:
 
 CURES = {'activations': 'micro_batch_size', 'logits': 'logps_chunk',
          'decoder': 'decode_batch_size', 'key/value cache': 'generate_batch_size',
-         'weights, gradients, Adam': 'model, or shard this one over several processes (accelerate/fsdp2.yaml)'}
+         'weights, gradients, Adam': 'model, or shard this one over several processes '
+         '(accelerate/fsdp2.yaml)'}
 
 def device_memory() -> tuple: # bytes, whose
     "Memory of the device a run would use"
@@ -230,7 +246,8 @@ def device_memory() -> tuple: # bytes, whose
 def check_memory(plan:Plan, cfg:Config,
                  memory:tuple|None=None, # None asks `device_memory`
                 ):
-    "Raise if a step can't fit the device it will run on; without a GPU, all processes share the machine's memory"
+    ("Raise if a step can't fit the device it will run on; without a GPU, all "
+     "processes share the machine's memory")
     total, whose = memory or device_memory()
     needed = plan.peak*(cfg.num_processes if whose == 'this machine' else 1)
     if needed > total:
@@ -244,7 +261,8 @@ def check_memory(plan:Plan, cfg:Config,
 def sampling_of(cfg:Config) -> dict: # arguments of `policy.generate`
     "How the policy that a run trains is asked for pictures"
     if cfg.method not in FREE:
-        return dict(temperature=cfg.temperature, cfg_scale=find_model(cfg.model).guidance)
+        return dict(temperature=cfg.temperature,
+                    cfg_scale=find_model(cfg.model).guidance)
     return dict(temperature=cfg.temperature, cfg_scale=cfg.rollout_cfg_scale,
                 top_k=cfg.rollout_top_k, top_p=cfg.rollout_top_p)
 
@@ -256,13 +274,19 @@ def eval_command(cfg:Config, folder, # of the run
     spec, given = find_model(cfg.model), sampling_of(cfg)
     usual = dict(temperature=1., top_k=0, top_p=1.)
     text = not spec.num_classes
-    asked = dict(model=cfg.model, checkpoint=f'{folder}/checkpoint', n=n or (2212 if text else 50_000))
-    asked |= dict(guidance=given.pop('cfg_scale')) | {k: v for k, v in given.items() if v != usual[k]}
-    if spec.image_size == 384 and not text: asked |= dict(size=256) # as the papers score them
+    asked = dict(model=cfg.model, checkpoint=f'{folder}/checkpoint',
+                 n=n or (2212 if text else 50_000))
+    asked |= dict(guidance=given.pop('cfg_scale')) | {k: v for k,
+                                                      v in given.items()
+                                                      if v != usual[k]}
+    # as the papers score them
+    if spec.image_size == 384 and not text: asked |= dict(size=256)
     if cfg.weights != 'default': asked |= dict(base=cfg.weights)
-    if cfg.tokenizer_weights != 'default': asked |= dict(tokenizer=cfg.tokenizer_weights)
+    if cfg.tokenizer_weights != 'default':
+        asked |= dict(tokenizer=cfg.tokenizer_weights)
     if cfg.method == 'tokenizer': asked |= dict(part='tokenizer')
-    if labels: asked |= dict(labels=labels, class_split=cfg.class_split, class_seed=cfg.seed)
+    if labels:
+        asked |= dict(labels=labels, class_split=cfg.class_split, class_seed=cfg.seed)
     out = f'{folder}/eval' + f'_{labels}'*bool(labels)
     words = ' '.join(f'-p {k} {v}' for k, v in (asked | dict(out_dir=out)).items())
     return f'papermill nbs/run_eval.ipynb {out}.ipynb {words}'
@@ -277,7 +301,8 @@ def sampling_memory(system, # `System`, may be on the meta device
     dim, layers = _width(system.policy)
     rows, side = batch_size*(1 if cfg_scale == 1 else 2), system.tokenizer.image_size
     width = getattr(getattr(system.tokenizer, 'cfg', None), 'ch', 128)
-    return {'weights': bytes_each*_count([system.policy]) + 4*_count([system.tokenizer]),
+    return {'weights': bytes_each*_count([system.policy])
+            + 4*_count([system.tokenizer]),
             'key/value cache': rows*2*layers*dim*system.policy.num_tokens*bytes_each,
             'decoder': DECODER*4*width*side*side*batch_size}
 
@@ -292,5 +317,7 @@ def check_sampling(system, batch_size:int, cfg_scale:float=1., bytes_each:int=4,
     fits = next((n for n in range(batch_size, 0, -1) if peak(n) <= total), 0)
     parts = ', '.join(f'{k} {v/1e9:.1f} GB' for k, v in need(batch_size).items())
     cure = f'batch_size={fits}' if fits else 'a smaller model'
-    raise MemoryError(f"batch_size={batch_size}: sampling {system.name} needs {parts}; {whose} has "
-                      f"{total/1e9:.1f} GB. Use {cure}" + ", or dtype='bfloat16'"*(bytes_each == 4))
+    raise MemoryError(f"batch_size={batch_size}: sampling {system.name} "
+                      f"needs {parts}; {whose} has "
+                      f"{total/1e9:.1f} GB. Use {cure}"
+                      + ", or dtype='bfloat16'"*(bytes_each == 4))

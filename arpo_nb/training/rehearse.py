@@ -34,13 +34,15 @@ from .rollout import Clock
 
 # %% ../../nbs/44_rehearse.ipynb #8227bf1c
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_CPU_ATTENTION_BACKWARD = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
 
 def flops_of(func, args, kwargs, out) -> int: # multiply and add counted as two
     "Operations of one call, by torch's formulas; element-wise work counts as none"
     packet = func._overloadpacket
     if packet is _CPU_ATTENTION: return sdpa_flop_count(*(x.shape for x in args[:3]))
-    if packet is _CPU_ATTENTION_BACKWARD: return sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+    if packet is _CPU_ATTENTION_BACKWARD:
+        return sdpa_backward_flop_count(*(x.shape for x in args[:4]))
     count = flop_registry.get(packet)
     return count(*args, **kwargs, out_val=out) if count else 0
 
@@ -67,20 +69,25 @@ class Shadows:
         if type(x) is Tensor: return x
         if x not in self.values:
             known = getattr(x, 'constant', None)
-            with no_dispatch(): self.values[x] = torch.ones(x.shape, dtype=x.dtype) if known is None else known.clone()
+            with no_dispatch():
+                self.values[x] = (torch.ones(x.shape, dtype=x.dtype) if known is None
+                                  else known.clone())
         return self.values[x]
 
     def follow(self, func, args, kwargs, out):
         "Repeat a call on shadows, if all it touches is small"
         if isinstance(out, Tensor) and out.numel() > SMALL: return
-        ins, outs = ([x for x in tree_leaves(t) if isinstance(x, Tensor)] for t in ((args, kwargs), out))
+        ins, outs = ([x for x in tree_leaves(t) if isinstance(x, Tensor)]
+                     for t in ((args, kwargs), out))
         if not ins or any(x.numel() > SMALL for x in outs): return
         if all(x.numel() <= SMALL for x in ins):
             with no_dispatch():
                 a, k = tree_map_only(Tensor, self.of, (args, kwargs))
-                for x, value in zip(outs, tree_leaves(func(*a, **k))): self.values[x] = value
+                for x, value in zip(outs, tree_leaves(func(*a, **k))):
+                    self.values[x] = value
         elif func._opname == 'any': # a check of many elements finds nothing
-            with no_dispatch(): self.values[outs[0]] = torch.zeros(outs[0].shape, dtype=torch.bool)
+            with no_dispatch():
+                self.values[outs[0]] = torch.zeros(outs[0].shape, dtype=torch.bool)
 
 # %% ../../nbs/44_rehearse.ipynb #6fb554a4
 @dataclass
@@ -89,7 +96,8 @@ class Phase:
     calls: int = 0 # operations started on the device
     flops: Counter = field(default_factory=Counter) # dtype → floating-point operations
     moved: int = 0 # bytes read and written
-    work: Counter = field(default_factory=Counter) # (dtype, flops, bytes moved) → how often
+    # (dtype, flops, bytes moved) → how often
+    work: Counter = field(default_factory=Counter)
     peak: int = 0 # bytes held at its fullest moment
     kinds: dict = field(default_factory=dict) # kind → bytes at that moment
 
@@ -97,8 +105,10 @@ class Ledger(TorchDispatchMode):
     "Writes down what each operation computes, moves, keeps and asks"
     def __init__(self):
         super().__init__()
-        self.shadows, self.kind_of, self.now = Shadows(), weakref.WeakKeyDictionary(), Counter()
-        self.phases, self.stack, self.syncs, self.curve = defaultdict(Phase), ['start'], Counter(), []
+        self.shadows, self.kind_of = Shadows(), weakref.WeakKeyDictionary()
+        self.now = Counter()
+        self.phases, self.stack, self.syncs = defaultdict(Phase), ['start'], Counter()
+        self.curve = []
 
 # %% ../../nbs/44_rehearse.ipynb #58414b7e
 def _asker() -> str: # 'file.py:line'
@@ -145,14 +155,16 @@ def _dispatch(self, func, types, args=(), kwargs=None):
         with no_dispatch(): return self.shadows.of(args[0]).item()
     out = func(*args, **kwargs)
     self.shadows.follow(func, args, kwargs, out)
-    ins, outs = ([x for x in tree_leaves(t) if isinstance(x, Tensor)] for t in ((args, kwargs), out))
+    ins, outs = ([x for x in tree_leaves(t) if isinstance(x, Tensor)]
+                 for t in ((args, kwargs), out))
     self._enter(func, args, kwargs, out, ins, outs)
     return out
 Ledger.__torch_dispatch__ = _dispatch
 
 def _enter(self, func, args, kwargs, out, ins, outs):
     "Write one call down"
-    phase, flops, moved = self.phases[self.stack[-1]], flops_of(func, args, kwargs, out), bytes_moved(ins, outs)
+    phase, flops, moved = (self.phases[self.stack[-1]],
+                           flops_of(func, args, kwargs, out), bytes_moved(ins, outs))
     for x in outs:
         if x.untyped_storage() not in self.kind_of: self.keep(x, self.stack[-1])
     if not moved: return
@@ -178,16 +190,19 @@ def fake_twins(*networks:nn.Module, device='cpu'):
     def twin(x):
         if id(x) not in twins:
             y = torch.empty(x.shape, dtype=x.dtype, device=device)
-            twins[id(x)] = (nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y), x
+            twins[id(x)] = ((nn.Parameter(y, x.requires_grad)
+                             if isinstance(x, nn.Parameter) else y), x)
         return twins[id(x)][0]
     for m in (m for net in networks for m in net.modules()):
-        for store in (m._parameters, m._buffers): store.update({k: twin(x) for k, x in store.items() if x is not None})
+        for store in (m._parameters, m._buffers):
+            store.update({k: twin(x) for k, x in store.items() if x is not None})
 
 def networks_in(x, depth:int=4) -> list:
     "The networks that an object holds, directly or inside of what it holds"
     if isinstance(x, nn.Module): return [x]
     if depth == 0 or isinstance(x, (str, bytes, Tensor, type)): return []
-    inside = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else vars(x).values() if hasattr(x, '__dict__') else ()
+    inside = (x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple))
+              else vars(x).values() if hasattr(x, '__dict__') else ())
     closure = [c.cell_contents for c in getattr(x, '__closure__', None) or ()]
     return [n for y in [*inside, *closure] for n in networks_in(y, depth-1)]
 
@@ -209,11 +224,15 @@ class FakeData:
         "One batch a step"
         system, side = self.system, self.system.tokenizer.image_size
         for step in range(start, stop):
-            one = torch.zeros(1, dtype=torch.long) if system.num_classes else system.policy.example_cond(1)
-            cond = map_cond(lambda x: torch.zeros(batch_size, *x.shape[1:], dtype=x.dtype), one)
-            images = None if self.cfg.method == 'grpo' else torch.empty(batch_size, 3, side, side)
+            one = (torch.zeros(1, dtype=torch.long) if system.num_classes
+                   else system.policy.example_cond(1))
+            cond = map_cond(lambda x: torch.zeros(batch_size, *x.shape[1:],
+                                                  dtype=x.dtype), one)
+            images = (None if self.cfg.method == 'grpo'
+                      else torch.empty(batch_size, 3, side, side))
             prompts = None if system.num_classes else ['a photo']*batch_size
-            yield Batch(cond, Streams.range(seed, step*batch_size, batch_size), images, prompts)
+            yield Batch(cond, Streams.range(seed, step*batch_size, batch_size),
+                        images, prompts)
 
 # %% ../../nbs/44_rehearse.ipynb #247c1db5
 class _PhaseClock(Clock):
@@ -227,7 +246,8 @@ class _PhaseClock(Clock):
 @contextmanager
 def _watched(ledger:Ledger, system:System, checkpoints:list):
     "The trainer's loop under a ledger's eyes"
-    backward, update, trained = Accelerator.backward, trainer.update, set(system.policy.parameters())
+    backward, update, trained = (Accelerator.backward, trainer.update,
+                                 set(system.policy.parameters()))
     def phase(name, f):
         def watched(*args, **kwargs):
             with ledger.during(name): return f(*args, **kwargs)
@@ -238,10 +258,14 @@ def _watched(ledger:Ledger, system:System, checkpoints:list):
             for x in state.values():
                 if isinstance(x, Tensor): ledger.keep(x, 'optimiser state')
         ledger.stack.pop()
-    def saved(acc, *_, **__): checkpoints.append(ledger.now['parameters'] + ledger.now['optimiser state'])
-    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-    with (patch.object(_PhaseClock, 'ledger', ledger), patch.object(trainer, 'Clock', _PhaseClock),
-          patch.object(trainer, 'update', phase('update', update)), patch.object(trainer, 'save_checkpoint', saved),
+    def saved(acc, *_, **__):
+        checkpoints.append(ledger.now['parameters'] + ledger.now['optimiser state'])
+    hooks = [register_optimizer_step_pre_hook(before),
+             register_optimizer_step_post_hook(after)]
+    with (patch.object(_PhaseClock, 'ledger', ledger),
+          patch.object(trainer, 'Clock', _PhaseClock),
+          patch.object(trainer, 'update', phase('update', update)),
+          patch.object(trainer, 'save_checkpoint', saved),
           patch.object(Accelerator, 'backward', phase('backward', backward)),
           patch.object(nn.Module, 'to', lambda self, *_, **__: self)):
         try: yield
@@ -267,24 +291,31 @@ class Rehearsal:
 def _share(cfg:Config) -> Config:
     "The configuration of one of several processes"
     n = cfg.num_processes
-    return replace(cfg, num_processes=1, batch_size=cfg.batch_size//n, mini_batch_size=cfg.mini_batch_size//n)
+    return replace(cfg, num_processes=1, batch_size=cfg.batch_size//n,
+                   mini_batch_size=cfg.mini_batch_size//n)
 
 # %% ../../nbs/44_rehearse.ipynb #9bdf518b
 def rehearse(cfg:Config, # any run
-             steps:int=2, # of the loop; the second has the optimiser's state from its start
-             parts:tuple|None=None, # system and reward on the meta device, instead of the model's own
+             # of the loop; the second has the optimiser's state from its start
+             steps:int=2,
+             # system and reward on the meta device, instead of the model's own
+             parts:tuple|None=None,
             ) -> Rehearsal:
-    "Run the trainer's own loop at full size on tensors without content, as one of `cfg.num_processes` processes"
-    one, ledger, checkpoints = replace(_share(cfg), steps=steps, save_steps=steps, warmup_steps=0), Ledger(), []
+    ("Run the trainer's own loop at full size on tensors without content, as one of "
+     "`cfg.num_processes` processes")
+    one, ledger, checkpoints = (replace(_share(cfg), steps=steps, save_steps=steps,
+                                        warmup_steps=0), Ledger(), [])
     system, reward = parts or build(cfg)
     with FakeTensorMode(allow_non_fake_inputs=True), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         fake_twins(*system.modules(), *networks_in(reward))
         _enter_networks(ledger, system, reward, one)
         with _watched(ledger, system, checkpoints), ledger:
-            trainer.train(system, FakeData(system, one), one, folder, reward=reward, progress=False)
+            trainer.train(system, FakeData(system, one), one, folder, reward=reward,
+                          progress=False)
     if cfg.num_processes > 1: _add_buckets(ledger)
-    return Rehearsal(one, cfg.num_processes, dict(ledger.phases), ledger.syncs, ledger.curve, checkpoints[-1])
+    return Rehearsal(one, cfg.num_processes, dict(ledger.phases), ledger.syncs,
+                     ledger.curve, checkpoints[-1])
 
 def _enter_networks(ledger, system, reward, cfg):
     "What is there before the loop starts, and where gradients will appear"
@@ -298,7 +329,8 @@ def _enter_networks(ledger, system, reward, cfg):
 def _add_buckets(ledger):
     "Data parallelism keeps a copy of all gradients to send"
     size = max(kinds.get('gradients', 0) for _, kinds in ledger.curve)
-    for phase in ledger.phases.values(): phase.peak, phase.kinds['buckets'] = phase.peak + size, size
+    for phase in ledger.phases.values():
+        phase.peak, phase.kinds['buckets'] = phase.peak + size, size
 
 # %% ../../nbs/44_rehearse.ipynb #bccdfe0a
 @dataclass(frozen=True)
@@ -310,8 +342,10 @@ class Device:
     single: float # float32 operations per second
     link: float # bytes per second to its neighbours, one way
 
-DEVICES = {'A100 80GB': Device(80e9, 2.039e12, 312e12, 19.5e12, 300e9), 'H100': Device(80e9, 3.35e12, 989e12, 67e12, 450e9),
-           'H200': Device(141e9, 4.8e12, 989e12, 67e12, 450e9), 'L40S': Device(48e9, .864e12, 362e12, 91.6e12, 32e9),
+DEVICES = {'A100 80GB': Device(80e9, 2.039e12, 312e12, 19.5e12, 300e9),
+           'H100': Device(80e9, 3.35e12, 989e12, 67e12, 450e9),
+           'H200': Device(141e9, 4.8e12, 989e12, 67e12, 450e9),
+           'L40S': Device(48e9, .864e12, 362e12, 91.6e12, 32e9),
            'RTX 4090': Device(24e9, 1.008e12, 165e12, 82.6e12, 32e9)}
 
 def seconds(phase:Phase, device:Device) -> float:
@@ -326,7 +360,8 @@ def sent(r:Rehearsal) -> float: # bytes per step and device
     return 2*(r.processes - 1)/r.processes*size
 
 # %% ../../nbs/44_rehearse.ipynb #89a7f4fd
-def step_seconds(r:Rehearsal, device:Device, steps:int=2) -> dict: # phase → seconds at least
+# phase → seconds at least
+def step_seconds(r:Rehearsal, device:Device, steps:int=2) -> dict:
     "Lower bounds of a step's phases"
     out = {name: seconds(p, device)/steps for name, p in r.phases.items()}
     if r.processes > 1: out['exchange'] = sent(r)/device.link
@@ -335,11 +370,17 @@ def step_seconds(r:Rehearsal, device:Device, steps:int=2) -> dict: # phase → s
 def describe_rehearsal(r:Rehearsal, device:str='A100 80GB') -> str:
     "The rehearsal in words"
     bound = step_seconds(r, DEVICES[device])
-    lines = [f'{r.cfg.model}, {r.cfg.method}: one of {r.processes} process{"es"*(r.processes > 1)}',
-             f'  at the fullest moment {r.peak/1e9:.1f} GB; {device} has {DEVICES[device].memory/1e9:.0f}',
-             f'  a step takes at least {sum(bound.values()):.2f} s on {device}, of which',
-             *(f'    {k}: {v:.3f} s, {r.phases[k].peak/1e9 if k in r.phases else 0:.1f} GB' for k, v in bound.items()),
-             f'  checkpoint: {r.checkpoint/1e9:.1f} GB; the host waits {sum(r.syncs.values())//2} times a step']
+    lines = [f'{r.cfg.model}, {r.cfg.method}: one of {r.processes} '
+             f'process{"es"*(r.processes > 1)}',
+             f'  at the fullest moment {r.peak/1e9:.1f} GB; {device} '
+             f'has {DEVICES[device].memory/1e9:.0f}',
+             f'  a step takes at least {sum(bound.values()):.2f} '
+             f's on {device}, of which',
+             *(f'    {k}: {v:.3f} s, '
+               f'{r.phases[k].peak/1e9 if k in r.phases else 0:.1f} GB' for k,
+               v in bound.items()),
+             f'  checkpoint: {r.checkpoint/1e9:.1f} GB; the host waits '
+             f'{sum(r.syncs.values())//2} times a step']
     return '\n'.join(lines)
 
 # %% ../../nbs/44_rehearse.ipynb #7347b197
@@ -349,23 +390,30 @@ def memory_curve(r:Rehearsal, ax=None):
     ax = ax or plt.figure(figsize=(9, 4)).gca()
     kinds = ['parameters', 'frozen networks', 'gradients', 'optimiser state']
     kinds += sorted({k for _, now in r.curve for k in now} - set(kinds))
-    ax.stackplot(range(len(r.curve)), *([now.get(k, 0)/1e9 for _, now in r.curve] for k in kinds), labels=kinds)
-    ax.set(xlabel='operations, where memory changes', ylabel='GB on one device', xlim=(0, len(r.curve)-1))
+    ax.stackplot(range(len(r.curve)),
+                 *([now.get(k, 0)/1e9 for _, now in r.curve] for k in kinds),
+                 labels=kinds)
+    ax.set(xlabel='operations, where memory changes', ylabel='GB on one device',
+           xlim=(0, len(r.curve)-1))
     ax.legend(fontsize=7, loc='upper left')
     return ax
 
 # %% ../../nbs/44_rehearse.ipynb #2c366005
-KNOBS = dict(encode='decode_batch_size', decode='decode_batch_size', reward='decode_batch_size', generate='generate_batch_size',
-             score='micro_batch_size', reference='micro_batch_size', update='micro_batch_size', backward='micro_batch_size')
+KNOBS = dict(encode='decode_batch_size', decode='decode_batch_size',
+             reward='decode_batch_size', generate='generate_batch_size',
+             score='micro_batch_size', reference='micro_batch_size',
+             update='micro_batch_size', backward='micro_batch_size')
 
 def _halved(cfg:Config, knob:str) -> Config|None:
     "The configuration with half of one size; None at the end"
     one = _share(cfg)
-    whole = dict(decode_batch_size=one.batch_size*one.num_generations, generate_batch_size=one.batch_size*one.num_generations,
+    whole = dict(decode_batch_size=one.batch_size*one.num_generations,
+                 generate_batch_size=one.batch_size*one.num_generations,
                  micro_batch_size=one.mini_batch_size or one.batch_size)[knob]
     now = min(getattr(cfg, knob) or whole, whole)
     if now > 1: return replace(cfg, **{knob: now//2})
-    return None if cfg.gradient_checkpointing or knob != 'micro_batch_size' else replace(cfg, gradient_checkpointing=True)
+    return (None if cfg.gradient_checkpointing or knob != 'micro_batch_size'
+            else replace(cfg, gradient_checkpointing=True))
 
 def propose(cfg:Config, memory:float, # bytes of a device
             share:float=.9, # of it that a run may take
@@ -375,7 +423,8 @@ def propose(cfg:Config, memory:float, # bytes of a device
         fullest = max(r.phases, key=lambda k: r.phases[k].peak)
         smaller = _halved(cfg, KNOBS[fullest]) if fullest in KNOBS else None
         if smaller is None:
-            raise MemoryError(f"{cfg.model}: {fullest} needs {r.peak/1e9:.1f} GB of {memory/1e9:.1f} whatever the pieces; "
+            raise MemoryError(f"{cfg.model}: {fullest} needs {r.peak/1e9:.1f} GB of "
+                              f"{memory/1e9:.1f} whatever the pieces; "
                               "shard it over several devices, or take a smaller model")
         cfg = smaller
     return cfg, r

@@ -235,7 +235,8 @@ def score_groups(reward, # `Reward`
             images = (tokenizer.decode(tokens[s].flatten(0, 1), **raw)
                       .unflatten(0, (-1, g)))
         if together: out.append(images); continue
-        with clock('reward'): rewards, state = ask_reward(reward, images, batch.take(s), state)
+        with clock('reward'):
+            rewards, state = ask_reward(reward, images, batch.take(s), state)
         out.append(rewards)
     if not together: return torch.cat(out), state
     with clock('reward'): return ask_reward(reward, torch.cat(out), batch, state)
