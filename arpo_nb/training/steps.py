@@ -257,16 +257,19 @@ def mean_over_processes(acc:Accelerator, stats:dict) -> dict: # of floats
 # %% ../../nbs/46_steps.ipynb #206be009
 def update(acc:Accelerator, objective, opt,
            rollouts:dict, # of `RollOut`
-           cfg:Config) -> dict:
+           cfg:Config,
+           seen:list|None=None, # gets the metrics of an optimiser step right before it moves the weights
+          ) -> dict:
     "All optimiser steps on one step's rollouts; returns mean metrics over them and over processes"
-    n, seen = contexts(cfg)//(cfg.mini_batch_size or contexts(cfg)), []
+    n, seen = contexts(cfg)//(cfg.mini_batch_size or contexts(cfg)), [] if seen is None else seen
     for k in [*range(n)]*cfg.num_iterations:
         stats = mean_over_processes(acc, backward(acc, objective, micro_batches(rollouts, k, n, cfg)))
         bad = [name for name in stats if name.endswith('loss') and not math.isfinite(stats[name])]
         if bad: raise FloatingPointError(f"{bad[0]} is {stats[bad[0]]}")
         norm = acc.clip_grad_norm_(objective.parameters(), cfg.max_grad_norm or math.inf)
         stats['optim/grad_norm'] = float(norm)
-        opt.step(); opt.zero_grad()
+        if not math.isfinite(float(norm)): raise FloatingPointError(f"the gradient's norm is {float(norm)}")
         seen.append(stats)
+        opt.step(); opt.zero_grad()
     first = {f'{k}_first': v for k, v in seen[0].items() if k.endswith('ratio_deviation')}
     return {k: sum(s[k] for s in seen)/len(seen) for k in seen[0]} | first
