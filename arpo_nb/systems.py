@@ -11,6 +11,7 @@ __all__ = ['model_table', 'load_system', 'name_classes', 'load_shapes', 'model_f
 # %% ../nbs/37_models.ipynb #de9ccbda
 import argparse
 import shutil
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 
@@ -175,9 +176,10 @@ def imagenet_classes() -> list:
 
 def imagenet_synonyms() -> list: # 'tench, Tinca tinca', …
     "All names that WordNet has for ImageNet's 1,000 classes, as AR-GRPO's prompts list them"
-    try: import timm
-    except ImportError as e: raise ImportError("class_names='synonyms' are read from timm's WordNet list: pip install 'arpo_nb[rewards]'") from e
-    text = (Path(timm.__file__).parent/'data'/'_info'/'imagenet_synset_to_lemma.txt').read_text()
+    found = find_spec('timm') # a list in its folder; nothing of it is imported
+    if found is None:
+        raise ImportError("class_names='synonyms' are read from timm's WordNet list: pip install 'arpo_nb[rewards]'")
+    text = (Path(found.origin).parent/'data'/'_info'/'imagenet_synset_to_lemma.txt').read_text()
     names = dict(line.split('\t') for line in text.splitlines())
     return [names[s] for s in imagenet_ids()]
 

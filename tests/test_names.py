@@ -1,5 +1,6 @@
 "Models, rewards, data, optimizers and perceptual networks of one's own, by a dotted path, through every door."
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -157,3 +158,13 @@ def test_every_field_is_an_option(mine):
     main(['--model', 'toy', '--learning_rate', '1e-5', '--gradient_checkpointing', 'on', '--steps', '1', '--batch_size', '2', '--num_generations', '2', '--out_dir', 'out'])
     cfg = from_json((mine/'out'/'config.json').read_text())
     assert (cfg.learning_rate, cfg.gradient_checkpointing, cfg.steps) == (1e-5, True, 1)
+
+
+def test_examples_run_by_their_own_commands(tmp_path):
+    for path in sorted((ROOT/'examples').glob('own_*.py')):
+        words = shlex.split(next(line for line in path.read_text().splitlines() if line.startswith('arpo train ')))[2:]
+        words[words.index('--out_dir') + 1] = str(tmp_path/path.stem)
+        small = ['--steps', '1', '--batch_size', '2', '--num_generations', '2']
+        done = subprocess.run([sys.executable, '-m', 'arpo_nb.training.launch', *words, *small], env=ENV, capture_output=True, text=True, cwd=path.parent)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert len(rows(tmp_path/path.stem)) == 1

@@ -31,7 +31,7 @@ from ..models.toy import TOY
 from ..rewards import luminance
 from ..systems import load_metric_net, load_system
 from .launch import provenance, run
-from .run_folder import find_checkpoint
+from .saving import find_checkpoint
 
 # %% ../../nbs/62_claims.ipynb #84f147b2
 @dataclass(frozen=True)

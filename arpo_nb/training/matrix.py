@@ -21,7 +21,7 @@ from ..models.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
 from ..protocols import System
 from ..rewards import LOOFIDReward, WeightedSum
 from ..systems import load_system
-from .run_folder import find_checkpoint
+from .saving import find_checkpoint
 from .trainer import train
 
 # %% ../../nbs/61_matrix.ipynb #63c4a8f3
