@@ -192,6 +192,15 @@ def test_figures_have_alternative_text(name):
     assert not re.search(r'!\[\]\(', prose(name))
 
 
+@pytest.mark.parametrize('name', PAGES)
+def test_cell_options_are_yaml(name):
+    "`#| fig-alt: a: b` stops the build; a text with a colon stands in quotes"
+    yaml = pytest.importorskip('yaml')
+    for cell in PAGES[name]['cells']:
+        options = re.findall(r'^#\|\s*([\w-]+: .*)$', source(cell), re.M) if cell['cell_type'] == 'code' else []
+        for option in options: assert isinstance(yaml.safe_load(option), dict), option
+
+
 CITED = {'2512.19680': r'VA-π Eq\.', '2603.23086': r'LOO-FID Eq\.', '2505.23331': r'VAR-GRPO Eq\.'}
 
 
