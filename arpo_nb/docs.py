@@ -83,8 +83,7 @@ def has_fields(cls) -> bool: # whether a table of fields says more than a signat
 
 # %% ../nbs/62_docs.ipynb #e357daad
 def public_methods(cls) -> list: # names, in the order of the source
-    ("Methods of a class that are meant to be called; `__call__` is one where it is "
-     "explained")
+    "Methods of a class that are meant to be called; `__call__` is one where it is explained"
     def shown(name, f):
         f = getattr(f, '__func__', getattr(f, 'fget', f))
         explained = name == '__call__' and f.__doc__
@@ -271,8 +270,7 @@ SIGNATURE = re.compile(r'```python\n.*?\n```\n*', re.S)
 
 @patch_to(SitePage)
 def rewrite_entry(self, cell, visible:bool): # whether the source follows on the page
-    ("Fields as a table, methods as entries; no signature where the source itself "
-     "follows")
+    "Fields as a table, methods as entries; no signature where the source itself follows"
     obj = self.find(shown_name(cell))
     for out in cell.get('outputs', []):
         text = out.get('data', {}).get('text/markdown')

@@ -66,8 +66,8 @@ def reconstruction_loss(images, targets, perceptual=None, mse_coef:float=1.,
                         perceptual_coef:float=1.,
                        ) -> Tensor: # [B, G]
     "L_MSE + λ_p L_p of every sample, differentiable"
-    return sum(m.mean((-2, -1)) for m in error_maps(images, targets, perceptual,
-                                                    mse_coef, perceptual_coef))
+    maps = error_maps(images, targets, perceptual, mse_coef, perceptual_coef)
+    return sum(m.mean((-2, -1)) for m in maps)
 
 # %% ../nbs/20_rewards.ipynb #c9819333
 def pool_to_grid(maps:list, # error maps [B, G, h, w]
@@ -81,8 +81,7 @@ def pool_to_grid(maps:list, # error maps [B, G, h, w]
                       for g in grids], -1)
 
 class ReconstructionReward:
-    ("−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or "
-     "per token")
+    "−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or per token"
     def __init__(self,
                  perceptual=None, # `Perceptual` network, None for pixels only
                  mse_coef:float=1., perceptual_coef:float=1.,
@@ -104,11 +103,9 @@ class ReconstructionReward:
         check_images(batch.images, 'batch.images')
         if self.clamp: images = images.clamp(0, 1)
         if images.shape[:1] + images.shape[2:] != batch.images.shape:
-            raise ValueError(f"images: {list(images.shape)} do not belong "
-                             "to batch.images "
-                             f"{list(batch.images.shape)}; expected [B, G, "
-                             "3, H, W] and [B, 3, "
-                             "H, W] with the same B, H, W; resize one of them")
+            raise ValueError(f"images: {list(images.shape)} do not belong to batch.images "
+                             f"{list(batch.images.shape)}; expected [B, G, 3, H, W] and "
+                             "[B, 3, H, W] with the same B, H, W; resize one of them")
         maps = error_maps(images, batch.images, self.perceptual, self.mse_coef,
                           self.perceptual_coef)
         return -(pool_to_grid(maps, self.grid) if self.grid
@@ -202,9 +199,8 @@ class WeightedSum:
             raise ValueError(f"weights of {', '.join(rewards)}: all are 0, "
                              "so nothing can be learned")
         check_chunk_size(chunk_size)
-        self.rewards, self.normalise, self.chunk_size, self.stats = (rewards,
-                                                                     normalise,
-                                                                     chunk_size, {})
+        self.rewards, self.normalise, self.chunk_size = rewards, normalise, chunk_size
+        self.stats = {}
         # names of rewards whose answers are known not to be transposed
         self._straight = {k for k, (r, _) in rewards.items() if is_ours(r)}
         self._gather = lambda x: x

@@ -248,8 +248,8 @@ def load_data(cfg:Config, # its model, method, data, seed and class_split
         return LabelData(system.num_classes, cfg.class_split, cfg.seed)
     if not system.num_classes: return _text_data(cfg, system)
     if cfg.data == 'default': return own_images(spec_of(system))
-    return (hub_data if is_hub_folder(cfg.data) else folder_data)(cfg.data,
-                                                                  system.tokenizer.image_size, system.num_classes)
+    make = hub_data if is_hub_folder(cfg.data) else folder_data
+    return make(cfg.data, system.tokenizer.image_size, system.num_classes)
 
 def check_data(cfg:Config, system:System):
     ("Raise for a data set or a text encoder that is not there; reads nothing, and "
@@ -258,24 +258,22 @@ def check_data(cfg:Config, system:System):
     if cfg.method == 'grpo' and system.num_classes: return
     if cfg.data == 'default':
         if spec_of(system).data: return
-        raise ValueError(f"data='default': {cfg.model} comes without "
-                         + ("images; pass the folder of your training set, for "
-                            "example ImageNet's train folder" if system.num_classes
-                            else "prompts; pass a text file with one "
-                            "prompt on each line" if cfg.method == 'grpo'
-                            else "prompts; pass captioned pictures: a "
-                            "folder, a .tar, a "
-                            ".parquet, or a pattern like 'shards/*.tar'"))
-    if not Path(cfg.data).expanduser().exists() and not any(c in cfg.data
-                                                            for c in '*?['):
+        raise ValueError(
+            f"data='default': {cfg.model} comes without "
+            + ("images; pass the folder of your training set, for example ImageNet's train folder"
+               if system.num_classes
+               else "prompts; pass a text file with one prompt on each line"
+               if cfg.method == 'grpo'
+               else "prompts; pass captioned pictures: a folder, a .tar, a .parquet, or a "
+               "pattern like 'shards/*.tar'"))
+    if not Path(cfg.data).expanduser().exists() and not any(c in cfg.data for c in '*?['):
         raise FileNotFoundError(f"data={cfg.data!r}: no such file or folder")
     if not system.num_classes and system.encode_prompts is None and not Path(
         cfg.text_features).expanduser().exists() and cfg.text_features != 'stored':
         check_hub_model('text_features', cfg.text_features)
 
 def check_hub_model(argument:str, repo:str):
-    ("Raise for a model of transformers that is neither in the cache nor can be asked "
-     "for")
+    "Raise for a model of transformers that is neither in the cache nor can be asked for"
     hub = _hub()
     if any(hub.try_to_load_from_cache(repo, f'{name}{index}')
            for name in ('model.safetensors', 'pytorch_model.bin')
@@ -283,12 +281,10 @@ def check_hub_model(argument:str, repo:str):
         return
     try: files = hub.HfApi().model_info(repo, files_metadata=True, timeout=30).siblings
     except Exception as e:
-        raise FileNotFoundError(f"{argument}={repo!r}: https://huggingface.co/{repo} "
-                                "is not in "
-                                f"{hub.constants.HF_HUB_CACHE} and cannot be "
-                                f"reached [{type(e).__name__}]. "
-                                "Check the name and the network, or download it "
-                                "elsewhere and pass its folder") from e
+        raise FileNotFoundError(
+            f"{argument}={repo!r}: https://huggingface.co/{repo} is not in "
+            f"{hub.constants.HF_HUB_CACHE} and cannot be reached [{type(e).__name__}]. Check the "
+            "name and the network, or download it elsewhere and pass its folder") from e
     size, free = sum(f.size or 0 for f in files if f.rfilename.endswith('.safetensors')), shutil.disk_usage(next(p for p in (Path(hub.constants.HF_HUB_CACHE), *Path(hub.constants.HF_HUB_CACHE).parents) if p.exists())).free
     if free < 1.02*size:
         raise OSError(f"{argument}={repo!r} needs {size/1e9:.2f} GB on the disk of "
@@ -305,8 +301,7 @@ def prompt_encoder(system:System,
         return T5Features(text_features, device='cuda' if torch.cuda.is_available()
                           else 'cpu')
     if not system.class_names:
-        raise ValueError(f"model={system.name!r}: its {system.num_classes} "
-                         "classes have no "
+        raise ValueError(f"model={system.name!r}: its {system.num_classes} classes have no "
                          "names that prompts could mention; set system.class_names")
     return NamedClasses(system.class_names)
 
@@ -321,8 +316,7 @@ def _text_data(cfg, system):
         return TextData(cfg.data, system.tokenizer.image_size, encode,
                         crop=cfg.image_crop)
     if encode is None or isinstance(encode, DiskFeatures):
-        raise ValueError(f"text_features={kind!r}: prompts alone come "
-                         "without features; "
+        raise ValueError(f"text_features={kind!r}: prompts alone come without features; "
                          "name a T5 encoder such as 'google/flan-t5-xl'")
     return PromptData(cfg.data, encode)
 
@@ -335,9 +329,9 @@ def own_data(cfg:Config, system:System):
     if isinstance(data, tuple): data = ArrayData(*data)
     if hasattr(data, 'batches'): return data
     if not (hasattr(data, '__len__') and hasattr(data, 'load')):
-        raise ValueError(f"data={cfg.data!r}: gave a {type(data).__name__}; expected an object with a length and "
-                         "load(rows), "
-                         "or a tuple of images [N, ...], labels [N] and what makes pixels of images")
+        raise ValueError(f"data={cfg.data!r}: gave a {type(data).__name__}; expected an object "
+                         "with a length and load(rows), or a tuple of images [N, ...], labels "
+                         "[N] and what makes pixels of images")
     images, _ = data.load(range(1))
     if images is not None: check_images(images, f'data={cfg.data!r}: images')
     side = images is not None and images.shape[-1]

@@ -121,10 +121,9 @@ FILES = {
         parts=('config.json', 'preprocessor_config.json')),
     **{n: Published(f'{n}.pt', 4*v,
                     'LlamaGen ' + ('tokenizer' if n.startswith('vq') else 'transformer'), _CODE, repo=repo)
-       for repo,
-       values in {'FoundationVision/LlamaGen': _LLAMAGEN,
-                  'peizesun/llamagen_t2i': _LLAMAGEN_TEXT}.items() for n,
-                  v in values.items()},
+       for repo, values in {'FoundationVision/LlamaGen': _LLAMAGEN,
+                            'peizesun/llamagen_t2i': _LLAMAGEN_TEXT}.items()
+       for n, v in values.items()},
     'var_vae': Published('vae_ch160v4096z32.pth', 435_957_260,
                          'VAR tokenizer, all sizes', _CODE,
                          repo='FoundationVision/var'),

@@ -28,11 +28,8 @@ def step_rows(n:int, # images in the data set
              ) -> np.ndarray: # [batch_size] row numbers
     "The rows of one step"
     at = np.arange(step*batch_size, (step+1)*batch_size)
-    perms = {e: np.random.Generator(np.random.Philox(key=seed,
-                                                     counter=[0, EPOCH,
-                                                              0,
-                                                              int(e)])).permutation(n)
-             for e in np.unique(at//n)}
+    stream = lambda epoch: np.random.Philox(key=seed, counter=[0, EPOCH, 0, epoch])
+    perms = {e: np.random.Generator(stream(int(e))).permutation(n) for e in np.unique(at//n)}
     return np.array([perms[e][i] for e, i in zip(at//n, at%n)])
 
 # %% ../../nbs/04_data.ipynb #0dcc2d3f
@@ -236,12 +233,8 @@ class LabelData:
                  split:float=1., # share of the classes that is used, chosen by `seed`
                  seed:int=0):
         n = max(1, round(split*num_classes))
-        self.labels = torch.from_numpy(
-            np.sort(np.random.Generator(np.random.Philox(key=seed,
-                                                         counter=[1, EPOCH,
-                                                                  0,
-                                                                  0])).permutation(
-                                                                      num_classes)[:n]))
+        random = np.random.Generator(np.random.Philox(key=seed, counter=[1, EPOCH, 0, 0]))
+        self.labels = torch.from_numpy(np.sort(random.permutation(num_classes)[:n]))
 
     def __len__(self): return len(self.labels)
 
@@ -262,8 +255,8 @@ def batches(data, # has a length and `load(rows)`
     "The batches of steps `start` to `stop-1`"
     mine = slice(rank, None, world_size)
     def load(step):
-        images, cond, *prompts = data.load(step_rows(len(data), batch_size,
-                                                     step, seed)[mine])
+        rows = step_rows(len(data), batch_size, step, seed)[mine]
+        images, cond, *prompts = data.load(rows)
         return Batch(cond, Streams.range(seed, step*batch_size, batch_size).take(mine),
                      images, *prompts)
     with ThreadPoolExecutor(1) as reader:

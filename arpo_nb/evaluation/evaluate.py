@@ -15,8 +15,7 @@ from ..protocols import MetricNet, Streams
 
 # %% ../../nbs/50_evaluate.ipynb #8e7b0898
 def root_factor(sigma:Tensor) -> Tensor: # L with L Lᵀ = sigma, [D, rank]
-    ("Cholesky factor of a covariance, or its eigenvectors times their roots where it "
-     "is singular")
+    "Cholesky factor of a covariance, or its eigenvectors times their roots where it is singular"
     L, failed = torch.linalg.cholesky_ex(sigma)
     if not failed: return L
     values, vectors = torch.linalg.eigh(sigma)
@@ -54,9 +53,8 @@ class RunningMoments:
         x, n = features.double(), len(features)
         mean = x.mean(0)
         delta, x = mean - self.mean, x - mean
-        self.scatter = (self.scatter + gram(x) + torch.outer(delta,
-                                                             delta)*(self.n*n/(self.n
-                                                                               + n)))
+        weight = self.n*n/(self.n + n)
+        self.scatter = self.scatter + gram(x) + torch.outer(delta, delta)*weight
         self.n += n
         self.mean = self.mean + delta*(n/self.n)
         return self
@@ -104,9 +102,9 @@ def radii(x:Tensor, # [N, D]
          ) -> Tensor: # [N] squared distance to the k-th nearest other point
     "Squared radius of every point's ball"
     def nearest(u):
-        return torch.cat([squared_distances(u, v, half).topk(min(k+1, len(v)),
-                                                             largest=False).values
-                          for v in x.split(tile)], 1)
+        return torch.cat([
+            squared_distances(u, v, half).topk(min(k+1, len(v)), largest=False).values
+            for v in x.split(tile)], 1)
     return torch.cat([nearest(u).float().topk(k+1, largest=False).values[:, k]
                       for u in x.split(tile)])
 
@@ -133,8 +131,8 @@ def precision_recall(real:Tensor, # [N, D]
         raise ValueError(f"precision and recall need more than k={k} images on both "
                          f"sides, got {len(real)} and {len(fake)}")
     real, fake, tile = real.float(), fake.float(), tile or (10_000 if half else 5000)
-    return tuple(coverage(x, radii(x, k, tile, half), y, tile, half) for x,
-                 y in ((real, fake), (fake, real)))
+    return tuple(coverage(x, radii(x, k, tile, half), y, tile, half)
+                 for x, y in ((real, fake), (fake, real)))
 
 # %% ../../nbs/50_evaluate.ipynb #382f176e
 @torch.no_grad()
@@ -160,10 +158,10 @@ def evaluate(policy, tokenizer, # `Policy`, `Tokenizer`
              seed:int=0, batch_size:int=512, progress:bool=True, device='cpu',
              **sampling) -> dict:
     "fid, inception_score, precision, recall and class accuracy of `n` generated images"
-    outs = [(*metric_net.net(x), y) for x,
-            y in generate_images(policy, tokenizer, torch.arange(n) % num_classes,
-                                 seed, batch_size=batch_size, progress=progress,
-                                 device=device, **sampling)]
+    outs = [(*metric_net.net(x), y)
+            for x, y in generate_images(
+                policy, tokenizer, torch.arange(n) % num_classes, seed, batch_size=batch_size,
+                progress=progress, device=device, **sampling)]
     feats, logits, labels = (torch.cat(x).cpu() for x in zip(*outs))
     precision, recall = precision_recall(metric_net.features, feats)
     return dict(fid=frechet_distance(*moments(feats), metric_net.mu, metric_net.sigma),

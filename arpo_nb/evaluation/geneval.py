@@ -185,8 +185,8 @@ def judge(prompt:dict, # metadata, see `read_prompts`
          ) -> tuple: # right or wrong, and why
     "GenEval's verdict on one picture"
     least = counting_threshold if prompt['tag'] == 'counting' else threshold
-    kept = {c: keep_found(f, least, max_overlap, max_objects) for c,
-            f in detections.items()}
+    kept = {c: keep_found(f, least, max_overlap, max_objects)
+            for c, f in detections.items()}
     groups, faults = [], []
     for r in prompt['include']:
         found, fault = kept.get(r['class'], [])[:r['count']], None
@@ -250,10 +250,9 @@ class ColorClassifier:
 
     def __call__(self, image:Tensor, found:Found, name:str) -> str:
         "The colour of one object"
-        return COLORS[
-            (self.texts(name)@F.normalize(self.embed_image(color_crop(image,
-                                                                      found)[None]),
-                                          dim=-1)[0]).argmax()]
+        cropped = color_crop(image, found)[None]
+        picture = F.normalize(self.embed_image(cropped), dim=-1)[0]
+        return COLORS[(self.texts(name)@picture).argmax()]
 
 # %% ../../nbs/55_geneval.ipynb #17c880bb
 def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
@@ -313,10 +312,8 @@ class StandInDetector:
                      image.new_tensor([.229, .224, .225]))
         x = F.interpolate(image[None], (self.size, self.size), mode='bilinear',
                           antialias=True)
-        out = self.model(pixel_values=((x - mean[:, None, None])/std[:,
-                                                                     None,
-                                                                     None]).to(
-                                                                         self.device))
+        pixels = (x - mean[:, None, None])/std[:, None, None]
+        out = self.model(pixel_values=pixels.to(self.device))
         return instances(out.class_queries_logits[0].float().cpu(),
                          out.masks_queries_logits[0].float().cpu(), image.shape[-2:])
 

@@ -22,8 +22,7 @@ def all_sequences(vocab_size:int, # V
     if vocab_size**num_tokens > 2**20:
         raise ValueError(f"{vocab_size}^{num_tokens} sequences can't be listed; keep "
                          "vocab_size**num_tokens below 2^20")
-    return torch.cartesian_prod(*[torch.arange(vocab_size)]*num_tokens).view(-1,
-                                                                             num_tokens)
+    return torch.cartesian_prod(*[torch.arange(vocab_size)]*num_tokens).view(-1, num_tokens)
 
 # %% ../../nbs/03_enumerable.ipynb #0d8631de
 class TablePolicy(nn.Module):
@@ -81,9 +80,8 @@ def sequence_logps(policy, # any `Policy`
                    cond, # N conditions
                   ) -> Tensor: # [N] log π(x)
     "Free-running log-probability of whole sequences"
-    return step_logps(policy, sequences, cond).gather(-1, sequences[..., None])[...,
-                                                                                0].sum(
-                                                                                    -1)
+    logps = step_logps(policy, sequences, cond).gather(-1, sequences[..., None])
+    return logps[..., 0].sum(-1)
 
 # %% ../../nbs/03_enumerable.ipynb #48ad40df
 class PatchTokenizer(nn.Module):
@@ -106,9 +104,8 @@ class PatchTokenizer(nn.Module):
 
     def decode(self, tokens:Tensor, clamp:bool=True) -> Tensor:
         "[N, T] ids to [N, 3, H, W] in [0, 1]"
-        return self.decode_probs(nn.functional.one_hot(tokens,
-                                                       self.codebook_size).to(
-                                                           self.levels.dtype), clamp)
+        onehot = nn.functional.one_hot(tokens, self.codebook_size)
+        return self.decode_probs(onehot.to(self.levels.dtype), clamp)
 
     def encode(self, images:Tensor) -> Tensor:
         "[N, 3, H, W] to the nearest grey level of every unblurred patch, [N, T]"
@@ -118,10 +115,8 @@ class PatchTokenizer(nn.Module):
         return (grey.flatten(1)[..., None] - self.levels).abs().argmin(-1)
 
     def log_likelihood(self, images:Tensor, tokens:Tensor) -> Tensor:
-        ("log p(I | x) of [N, 3, H, W] images under [S, T] sequences, [N, S]; grey "
-         "pixels count once")
-        error = ((images[:, None, 0] - self.decode(tokens)[None, :,
-                                                           0]).square().sum((-2, -1)))
+        "log p(I | x) of [N, 3, H, W] images under [S, T] sequences, [N, S]; grey pixels count once"
+        error = (images[:, None, 0] - self.decode(tokens)[None, :, 0]).square().sum((-2, -1))
         return (-error/(2*self.noise**2)
                 - self.image_size**2/2*math.log(2*math.pi*self.noise**2))
 

@@ -212,10 +212,13 @@ def check_values(state:dict, # name → tensor
 
 # %% ../../nbs/38_checkpoints.ipynb #f2e6a90a
 SHARDED = 'sharded' # the folder in a run's checkpoint with one part per process
-_INDEX = {'torch.serialization': ('_get_layout',), 'pathlib': ('PosixPath', 'WindowsPath', 'PurePosixPath'),
-          'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
-          'torch.distributed.checkpoint.metadata': ('ChunkStorageMetadata', 'Metadata', 'BytesStorageMetadata', 'TensorProperties', 'StorageMeta',
-                                                    '_MEM_FORMAT_ENCODING', 'TensorStorageMetadata', 'MetadataIndex')}
+_INDEX = {
+    'torch.serialization': ('_get_layout',),
+    'pathlib': ('PosixPath', 'WindowsPath', 'PurePosixPath'),
+    'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
+    'torch.distributed.checkpoint.metadata': (
+        'ChunkStorageMetadata', 'Metadata', 'BytesStorageMetadata', 'TensorProperties',
+        'StorageMeta', '_MEM_FORMAT_ENCODING', 'TensorStorageMetadata', 'MetadataIndex')}
 
 def check_index(folder:Path # of `torch.distributed.checkpoint`
                ) -> Path: # the same
@@ -337,8 +340,8 @@ def build_llamagen(model:str, # key of `MODELS`
                else tokenizer_weights)]
     _check_published_name(weights, model, side)
     # both, before building anything
-    paths = [None if w == 'random' else locate(n, w, cache_dir, offline) for n,
-             w in wanted]
+    paths = [None if w == 'random' else locate(n, w, cache_dir, offline)
+             for n, w in wanted]
     makes = ((lambda: GPT(gpt_config(size, side, text=text))),
              (lambda: VQModel(VQConfig(image_size=side))))
     for make, path in zip(makes, paths):
@@ -349,8 +352,8 @@ def build_llamagen(model:str, # key of `MODELS`
                 load_weights(make(), path)
     parts = [make() for make in makes]
     if random: nn.init.normal_(parts[0].output.weight, std=.02)
-    return tuple(m.eval() if path is None else load_weights(m, path).eval() for m,
-                 path in zip(parts, paths))
+    return tuple(m.eval() if path is None else load_weights(m, path).eval()
+                 for m, path in zip(parts, paths))
 
 def _check_published_name(weights, model, side):
     "Files of two resolutions have the same tensors; only their names tell them apart"

@@ -66,8 +66,7 @@ CONFIGS = dict(janus_pro_1b=(JanusConfig(), VQ),
 
 # %% ../../nbs/39_janus.ipynb #66c3b9ef
 def llama_config(cfg:JanusConfig):
-    ("Settings of the language model for transformers; text head and embedding are not"
-     " tied")
+    "Settings of the language model for transformers; text head and embedding are not tied"
     return import_transformers('janus').LlamaConfig(
         vocab_size=cfg.text_vocab_size, hidden_size=cfg.dim,
         intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer,
@@ -80,14 +79,13 @@ def llama_config(cfg:JanusConfig):
 
 # %% ../../nbs/39_janus.ipynb #e8955669
 class Cache:
-    ("Keys and values of all layers in memory taken once; what transformers' attention"
-     " layers call")
+    "Keys and values of all layers in memory taken once; what transformers' attention layers call"
     def __init__(self, length:int): self.length, self.start, self.layers = length, 0, {}
 
     def update(self, k, v, layer:int, *args, **kwargs):
         if layer not in self.layers:
-            self.layers[layer] = tuple(t.new_empty(*t.shape[:2], self.length,
-                                                   t.shape[3]) for t in (k, v))
+            self.layers[layer] = tuple(
+                t.new_empty(*t.shape[:2], self.length, t.shape[3]) for t in (k, v))
         end = self.start + k.shape[2]
         for memory, new in zip(self.layers[layer], (k, v)):
             memory[:, :, self.start:end] = new
@@ -119,8 +117,7 @@ def _what(x):
             else type(x).__name__)
 
 class JanusPolicy(nn.Module):
-    ("The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are "
-     "transformers'")
+    "The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are transformers'"
     def __init__(self, cfg:JanusConfig):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.num_tokens, cfg.vocab_size
@@ -141,8 +138,8 @@ class JanusPolicy(nn.Module):
     def reset_rotary(self):
         "Compute the rotary frequencies where the parameters are"
         rotary, d = self.language_model.rotary_emb, self.cfg.dim//self.cfg.n_head
-        freqs = 1/self.cfg.rope_base**(torch.arange(0, d, 2,
-                                                    device=self.generation_embeddings.weight.device).float()/d)
+        device = self.generation_embeddings.weight.device
+        freqs = 1/self.cfg.rope_base**(torch.arange(0, d, 2, device=device).float()/d)
         for name in [n for n, _ in rotary.named_buffers()]: setattr(rotary, name, freqs)
         return self
 
@@ -173,8 +170,7 @@ class JanusPolicy(nn.Module):
                              f"({c.ids.boi}); " "janus.encode_prompts formats prompts")
         if (ids.gather(1, mask.int().argmax(1, keepdim=True)) != c.ids.bos).any():
             raise ValueError("cond: a prompt does not begin with begin-of-sentence "
-                             f"({c.ids.bos}), "
-                             "which the unconditional prompt must keep; was it "
+                             f"({c.ids.bos}), which the unconditional prompt must keep; was it "
                              "made by another tokenizer class?")
 
     def example_cond(self, n:int, length:int=24) -> tuple:
@@ -204,9 +200,8 @@ class JanusPolicy(nn.Module):
         # padded keys are hidden, but a padded query must see something
         if not valid.is_meta and not valid.all():
             mask = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m-n)
-            mask = (mask & valid[:, None] | torch.eye(n, m, dtype=torch.bool,
-                                                      device=x.device).roll(m-n, 1))[:,
-                                                                                     None]
+            own = torch.eye(n, m, dtype=torch.bool, device=x.device).roll(m-n, 1)
+            mask = (mask & valid[:, None] | own)[:, None]
         kw = dict(attention_mask=mask, position_ids=positions,
                   position_embeddings=lm.rotary_emb(x, positions),
                   past_key_values=cache)
@@ -217,8 +212,7 @@ class JanusPolicy(nn.Module):
         return lm.norm(x)
 
     def hidden(self, context:Tensor, cond:tuple) -> Tensor:
-        ("[N, T] context codes to [N, T, dim]; state t has seen the prompt and codes "
-         "before t")
+        "[N, T] context codes to [N, T, dim]; state t has seen the prompt and codes before t"
         if context.shape[1] > self.num_tokens:
             raise ValueError(f"context: {context.shape[1]} codes, expected at "
                              f"most {self.num_tokens}; "
@@ -342,20 +336,16 @@ def encode_prompts(prompts:list, # N strings
             raise ValueError(f"prompts: {p[:40]!r}... has {len(row)} tokens, more "
                              f"than {max_length}; shorten it")
     length = max(map(len, rows))
-    pad = lambda row, filler, value: [filler]*(length - len(row)) + (row
-                                                                     if value is None
-                                                                     else [
-                                                                         value]*len(
-                                                                             row))
+    pad = lambda row, filler, value: [filler]*(length - len(row)) + (
+        row if value is None else [value]*len(row))
     return torch.tensor([pad(r, ids.pad, None)
                          for r in rows]), torch.tensor([pad(r, 0, 1) for r in rows])
 
 class PromptEncoder:
     "`encode_prompts` as `System.encode_prompts` and `captions.text_batches` want it"
     def __init__(self, tokenizer, cfg:JanusConfig):
-        self.tokenizer, self.ids, self.longest = (tokenizer, cfg.ids,
-                                                  cfg.max_positions - cfg.num_tokens
-                                                  + 1)
+        self.tokenizer, self.ids = tokenizer, cfg.ids
+        self.longest = cfg.max_positions - cfg.num_tokens + 1
     def __call__(self, texts:list) -> tuple:
         return encode_prompts(texts, self.tokenizer, self.ids, self.longest)
 
@@ -559,13 +549,10 @@ def answer_logps(policy:JanusPolicy, # in eval mode
                 policy.cfg.ids.eos]
         ids = torch.tensor([asked + said],
                            device=policy.generation_embeddings.weight.device)
-        states = policy.trunk(policy.language_model.embed_tokens(ids),
-                              torch.ones_like(ids, dtype=torch.bool))[0,
-                                                                      len(asked)-1:-1]
-        out.append(text_head(states).float().log_softmax(-1).gather(1,
-                                                                    ids[0,
-                                                                        len(asked):,
-                                                                        None]).sum())
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        states = policy.trunk(policy.language_model.embed_tokens(ids), valid)[0, len(asked)-1:-1]
+        logps = text_head(states).float().log_softmax(-1)
+        out.append(logps.gather(1, ids[0, len(asked):, None]).sum())
     return torch.stack(out)
 
 class Answers:
@@ -581,8 +568,7 @@ class Answers:
                             self.tokenizer)
 
 def understanding_change(before:Tensor, after:Tensor) -> dict:
-    ("How far the answers moved, in nats per answer; negative means less likely than "
-     "before")
+    "How far the answers moved, in nats per answer; negative means less likely than before"
     return dict(mean=(after - before).mean().item(),
                 worst=(after - before).min().item())
 

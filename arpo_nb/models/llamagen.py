@@ -156,8 +156,7 @@ def _what(x):
             else type(x).__name__)
 
 def _check_ids(name, ids, n, meaning):
-    ("Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and "
-     "says less")
+    "Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and says less"
     if ids.is_meta or not ids.numel() or torch.compiler.is_compiling(): return
     if ids.is_cuda:
         return torch._assert_async((ids.min() >= 0) & (ids.max() < n),
@@ -178,8 +177,7 @@ class ClassEmbedding(nn.Module):
     def null(self, cond:Tensor) -> Tensor: 
         "The null class for every row"
         if self.p == 0:
-            raise ValueError("guidance needs a null class, and this model "
-                             "was built without "
+            raise ValueError("guidance needs a null class, and this model was built without "
                              "one (cond_dropout=0); use cfg_scale=1")
         return torch.full_like(cond, self.num_classes)
 
@@ -217,27 +215,23 @@ class CaptionEmbedding(nn.Module):
                                          cfg.caption_dim)/cfg.caption_dim**.5)
 
     def null(self, cond:tuple) -> tuple:
-        ("The null caption, under the caption's own padding mask as in the official "
-         "sampler")
+        "The null caption, under the caption's own padding mask as in the official sampler"
         return self.uncond_embedding.to(cond[0].dtype).expand_as(cond[0]), cond[1]
 
     def check(self, cond):
         "Refuse what is not left-padded text features and their mask"
         want = tuple(self.uncond_embedding.shape)
-        if not isinstance(cond,
-                          (tuple,
-                           list)) or len(cond) != 2 or cond[0].dim() != 3 or cond[
-                               1].shape != cond[0].shape[:2]:
+        if (not isinstance(cond, (tuple, list)) or len(cond) != 2 or cond[0].dim() != 3
+                or cond[1].shape != cond[0].shape[:2]):
             raise ValueError("cond: expected a pair of text features [N, "
                              f"{want[0]}, {want[1]}] "
                              f"and mask [N, {want[0]}], got {_what(cond)}")
         if tuple(cond[0].shape[1:]) != want:
-            raise ValueError(f"cond: text features of shape {list(cond[0].shape)}, "
-                             "expected "
+            raise ValueError(f"cond: text features of shape {list(cond[0].shape)}, expected "
                              f"[N, {want[0]}, {want[1]}]; captions.stack_features pads "
                              f"and cuts captions to {want[0]} tokens")
-        if not cond[1].is_meta and (cond[1].bool()[:, 1:] < cond[1].bool()[:,
-                                                                           :-1]).any():
+        if (not cond[1].is_meta
+                and (cond[1].bool()[:, 1:] < cond[1].bool()[:, :-1]).any()):
             raise ValueError("cond: the mask has padding after text, "
                              "but features must be "
                              "padded on the left; use captions.left_pad(feats, mask)")
@@ -251,8 +245,7 @@ class CaptionEmbedding(nn.Module):
 
 # %% ../../nbs/31_llamagen.ipynb #dddf3f86
 class GPT(nn.Module):
-    ("LlamaGen's transformer behind the `Policy` protocol; parameter names are the "
-     "official ones")
+    "LlamaGen's transformer behind the `Policy` protocol; parameter names are the official ones"
     def __init__(self, cfg:GPTConfig):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
@@ -304,8 +297,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def hidden(self, context:Tensor, cond) -> Tensor:
-        ("[N, T] context tokens to [N, T, dim]; state t has seen the condition and "
-         "tokens before t")
+        "[N, T] context tokens to [N, T, dim]; state t has seen the condition and tokens before t"
         if context.shape[1] > self.num_tokens:
             raise ValueError(f"context: {context.shape[1]} tokens, expected "
                              f"at most {self.num_tokens} "
@@ -315,8 +307,8 @@ class GPT(nn.Module):
         _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
         x = torch.cat([self.prefix(cond), self.tok_embeddings(context[:, :-1])], 1)
         length = x.shape[1]
-        return self.trunk(x, self.rope[:length], self.mask(cond, length))[:,
-                                                                          self.cfg.cond_len-1:]
+        states = self.trunk(x, self.rope[:length], self.mask(cond, length))
+        return states[:, self.cfg.cond_len-1:]
 
     def head(self, hidden:Tensor) -> Tensor:
         "[..., dim] to [..., V] logits in float32"
@@ -362,9 +354,8 @@ def packed_weights(module:nn.Module, # its linear layers
         layers = []
     try:
         for m in layers:
-            packed, bias = (torch.ops.mkl._mkl_reorder_linear_weight(m.weight.detach(),
-                                                                     rows),
-                            m.bias if m.bias is None else m.bias.detach())
+            packed = torch.ops.mkl._mkl_reorder_linear_weight(m.weight.detach(), rows)
+            bias = m.bias if m.bias is None else m.bias.detach()
             m.forward = _packed(m.weight.detach(), bias, packed, rows)
         yield module
     finally:
@@ -372,9 +363,8 @@ def packed_weights(module:nn.Module, # its linear layers
 
 def _packed(weight, bias, packed, rows):
     "The forward of a linear layer with packed weights"
-    return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, bias,
-                                               rows) if x.numel() == rows*weight.shape[
-                                                   1] else F.linear(x, weight, bias)
+    return lambda x: (torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
+                      if x.numel() == rows*weight.shape[1] else F.linear(x, weight, bias))
 
 # %% ../../nbs/31_llamagen.ipynb #c9d055fe
 @torch.no_grad()
@@ -426,10 +416,8 @@ def generate(policy:GPT, # in eval mode
                                        mask if mask is None or len(mask) == 1
                                        else mask[:n])
             if t == 0:
-                logits = policy.head(policy.trunk(x, policy.rope[:start],
-                                                  None if mask is None
-                                                  else mask[:, :, :start, :start],
-                                                  cache)[:, -1])
+                seen = None if mask is None else mask[:, :, :start, :start]
+                logits = policy.head(policy.trunk(x, policy.rope[:start], seen, cache)[:, -1])
             else:
                 rows = (None if mask is None
                         else mask[:, :, pos:pos+1, :length if compile else pos+1])

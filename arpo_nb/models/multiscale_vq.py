@@ -55,11 +55,10 @@ class MultiScaleConfig:
         latent = self.image_size//self.downsample
         if self.patch_nums[-1] != latent or self.image_size % self.downsample:
             raise ValueError(f"patch_nums={self.patch_nums}: the last map has side "
-                             f"{self.patch_nums[-1]}, but image_size={self.image_size} "
-                             "shrunk " f"{self.downsample}-fold has a latent of side "
-                             f"{self.image_size/self.downsample:g}; "
-                             "end patch_nums with the latter, or use "
-                             f"image_size={self.patch_nums[-1]*self.downsample}")
+                             f"{self.patch_nums[-1]}, but image_size={self.image_size} shrunk "
+                             f"{self.downsample}-fold has a latent of side "
+                             f"{self.image_size/self.downsample:g}; end patch_nums with the "
+                             f"latter, or use image_size={self.patch_nums[-1]*self.downsample}")
 
     @property
     def downsample(self): return 2**(len(self.ch_mult)-1)
@@ -69,8 +68,7 @@ class MultiScaleConfig:
 
 # %% ../../nbs/32_multiscale_vq.ipynb #5a62a8ad
 class FusedAttn(nn.Module):
-    ("Single-head self-attention over pixels, with one convolution for queries, keys "
-     "and values")
+    "Single-head self-attention over pixels, with one convolution for queries, keys and values"
     def __init__(self, c:int, groups:int):
         super().__init__()
         self.norm, self.qkv, self.proj_out = (nn.GroupNorm(groups, c, 1e-6),
@@ -78,8 +76,7 @@ class FusedAttn(nn.Module):
 
     def forward(self, x):
         # [B, 1, hw, c]
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:,
-                                                                    None].chunk(3, -1)
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)
         return (x + self.proj_out(F.scaled_dot_product_attention(q, k, v)[:, 0]
                                   .transpose(1, 2).reshape(x.shape)))
 
@@ -106,9 +103,8 @@ class Middle(nn.Module):
     "Residual, attention, residual"
     def __init__(self, c:int, groups:int):
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = (ResBlock(c, c, groups),
-                                                   FusedAttn(c, groups),
-                                                   ResBlock(c, c, groups))
+        self.block_1, self.attn_1 = ResBlock(c, c, groups), FusedAttn(c, groups)
+        self.block_2 = ResBlock(c, c, groups)
 
     def forward(self, x): return self.block_2(self.attn_1(self.block_1(x)))
 
@@ -122,8 +118,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
         self.down = nn.ModuleList(Stage(([cfg.ch]+widths)[i], w, cfg.num_res_blocks,
                                         g, i == last, Downsample(w) if i < last
-                                        else None, 'downsample') for i,
-                                  w in enumerate(widths))
+                                        else None, 'downsample')
+                                  for i, w in enumerate(widths))
         self.mid, self.norm_out = (Middle(widths[-1], g),
                                    nn.GroupNorm(g, widths[-1], 1e-6))
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
@@ -142,8 +138,8 @@ class Decoder(nn.Module):
                                   Middle(widths[-1], g))
         self.up = nn.ModuleList(Stage((widths+widths[-1:])[i+1], w,
                                       cfg.num_res_blocks+1, g, i == last,
-                                      Upsample(w) if i else None, 'upsample') for i,
-                                w in enumerate(widths))
+                                      Upsample(w) if i else None, 'upsample')
+                                for i, w in enumerate(widths))
         self.norm_out, self.conv_out = (nn.GroupNorm(g, widths[0], 1e-6),
                                         nn.Conv2d(widths[0], 3, 3, padding=1))
 
@@ -175,17 +171,15 @@ def _phis(cfg):
     make = lambda: Phi(cfg.z_channels, cfg.quant_resi)
     if cfg.share_quant_resi == 0: return nn.ModuleList(make() for _ in cfg.patch_nums)
     if cfg.share_quant_resi == 1: return nn.ModuleDict(dict(qresi=make()))
-    return nn.ModuleDict(dict(qresi_ls=nn.ModuleList(make()
-                                                     for _ in range(
-                                                         cfg.share_quant_resi))))
+    blocks = nn.ModuleList(make() for _ in range(cfg.share_quant_resi))
+    return nn.ModuleDict(dict(qresi_ls=blocks))
 
 class MultiScaleQuantizer(nn.Module):
     "Residual quantisation of a latent map at growing resolutions, with one codebook"
     def __init__(self, cfg:MultiScaleConfig):
         super().__init__()
-        self.patch_nums, self.sizes, self.znorm = (cfg.patch_nums,
-                                                   scale_sizes(cfg.patch_nums),
-                                                   cfg.using_znorm)
+        self.patch_nums, self.sizes = cfg.patch_nums, scale_sizes(cfg.patch_nums)
+        self.znorm = cfg.using_znorm
         self.embedding = nn.Embedding(cfg.codebook_size, cfg.z_channels)
         nn.init.uniform_(self.embedding.weight, -1/cfg.codebook_size,
                          1/cfg.codebook_size)
@@ -228,8 +222,8 @@ class MultiScaleQuantizer(nn.Module):
         for k, p in enumerate(self.patch_nums):
             z = (rest if p == rest.shape[-1]
                  else F.interpolate(rest, (p, p), mode='area'))
-            ids.append(self.nearest(z.permute(0, 2, 3, 1).flatten(0, 2)).view(len(f),
-                                                                              -1))
+            pixels = z.permute(0, 2, 3, 1).flatten(0, 2)
+            ids.append(self.nearest(pixels).view(len(f), -1))
             rest = rest - self.lift(k, self.embedding(ids[-1]))
         return torch.cat(ids, 1)
 
@@ -269,24 +263,22 @@ class MultiScaleQuantizer(nn.Module):
 
 # %% ../../nbs/32_multiscale_vq.ipynb #f4c1381f
 class MultiScaleVQ(nn.Module):
-    ("VAR's image tokenizer behind the `Tokenizer` protocol; parameter names are the "
-     "official ones")
+    "VAR's image tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
     def __init__(self, cfg:MultiScaleConfig):
         super().__init__()
         self.cfg, self.image_size = cfg, cfg.image_size
         self.codebook_size, self.num_tokens = cfg.codebook_size, cfg.num_tokens
         self.token_grid = tuple((p, p) for p in cfg.patch_nums)
-        self.encoder, self.decoder, self.quantize = (Encoder(cfg), Decoder(cfg),
-                                                     MultiScaleQuantizer(cfg))
-        self.quant_conv, self.post_quant_conv = (nn.Conv2d(cfg.z_channels,
-                                                           cfg.z_channels, 3, padding=1)
-                                                 for _ in range(2))
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.quantize = MultiScaleQuantizer(cfg)
+        self.quant_conv, self.post_quant_conv = (
+            nn.Conv2d(cfg.z_channels, cfg.z_channels, 3, padding=1) for _ in range(2))
 
     def latents(self, images:Tensor) -> Tensor:
         "[N, 3, H, W] in [0, 1] to latents f [N, C, h, w]"
         side = self.image_size
-        if images.dim() != 4 or tuple(images.shape[1:]) != (3, side,
-                                                            side) or not images.is_floating_point():
+        if (images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side)
+                or not images.is_floating_point()):
             raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, expected floats in [0, 1] of shape [N, 3, {side}, {side}]; image_io.to_tensor(image_io.center_crop(picture, {side})) gives one. The maps of a scale have fixed sides, so other sizes need other patch_nums")
         return self.quant_conv(self.encoder(2*images - 1))
 

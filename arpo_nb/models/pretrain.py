@@ -69,9 +69,8 @@ FAST = torch.channels_last # convolutions of few channels run faster so, on a CP
 def _pixel_loss(recon, x, perceptual, coef):
     "Squared error on [-1, 1], and of the features"
     with torch.no_grad(): real = perceptual.features(x)
-    return (4*(recon - x).pow(2).mean() + coef*sum((a - b).pow(2).sum(1).mean() for a,
-                                                   b in zip(perceptual.features(recon),
-                                                            real)))
+    return 4*(recon - x).pow(2).mean() + coef*sum(
+        (a - b).pow(2).sum(1).mean() for a, b in zip(perceptual.features(recon), real))
 
 def train_tokenizer(images:Tensor, # [N, 28, 28] uint8
                     cfg:VQConfig,
@@ -79,8 +78,7 @@ def train_tokenizer(images:Tensor, # [N, 28, 28] uint8
                     *, perceptual_coef:float=.1, entropy_ratio:float=.02,
                     epochs:float=1., batch_size:int=64, learning_rate:float=2e-3,
                     seed:int=0, **kwargs):
-    ("Train a `VQModel` on MSE + perceptual + VQ losses (VA-π Eq. 2); returns it with "
-     "its losses")
+    "Train a `VQModel` on MSE + perceptual + VQ losses (VA-π Eq. 2); returns it with its losses"
     torch.manual_seed(seed)
     vq, look = (VQModel(cfg).to(memory_format=FAST),
                 perceptual.requires_grad_(False).to(memory_format=FAST))

@@ -68,9 +68,8 @@ class ToyNet(nn.Module):
                  # channels at 32², 16² and 8² pixels; the last is the feature length D
                  num_classes:int=10):
         super().__init__()
-        conv = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, b, 3, stride,
-                                                            1, bias=False),
-                                                  nn.BatchNorm2d(b), nn.ReLU())
+        conv = lambda a, b, stride: nn.Sequential(
+            nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
         a, b, c = widths
         self.stages = nn.ModuleList([conv(3, a, 1),
                                      nn.Sequential(conv(a, b, 2), conv(b, b, 1)),
@@ -84,8 +83,7 @@ class ToyNet(nn.Module):
         return out
 
     def features(self, images:Tensor) -> list:
-        ("Feature maps of unit length per pixel, as LPIPS compares them (the "
-         "`Perceptual` protocol)")
+        "Feature maps of unit length per pixel, as LPIPS compares them (the `Perceptual` protocol)"
         return [F.normalize(m, dim=1, eps=1e-6) for m in self.maps(images)]
 
     def forward(self, images:Tensor) -> tuple:

@@ -77,8 +77,7 @@ class SelfAttention(nn.Module):
                                     nn.Parameter(torch.zeros(c)))
         self.register_buffer('zero_k_bias', torch.zeros(c))
         if cfg.attn_l2_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1),
-                                                          math.log(4)))
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4)))
         self.l2, self.scale = (cfg.attn_l2_norm, 1. if cfg.attn_l2_norm
                                else .25/(c//self.heads)**.5)
 
@@ -88,13 +87,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, mask=None, cache=None):
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        q, k, v = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1,
-                                                                   (3,
-                                                                    self.heads,
-                                                                    -1)).permute(2,
-                                                                                 0,
-                                                                                 3,
-                                                                                 1, 4)
+        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if self.l2:
             q, k = ((F.normalize(q, dim=-1)*self.q_scale()).type_as(v),
                     F.normalize(k, dim=-1).type_as(v))
@@ -160,13 +154,12 @@ def _exact(device):
                           enabled=False)
 
 class VAR(nn.Module):
-    ("VAR's transformer behind the `Policy` protocol; parameter names are the official"
-     " ones")
+    "VAR's transformer behind the `Policy` protocol; parameter names are the official ones"
     has_sampler_logps = True # `generate` can return them
     def __init__(self, cfg:VARConfig, quantizer:MultiScaleQuantizer):
         super().__init__()
-        self.cfg, self.sizes, self.vocab_size, c = (cfg, scale_sizes(cfg.patch_nums),
-                                                    cfg.vocab_size, cfg.width)
+        self.cfg, self.sizes = cfg, scale_sizes(cfg.patch_nums)
+        self.vocab_size, c = cfg.vocab_size, cfg.width
         self.num_tokens = length = sum(self.sizes)
         _check_quantizer(cfg, quantizer)
         object.__setattr__(self, 'quantizer', quantizer) # borrowed: not a submodule
@@ -195,8 +188,7 @@ class VAR(nn.Module):
         return self
 
     def modulations(self, cond:Tensor) -> tuple:
-        ("From embedded labels [N, C]: six vectors for every block, two for the output"
-         " norm")
+        "From embedded labels [N, C]: six vectors for every block, two for the output norm"
         shared = (self.shared_ada_lin(cond).view(len(cond), 1, 6, -1)
                   if self.cfg.shared_aln else None)
         return [b.modulate(cond, shared)
@@ -213,8 +205,7 @@ class VAR(nn.Module):
             return self.quantizer.inputs(context).to(self.word_embed.weight.dtype)
 
     def embed(self, context:Tensor, cond:Tensor) -> Tensor:
-        ("Tokens [N, T] and embedded labels [N, C] to the input of the first block, "
-         "[N, T, C]")
+        "Tokens [N, T] and embedded labels [N, C] to the input of the first block, [N, T, C]"
         return (torch.cat([cond[:, None] + self.pos_start,
                            self.word_embed(self.seen(context))], 1) + self.positions())
 
@@ -458,8 +449,8 @@ def build_var(model:str, # key of `VARS`
               ('var_vae', 'random' if random and tokenizer_weights is None
                else tokenizer_weights)]
     # both, before building anything
-    paths = [None if w == 'random' else locate(n, w, cache_dir, offline) for n,
-             w in wanted]
+    paths = [None if w == 'random' else locate(n, w, cache_dir, offline)
+             for n, w in wanted]
     vq = MultiScaleVQ(MultiScaleConfig(patch_nums=cfg.patch_nums,
                                        image_size=16*cfg.patch_nums[-1]))
     if paths[1]: load_weights(vq, paths[1], key='vae_local')

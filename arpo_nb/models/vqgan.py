@@ -51,8 +51,8 @@ class Middle(nn.Module):
     "Residual block, attention, residual block"
     def __init__(self, c:int):
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = (ResBlock(c, c, 32),
-                                                   AttnBlock(c, 32), ResBlock(c, c, 32))
+        self.block_1, self.attn_1 = ResBlock(c, c, 32), AttnBlock(c, 32)
+        self.block_2 = ResBlock(c, c, 32)
 
     def forward(self, x): return self.block_2(self.attn_1(self.block_1(x)))
 
@@ -63,9 +63,8 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, 32)
                                    for i in range(n))
-        self.attn, self.resize = (nn.ModuleList(AttnBlock(c_out, 32)
-                                                for _ in range(n if attn else 0)),
-                                  resize)
+        self.attn = nn.ModuleList(AttnBlock(c_out, 32) for _ in range(n if attn else 0))
+        self.resize = resize
         if resize:
             self.add_module(resize,
                             (Downsample if resize == 'downsample' else Upsample)(c_out))
@@ -84,8 +83,8 @@ def _levels(cfg, extra, resize):
     into = [cfg.ch, *widths] if name == 'downsample' else [*widths[1:], widths[-1]]
     return widths, nn.ModuleList(Level(into[i], w, cfg.num_res_blocks + extra,
                                        cfg.resolution >> i in cfg.attn_resolutions,
-                                       None if i == without else name) for i,
-                                 w in enumerate(widths))
+                                       None if i == without else name)
+                                 for i, w in enumerate(widths))
 
 class Encoder(nn.Module):
     "Pixels in [-1, 1] to latents, [B, 3, H, W] to [B, z, h, w]"
@@ -93,9 +92,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths, self.down = _levels(cfg, 0, ('downsample', len(cfg.ch_mult)-1))
         self.conv_in, self.mid = nn.Conv2d(3, cfg.ch, 3, padding=1), Middle(widths[-1])
-        self.norm_out, self.conv_out = (nn.GroupNorm(32, widths[-1], 1e-6),
-                                        nn.Conv2d(widths[-1], cfg.z_channels,
-                                                  3, padding=1))
+        self.norm_out = nn.GroupNorm(32, widths[-1], 1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
 
     def forward(self, x):
         for block in (self.conv_in, *self.down, self.mid): x = block(x)
@@ -130,8 +128,7 @@ class Codebook(nn.Module):
                 - 2*z @ codes.T).argmin(-1)
 
     def forward(self, z:Tensor, beta:float=.25, legacy:bool=True) -> tuple:
-        ("Straight-through codes [B, C, h, w], loss, and ids [B, h*w] of latents [B, "
-         "C, h, w]")
+        "Straight-through codes [B, C, h, w], loss, and ids [B, h*w] of latents [B, C, h, w]"
         ids = self.nearest(z)
         e = self.embedding(ids).transpose(1, 2).reshape(z.shape)
         commit, codebook = ((e.detach() - z).pow(2).mean(),
@@ -156,21 +153,16 @@ def unmap(ids:Tensor, # positions in `used`; M or more counts as 0, as in the or
 
 # %% ../../nbs/34_vqgan.ipynb #3f8b3fea
 class VQGAN(nn.Module):
-    ("The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the "
-     "official ones")
+    "The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
     def __init__(self, cfg:VQGANConfig):
         super().__init__()
-        self.cfg, self.image_size, self.codebook_size = (cfg, cfg.image_size,
-                                                         cfg.codebook_size)
+        self.cfg, self.image_size, self.codebook_size = cfg, cfg.image_size, cfg.codebook_size
         side = cfg.image_size//cfg.downsample
         self.token_grid, self.num_tokens = (side, side), side*side
-        self.encoder, self.decoder, self.quantize = (Encoder(cfg), Decoder(cfg),
-                                                     Codebook(cfg.codebook_size,
-                                                              cfg.embed_dim))
-        self.quant_conv, self.post_quant_conv = (nn.Conv2d(cfg.z_channels,
-                                                           cfg.embed_dim, 1),
-                                                 nn.Conv2d(cfg.embed_dim,
-                                                           cfg.z_channels, 1))
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.quantize = Codebook(cfg.codebook_size, cfg.embed_dim)
+        self.quant_conv = nn.Conv2d(cfg.z_channels, cfg.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(cfg.embed_dim, cfg.z_channels, 1)
 
     def latents(self, images:Tensor) -> Tensor:
         "[B, 3, H, W] in [0, 1] to latents [B, C, h, w]"
@@ -209,13 +201,11 @@ class VQGAN(nn.Module):
         return self.decode_map(codes.transpose(1, 2).unflatten(2, (h, w)), clamp)
 
     def decoder_parameters(self):
-        ("What tokenizer post-training moves: everything after the codebook (VA-π App."
-         " C.2)")
+        "What tokenizer post-training moves: everything after the codebook (VA-π App. C.2)"
         return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
     def forward(self, images:Tensor, beta:float=.25, legacy:bool=True):
-        ("Straight-through reconstruction of `images`, not clamped, and the codebook "
-         "loss")
+        "Straight-through reconstruction of `images`, not clamped, and the codebook loss"
         quant, loss, _ = self.quantize(self.latents(images), beta, legacy)
         return self.decode_map(quant, clamp=False), loss
 
@@ -248,8 +238,8 @@ class Attention(nn.Module):
     "Causal self-attention with biases"
     def __init__(self, cfg:CINConfig):
         super().__init__()
-        self.key, self.query, self.value, self.proj = (nn.Linear(cfg.n_embd, cfg.n_embd)
-                                                       for _ in range(4))
+        self.key, self.query, self.value, self.proj = (
+            nn.Linear(cfg.n_embd, cfg.n_embd) for _ in range(4))
         self.n_head = cfg.n_head
 
     def forward(self, x, cache=None, pos=0):
@@ -259,9 +249,8 @@ class Attention(nn.Module):
             end = pos + x.shape[1]
             cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
             k, v = cache[0][:, :, :end], cache[1][:, :, :end]
-        return self.proj(F.scaled_dot_product_attention(q, k, v,
-                                                        is_causal=x.shape[1]
-                                                        > 1).transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 class Block(nn.Module):
     "Pre-norm attention and MLP"
@@ -288,9 +277,8 @@ class CINTransformer(nn.Module):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
         self.gradient_checkpointing = False
-        self.tok_emb, self.pos_emb = (nn.Embedding(cfg.vocab_size, cfg.n_embd),
-                                      nn.Parameter(torch.zeros(1, cfg.block_size,
-                                                               cfg.n_embd)))
+        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.pos_emb = nn.Parameter(torch.zeros(1, cfg.block_size, cfg.n_embd))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         # [..., D] to [..., V] float32
         self.ln_f, self.head = (nn.LayerNorm(cfg.n_embd),
@@ -318,8 +306,7 @@ class CINTransformer(nn.Module):
         return self.ln_f(x)
 
     def hidden(self, context:Tensor, cond) -> Tensor:
-        ("[N, T] context tokens to [N, T, D]; state t has seen the label and tokens "
-         "before t")
+        "[N, T] context tokens to [N, T, D]; state t has seen the label and tokens before t"
         if context.shape[1] > self.num_tokens:
             raise ValueError(f"context: {context.shape[1]} tokens, expected "
                              f"at most {self.num_tokens} "
@@ -389,8 +376,8 @@ def generate(policy:CINTransformer, # in eval mode
                          "class ids, expected one per condition")
     top_k, top_p = taming_filters(top_k, top_p)
     tokens = cond.new_empty(len(cond), 0) if given is None else given
-    if tokens.dim() != 2 or len(tokens) != len(cond) or tokens.shape[
-        1] > policy.num_tokens or tokens.is_floating_point():
+    if (tokens.dim() != 2 or len(tokens) != len(cond) or tokens.shape[1] > policy.num_tokens
+            or tokens.is_floating_point()):
         raise ValueError(f"given: {_what(tokens)}, expected ids [{len(cond)}, t] "
                          f"with t at most {policy.num_tokens}")
     _check_ids('given', tokens, policy.vocab_size, 'vocab_size')
@@ -461,8 +448,7 @@ def split_state(state:dict,
         rest = [k for k in state
                 if not k.startswith(('transformer.', 'first_stage_model.'))]
         if rest:
-            raise ValueError(f"tensors of unknown use: {', '.join(rest[:6])}; "
-                             "expected those "
+            raise ValueError(f"tensors of unknown use: {', '.join(rest[:6])}; expected those "
                              "under transformer. and first_stage_model.")
         return transformer, tokenizer
     return (state, {}) if 'tok_emb.weight' in state else ({}, state)
@@ -530,9 +516,8 @@ def build_vqgan(model:str='vqgan_cin', # key of MODELS
     cfg, name = MODELS[model]
     cfg = replace(cfg, n_head=n_head or cfg.n_head)
     if weights == 'random':
-        return CINTransformer(cfg).eval(), build_vqgan_tokenizer(name,
-                                                                 tokenizer_weights
-                                                                 or 'random')
+        policy = CINTransformer(cfg).eval()
+        return policy, build_vqgan_tokenizer(name, tokenizer_weights or 'random')
     path = Path(locate(model, weights, cache_dir, offline))
     # the published folder
     if (path/'checkpoints'/'last.ckpt').exists(): path = path/'checkpoints'/'last.ckpt'

@@ -21,8 +21,8 @@ def resnet_input(images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
                  resize:int=232, crop:int=224,
                 ) -> Tensor: # [N, 3, crop, crop]
     "Preprocessing of ResNet-50 V2, batched and on the images' device"
-    return standardise(centre_crop(shortest_side(to_255(images)/255, resize,
-                                                 'bilinear'), crop), MEAN, STD)
+    small = shortest_side(to_255(images)/255, resize, 'bilinear')
+    return standardise(centre_crop(small, crop), MEAN, STD)
 
 # %% ../../nbs/54_classifier.ipynb #12cd5a17
 def top_k_accuracy(logits:Tensor, # [N, classes]
@@ -46,8 +46,7 @@ def load_resnet50(weights:str|None=None,
                   # None for the published file as `weights` finds it, 'random', or a path
                  ): # in eval mode
     "ResNet-50 with its V2 weights"
-    net = import_torchvision().models.resnet50(weights=None).eval().requires_grad_(
-        False)
+    net = import_torchvision().models.resnet50(weights=None).eval().requires_grad_(False)
     if weights == 'random': return net
     path = locate('resnet50_v2', weights)
     return load_strict(net, read_state_dict(path), path, describe=lambda s: 'ResNet-50'

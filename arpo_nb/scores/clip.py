@@ -79,9 +79,8 @@ CLIP_MEAN, CLIP_STD = ((.48145466, .4578275, .40821073),
 def standardise(x:Tensor, # [N, 3, H, W] in [0, 1]
                 mean=CLIP_MEAN, std=CLIP_STD) -> Tensor: # float32
     "Subtract the mean, divide by the std"
-    return (x.float() - torch.tensor(mean, device=x.device)[:, None,
-                                                            None])/torch.tensor(std,
-                                                                                device=x.device)[:, None, None]
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
+    return (x.float() - mean)/std
 
 def shortest_side(images:Tensor, # [N, 3, H, W] in [0, 1]
                   size:int=224, # of the shortest side
@@ -256,8 +255,8 @@ class CLIPScorer(nn.Module):
         if len(images) != len(prompts):
             raise ValueError(f"prompts: expected one per image, got {len(prompts)} "
                              f"for {len(images)} images")
-        return (self.embed_images(images)*self.embed_texts(prompts,
-                                                           images.device)).sum(-1)
+        images, texts = self.embed_images(images), self.embed_texts(prompts, images.device)
+        return (images*texts).sum(-1)
 
 # %% ../../nbs/23_clip.ipynb #6c4a128a
 SCALES = dict(cosine=lambda c: c, percent=lambda c: 100*c,
@@ -272,9 +271,8 @@ def cosine_scores(image_features:Tensor, text_features:Tensor, # [..., D], any l
     "The score of paired features, by its name in the literature"
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r}: choose one of {', '.join(SCALES)}")
-    return SCALES[scale]((F.normalize(image_features, dim=-1)*F.normalize(text_features,
-                                                                          dim=-1)).sum(
-                                                                              -1))
+    image, text = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+    return SCALES[scale]((image*text).sum(-1))
 
 # %% ../../nbs/23_clip.ipynb #eea42356
 class AestheticHead(nn.Module):
@@ -322,11 +320,9 @@ class CLIPReward:
         if len(batch.prompts) != len(images):
             raise ValueError(f"batch.prompts: expected {len(images)}, one per row of "
                              f"images, got {len(batch.prompts)}")
-        e = self.scorer.embed_images(images.flatten(0, 1)).unflatten(0,
-                                                                     images.shape[:2])
-        return (e*self.scorer.embed_texts(batch.prompts, images.device)[:,
-                                                                        None]).sum(
-                                                                            -1), state
+        e = self.scorer.embed_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        texts = self.scorer.embed_texts(batch.prompts, images.device)
+        return (e*texts[:, None]).sum(-1), state
 
 class AestheticReward:
     "LAION's aesthetic score V2 of every image"

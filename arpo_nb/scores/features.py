@@ -46,9 +46,9 @@ class LPIPSFeatures(nn.Module):
         state, own = (read_state_dict(path),
                       {f"features.{k.split('.', 1)[1]}": k
                        for k in self.lpips.net.state_dict()})
-        load_strict(self.lpips.net, {own[k]: v for k, v in state.items() if k in own},
-                    path, describe=lambda s: f'{len(s)} tensors of the trunk of '
-                    f'{self.published}')
+        load_strict(
+            self.lpips.net, {own[k]: v for k, v in state.items() if k in own}, path,
+            describe=lambda s: f'{len(s)} tensors of the trunk of {self.published}')
 
     def features(self, images:Tensor) -> list:
         "[N, 3, H, W] in [0, 1] to weighted feature maps"
@@ -60,11 +60,10 @@ class LPIPSFeatures(nn.Module):
             raise ValueError("images: expected floats in [0, 1], got "
                              f"{images.dtype}; divide by 255")
         if min(images.shape[2:]) < self.side:
-            raise ValueError(f"images: {images.shape[2]} × {images.shape[3]} "
-                             "pixels are too " f"few for {self.published}, which needs "
-                             f"sides of {self.side}; "
+            raise ValueError(f"images: {images.shape[2]} × {images.shape[3]} pixels are too few "
+                             f"for {self.published}, which needs sides of {self.side}; "
                              "enlarge them or set perceptual_coef=0")
         maps = self.lpips.net(self.lpips.scaling_layer(2*images - 1))
         heads = [lin.model[-1].weight.clamp(min=0).sqrt() for lin in self.lpips.lins]
-        return [m/(m.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)*w for m,
-                w in zip(maps, heads)]
+        return [m/(m.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)*w
+                for m, w in zip(maps, heads)]

@@ -39,10 +39,8 @@ def tf1_resize(x:Tensor, # [N, C, H, W] float
     "Bilinear resize as in TensorFlow 1: corners at i·n/n', no half-pixel shift"
     # the two neighbours of every output pixel, and how far it is from the first
     def taps(n):
-        at = (torch.arange(size, device=x.device,
-                           dtype=torch.float32)*(torch.tensor(n,
-                                                              dtype=torch.float32)/size)
-              .item())
+        step = (torch.tensor(n, dtype=torch.float32)/size).item()
+        at = torch.arange(size, device=x.device, dtype=torch.float32)*step
         low = at.long().clamp(max=n-1)
         return low, (low + 1).clamp(max=n-1), at - low
     (top, bottom, dy), (left, right, dx) = (taps(n) for n in x.shape[-2:])
@@ -125,13 +123,11 @@ class Inception(nn.Module):
     def __init__(self):
         super().__init__()
         self.name = 'uninitialised Inception'
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3 = (Conv(3, 32, 3, 2),
-                                                                      Conv(32,
-                                                                           32,
-                                                                           3, 1, False),
-                                                                      Conv(32, 64, 3))
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = (Conv(64, 80, 1),
-                                                  Conv(80, 192, 3, 1, False))
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, 1, False)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, 1, False)
         blocks = dict(Mixed_5b=(mixed_a, 32), Mixed_5c=(mixed_a, 64),
                       Mixed_5d=(mixed_a, 64), Mixed_6a=(mixed_b,),
                       Mixed_6b=(mixed_c, 128), Mixed_6c=(mixed_c, 160),
@@ -150,8 +146,7 @@ class Inception(nn.Module):
         x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x))))
         for name in self.blocks:
             if name == 'Mixed_6d':
-                spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0,
-                                                                    2, 3, 1).flatten(1)
+                spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
             x = getattr(self, name)(x)
         pool = x.mean((2, 3))
         return Features(pool, spatial, pool@self.fc.weight.T)

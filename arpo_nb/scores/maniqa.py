@@ -65,8 +65,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads, self.qkv, self.proj = (heads, nn.Linear(dim, 3*dim),
                                            nn.Linear(dim, dim))
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2*size - 1)**2,
-                                                                     heads))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2*size - 1)**2, heads))
         self.register_buffer('relative_position_index', relative_positions(size))
 
     def forward(self, x:Tensor, # [B*windows, size², C]
@@ -90,17 +89,14 @@ class SwinBlock(nn.Module):
     def __init__(self, dim:int, side:int, heads:int, size:int, shift:int, hidden:int):
         super().__init__()
         self.side, self.size, self.shift = side, size, shift
-        self.norm1, self.attn, self.norm2, self.mlp = (nn.LayerNorm(dim),
-                                                       WindowAttention(dim,
-                                                                       heads, size),
-                                                       nn.LayerNorm(dim),
-                                                       MLP(dim, hidden))
+        self.norm1, self.attn = nn.LayerNorm(dim), WindowAttention(dim, heads, size)
+        self.norm2, self.mlp = nn.LayerNorm(dim), MLP(dim, hidden)
         self.register_buffer('attn_mask', shift_mask(side, size, shift)
                              if shift else None)
 
     def forward(self, x:Tensor) -> Tensor: # [B, side², C] to the same
-        y = self.norm1(x).unflatten(1, (self.side, self.side)).roll((-self.shift,)*2,
-                                                                    (1, 2))
+        y = self.norm1(x).unflatten(1, (self.side, self.side))
+        y = y.roll((-self.shift,)*2, (1, 2))
         y = unwindows(self.attn(windows(y, self.size), self.attn_mask),
                       self.size, self.side, self.side)
         x = x + y.roll((self.shift,)*2, (1, 2)).flatten(1, 2)
@@ -111,28 +107,24 @@ class SwinLayer(nn.Module):
     "Blocks with alternating shifts, then a convolution"
     def __init__(self, dim:int, side:int, depth:int, heads:int, size:int, hidden:int):
         super().__init__()
-        self.side, self.blocks = (side,
-                                  nn.ModuleList(SwinBlock(dim, side, heads,
-                                                          size, size//2*(i % 2), hidden)
-                                                for i in range(depth)))
+        self.side = side
+        self.blocks = nn.ModuleList(SwinBlock(dim, side, heads, size, size//2*(i % 2), hidden)
+                                    for i in range(depth))
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x:Tensor) -> Tensor: # [B, side², C] to the same
         for block in self.blocks: x = block(x)
-        return F.relu(self.conv(x.transpose(1, 2).unflatten(2,
-                                                            (self.side,
-                                                             self.side)))).flatten(
-                                                                 2).transpose(1, 2)
+        maps = x.transpose(1, 2).unflatten(2, (self.side, self.side))
+        return F.relu(self.conv(maps)).flatten(2).transpose(1, 2)
 
 class ScaledSwin(nn.Module):
     "Layers whose outputs are scaled before they are added"
     def __init__(self, dim:int, side:int, depths:tuple, heads:tuple, size:int,
                  hidden:int, scale:float):
         super().__init__()
-        self.scale, self.layers = (scale,
-                                   nn.ModuleList(SwinLayer(dim, side, d,
-                                                           h, size, hidden) for d,
-                                                 h in zip(depths, heads)))
+        self.scale = scale
+        self.layers = nn.ModuleList(SwinLayer(dim, side, d, h, size, hidden)
+                                    for d, h in zip(depths, heads))
         self.downsample = nn.Conv2d(dim, dim, 3, 2, 1) # in the file, never used
 
     def forward(self, x:Tensor) -> Tensor: # [B, side², C] to the same
@@ -163,15 +155,10 @@ class MANIQA(nn.Module):
                                        dim_mlp, scale)
         tabs = lambda: nn.Sequential(*(ChannelAttention(side**2)
                                        for _ in range(num_tab)))
-        self.tablock1, self.conv1, self.swintransformer1 = (tabs(),
-                                                            nn.Conv2d(
-                                                                len(blocks)*embed_dim,
-                                                                embed_dim, 1),
-                                                            stage(embed_dim))
-        self.tablock2, self.conv2, self.swintransformer2 = (tabs(),
-                                                            nn.Conv2d(embed_dim,
-                                                                      embed_dim//2, 1),
-                                                            stage(embed_dim//2))
+        self.tablock1, self.conv1 = tabs(), nn.Conv2d(len(blocks)*embed_dim, embed_dim, 1)
+        self.swintransformer1 = stage(embed_dim)
+        self.tablock2, self.conv2 = tabs(), nn.Conv2d(embed_dim, embed_dim//2, 1)
+        self.swintransformer2 = stage(embed_dim//2)
         head = lambda last: nn.Sequential(nn.Linear(embed_dim//2, embed_dim//2),
                                           nn.ReLU(), nn.Dropout(.1),
                                           nn.Linear(embed_dim//2, num_outputs), last)
@@ -193,8 +180,8 @@ class MANIQA(nn.Module):
 # %% ../../nbs/24_maniqa.ipynb #4eab0969
 def grid_corners(height:int, width:int, size:int=224) -> list: # of (top, left)
     "The fewest evenly spaced crops that cover an image"
-    tops, lefts = ([round(i*(s - size)/max(n - 1, 1)) for i in range(n)] for s,
-                   n in ((s, math.ceil(s/size)) for s in (height, width)))
+    tops, lefts = ([round(i*(s - size)/max(n - 1, 1)) for i in range(n)]
+                   for s, n in ((s, math.ceil(s/size)) for s in (height, width)))
     return [(t, l) for t in tops for l in lefts]
 
 def random_corners(height:int, width:int, n:int=20, seed:int=0, size:int=224,
@@ -231,8 +218,7 @@ class MANIQAReward:
         self.net.to(images.device)
         corners = (random_corners(h, w, self.num_crops, self.seed, size)
                    if self.num_crops else grid_corners(h, w, size))
-        crops = torch.stack([images[..., t:t + size, l:l + size] for t, l in corners],
-                            1)
+        crops = torch.stack([images[..., t:t + size, l:l + size] for t, l in corners], 1)
         return torch.cat([self.net(c) for c in crops.flatten(0, 1).float()
                           .split(self.chunk_size or crops.shape[:2]
                                  .numel())]).unflatten(0, (len(images), -1)).mean(1)

@@ -221,11 +221,8 @@ def describe(plan:Plan, cfg:Config) -> str:
     lines += [f'  memory per device, estimated: {plan.peak/1e9:.2f} GB',
               *(f'    {k}: {v/1e9:.2f} GB' for k, v in plan.memory.items())]
     total = sum(plan.flops.values())
-    lines += [f'  operations per step: {total/1e12:.2f} T' if total else '  operations '
-                                                                         'per step: '
-                                                                         'not known '
-                                                                         'for this '
-                                                                         'model',
+    known = f'{total/1e12:.2f} T' if total else 'not known for this model'
+    lines += [f'  operations per step: {known}',
               *(f'    {k}: {v/1e12:.3f} T' for k, v in plan.flops.items())]
     for name, speeds in PEAKS.items():
         if torch.cuda.is_available() and name in torch.cuda.get_device_name():
@@ -276,9 +273,8 @@ def eval_command(cfg:Config, folder, # of the run
     text = not spec.num_classes
     asked = dict(model=cfg.model, checkpoint=f'{folder}/checkpoint',
                  n=n or (2212 if text else 50_000))
-    asked |= dict(guidance=given.pop('cfg_scale')) | {k: v for k,
-                                                      v in given.items()
-                                                      if v != usual[k]}
+    asked |= dict(guidance=given.pop('cfg_scale')) | {
+        k: v for k, v in given.items() if v != usual[k]}
     # as the papers score them
     if spec.image_size == 384 and not text: asked |= dict(size=256)
     if cfg.weights != 'default': asked |= dict(base=cfg.weights)

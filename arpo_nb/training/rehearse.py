@@ -226,8 +226,8 @@ class FakeData:
         for step in range(start, stop):
             one = (torch.zeros(1, dtype=torch.long) if system.num_classes
                    else system.policy.example_cond(1))
-            cond = map_cond(lambda x: torch.zeros(batch_size, *x.shape[1:],
-                                                  dtype=x.dtype), one)
+            cond = map_cond(
+                lambda x: torch.zeros(batch_size, *x.shape[1:], dtype=x.dtype), one)
             images = (None if self.cfg.method == 'grpo'
                       else torch.empty(batch_size, 3, side, side))
             prompts = None if system.num_classes else ['a photo']*batch_size
@@ -377,8 +377,8 @@ def describe_rehearsal(r:Rehearsal, device:str='A100 80GB') -> str:
              f'  a step takes at least {sum(bound.values()):.2f} '
              f's on {device}, of which',
              *(f'    {k}: {v:.3f} s, '
-               f'{r.phases[k].peak/1e9 if k in r.phases else 0:.1f} GB' for k,
-               v in bound.items()),
+               f'{r.phases[k].peak/1e9 if k in r.phases else 0:.1f} GB'
+               for k, v in bound.items()),
              f'  checkpoint: {r.checkpoint/1e9:.1f} GB; the host waits '
              f'{sum(r.syncs.values())//2} times a step']
     return '\n'.join(lines)

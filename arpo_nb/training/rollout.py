@@ -42,8 +42,8 @@ def token_logps(policy, # `Policy`
             and (hidden.requires_grad
                  or any(p.requires_grad for p in policy.parameters())))
     run = (lambda *a: checkpoint(_score, *a, use_reentrant=False)) if grad else _score
-    out = [run(policy.head, h, k, temperature, entropy_grad) for h,
-           k in zip(flat_h.split(chunk), flat_t.split(chunk))]
+    out = [run(policy.head, h, k, temperature, entropy_grad)
+           for h, k in zip(flat_h.split(chunk), flat_t.split(chunk))]
     logps, entropy = (torch.cat(x) for x in zip(*out))
     return logps.view(n, t, s).transpose(1, 2), entropy.view(n, t)
 
@@ -71,8 +71,7 @@ def teacher_forced(policy, # `Policy`, in eval mode
                    chunk:int=4096, # states whose logits exist at a time
                    entropy:bool=False, # compute the entropies too
                   ) -> Rollout: # tokens [B, G, T], context [B, 1, T], targets [B, T]
-    ("Corrupt the tokens of the images and sample every position from one forward pass"
-     " (VA-π Eq. 7)")
+    "Corrupt the tokens of the images and sample every position from one forward pass (VA-π Eq. 7)"
     context = targets
     if noise_rate:
         u = batch.streams.uniform(targets.shape[1], 2, purpose=NOISE,
@@ -95,8 +94,8 @@ def _sample_all(policy, batch, context, g, temperature, micro_batch_size,
                         u[s].flatten(0, 1).split(chunk)):
             logits = policy.head(h)/temperature
             tokens.append(draw(logits, v))
-            logps.append(logits.gather(-1, tokens[-1]) - logits.logsumexp(-1,
-                                                                          keepdim=True))
+            chosen = logits.gather(-1, tokens[-1])
+            logps.append(chosen - logits.logsumexp(-1, keepdim=True))
             if entropy: entropies.append(token_entropy(logits))
     grouped = (torch.cat(x).view(b, t, g).transpose(1, 2) for x in (tokens, logps))
     return *grouped, torch.cat(entropies).view(b, 1, t) if entropy else None
@@ -162,10 +161,9 @@ def free_running(policy, # `Policy`, in eval mode
                     and cfg_scale != 1 else policy)
     with clock('score'):
         for s in _slices(len(streams), micro_batch_size):
-            scored.append(token_logps(view,
-                                      view.hidden(tokens[s],
-                                                  map_cond(lambda x: x[s], cond)),
-                                      tokens[s, None], temperature, chunk))
+            scored.append(token_logps(
+                view, view.hidden(tokens[s], map_cond(lambda x: x[s], cond)), tokens[s, None],
+                temperature, chunk))
     group = lambda x: x.unflatten(0, (len(batch), num_generations))
     logps, entropy = (group(torch.cat(x))
                       for x in zip(*((l[:, 0], e) for l, e in scored)))
@@ -193,8 +191,8 @@ def sampling_gap(rollout:Rollout, # with `sampler_logps`
                 ) -> dict: # nats per token
     "Distance between the sampler's and the scorer's log-probabilities"
     d = gather((rollout.old_logps - rollout.sampler_logps).contiguous())
-    return {f'sampling/sampling_logp_difference/{k}': v for k,
-            v in dict(mean=d.abs().mean(), std=d.std(), max=d.abs().max()).items()}
+    return {f'sampling/sampling_logp_difference/{k}': v
+            for k, v in dict(mean=d.abs().mean(), std=d.std(), max=d.abs().max()).items()}
 
 # %% ../../nbs/40_rollout.ipynb #a23f3aa2
 def rollout_logps(policy, # `Policy`
@@ -210,8 +208,7 @@ def rollout_logps(policy, # `Policy`
     tokens = rollout.tokens.reshape(b*c, -1, t)
     if rollout.targets is not None:
         tokens = torch.cat([tokens, rollout.targets[:, None]], 1)
-    logps, entropy = token_logps(policy, hidden, tokens, temperature, chunk,
-                                 entropy_grad)
+    logps, entropy = token_logps(policy, hidden, tokens, temperature, chunk, entropy_grad)
     target = None
     if rollout.targets is not None: logps, target = logps[:, :-1], logps[:, -1]
     return logps.reshape(b, -1, t), target, entropy.view(b, c, t)
