@@ -38,7 +38,8 @@ SAMPLING, FREE = ('vapi', 'grpo', 'mixed'), ('grpo', 'mixed')
 # %% ../nbs/02_config.ipynb #021eb399
 @dataclass(frozen=True)
 class Config:
-    "Everything that defines a run; sizes are per step over all processes unless they say otherwise"
+    ("Everything that defines a run; sizes are per step over all processes unless they"
+     " say otherwise")
     # -- the run --
     model: str = 'toy' # name of a record (specs), or your own package.module:function
     method: str = 'vapi' # name in METHODS
@@ -83,9 +84,11 @@ class Config:
     # trunk of LPIPS: 'vgg', 'alex' (the released Janus code) or 'squeeze'; or
     # package.module:name of a `Perceptual` network. The toy has its own
     perceptual_net: str = 'vgg'
-    # how captioned pictures become squares: 'adm' (LlamaGen's rule), or 'bicubic' in one go
+    # how captioned pictures become squares: 'adm' (LlamaGen's rule), or 'bicubic' in
+    # one go
     image_crop: str = 'adm'
-    # what class prompts call ImageNet's classes: 'short', or 'synonyms', all of WordNet's
+    # what class prompts call ImageNet's classes: 'short', or 'synonyms', all of
+    # WordNet's
     class_names: str = 'short'
     # VA-π's reward sees pixels clamped to [0, 1]; paper and code leave them as decoded
     clamp_reward: bool = False
@@ -141,23 +144,28 @@ class Config:
 
     # -- the policy gradient --
     epsilon: float = .2 # clip range of the ratio below 1
-    # clip range above 1, None for the same as below; with 'cispo' the largest ratio itself
+    # clip range above 1, None for the same as below; with 'cispo' the largest ratio
+    # itself
     epsilon_high: float|None = None
-    # largest ratio that a negative advantage can meet (two-sided clipping), None for none
+    # largest ratio that a negative advantage can meet (two-sided clipping), None for
+    # none
     delta: float|None = None
     # sharpness of SAPO's gate where the advantage is positive
     sapo_temperature_pos: float = 1.
     sapo_temperature_neg: float = 1.05 # and where it is not
     advantage_clip: float = 5. # largest |advantage|; 0 for none
-    # divide by the std of the 'group' (or True), of the 'batch', or by 'none' (or False)
+    # divide by the std of the 'group' (or True), of the 'batch', or by 'none' (or
+    # False)
     scale_rewards: str = 'group'
     unbiased_std: bool = True # sample std (n-1) or population std (n)
     # ratio per 'token', per 'sequence' (mean log-ratio) or 'product' (sum; not in TRL)
     importance_sampling_level: str = 'token'
-    # 'dapo', 'grpo', 'bnpo', 'dr_grpo': one loss, as all images have T tokens; 'cispo', 'sapo'
+    # 'dapo', 'grpo', 'bnpo', 'dr_grpo': one loss, as all images have T tokens; 'cispo',
+    # 'sapo'
     loss_type: str = 'dapo'
     advantage_eps: float = 1e-8 # added to the std
-    # policy term on this share of tokens, those with the highest entropy; still divided by all
+    # policy term on this share of tokens, those with the highest entropy; still divided
+    # by all
     top_entropy_quantile: float = 1.
     beta: float = 0. # weight of the KL to the reference policy; > 0 keeps a copy of it
     # multiply each token's KL by its ratio, TRL's default; the papers don't
@@ -168,12 +176,14 @@ class Config:
     ref_decay: float = .99 # of that average, per rollout
     ref_offload: bool = False # keep the reference on the CPU between uses
 
-    # weight of the mean entropy of the tokens that count, per nat; the peak, where it is controlled
+    # weight of the mean entropy of the tokens that count, per nat; the peak, where it
+    # is controlled
     # -- the entropy bonus --
     entropy_coef: float = 0.
     # 'constant', 'schedule', or 'adaptive' (LOO-FID App. C)
     entropy_control: str = 'constant'
-    # Ĥ that the controller aims at, a share of log K; 0 for the start's own plus entropy_margin
+    # Ĥ that the controller aims at, a share of log K; 0 for the start's own plus
+    # entropy_margin
     normalized_entropy_target: float = 0.
     entropy_margin: float = .08 # the paper's 0.78 against the pretrained model's 0.70
     entropy_gain: float = 3. # k
@@ -395,7 +405,9 @@ def override(cfg:Config, # to start from
     kinds = {f.name: field_type(f) for f in fields(Config)}
     changes = {k: v for k, v in kwargs.items() if v is not None}
     # a comma is part of a value unless a name follows, as in prompt=a cat, a dog
-    for part in filter(None, (p.strip() for p in re.split(r',(?=\s*\w+\s*=)', text.strip().rstrip(',')))):
+    for part in filter(None,
+                       (p.strip() for p in re.split(r',(?=\s*\w+\s*=)',
+                                                    text.strip().rstrip(',')))):
         name, sep, value = (s.strip() for s in part.partition('='))
         if not sep: raise ValueError(f"override {part!r}: expected name=value")
         if name not in kinds:
@@ -404,7 +416,8 @@ def override(cfg:Config, # to start from
         changes[name] = read(value, kinds[name], name)
     return replace(cfg, **changes)
 
-SWITCH = dict.fromkeys(('1', 'true', 'yes', 'on'), True) | dict.fromkeys(('0', 'false', 'no', 'off'), False)
+SWITCH = dict.fromkeys(('1', 'true', 'yes', 'on'),
+                       True) | dict.fromkeys(('0', 'false', 'no', 'off'), False)
 
 def read(value:str, kind:type, name:str='value'):
     "A field's value from its text"
@@ -413,7 +426,8 @@ def read(value:str, kind:type, name:str='value'):
     if kind is float and word == 'none': return None
     try: return SWITCH[word] if kind is bool else kind(word)
     except (KeyError, ValueError):
-        wanted = {bool: 'on or off (also yes, no, true, false, 1, 0)', int: 'a whole number', float: 'a number'}[kind]
+        wanted = {bool: 'on or off (also yes, no, true, false, 1, 0)',
+                  int: 'a whole number', float: 'a number'}[kind]
         raise ValueError(f"{name}={value!r}: expected {wanted}") from None
 
 def to_json(cfg:Config) -> str:
@@ -423,9 +437,11 @@ def to_json(cfg:Config) -> str:
 def _settings(text):
     "The dict that a JSON text holds"
     try: values = json.loads(text)
-    except ValueError as e: raise ValueError(f"configuration: not JSON, or cut off [{e}]") from e
+    except ValueError as e:
+        raise ValueError(f"configuration: not JSON, or cut off [{e}]") from e
     if isinstance(values, dict): return values
-    raise ValueError(f"configuration: a {type(values).__name__}; expected names of fields with their values")
+    raise ValueError(f"configuration: a {type(values).__name__}; expected "
+                     "names of fields with their values")
 
 def from_json(text:str) -> Config:
     "The configuration a JSON text describes"
@@ -474,7 +490,8 @@ def given_options(args) -> dict: # field: value
     return {k: read(v, kinds[k], k) for k, v in texts.items() if v is not None}
 
 # %% ../nbs/02_config.ipynb #30b64b44
-VARIANTS = ('paper', 'released_code', 'per_gpu', 'updates') # the last two read one number of a paper otherwise
+# the last two read one number of a paper otherwise
+VARIANTS = ('paper', 'released_code', 'per_gpu', 'updates')
 
 # what the authors' code does otherwise
 RELEASED_VAPI = dict(noise_kernel='all', update_dropout=True, ste_mode='gumbel')
@@ -522,34 +539,46 @@ def loofid(variant:str='paper', # 'per_gpu': 144 samples on each of four GPUs
         # Tables 1, 2, 6: weights 1; §3.2, App. D
         rewards='clip+hps+loo_fid', ema_weight=.5, covariance='diag',
         # App. D, §4
-        batch_size=12, num_generations=12, steps=600, learning_rate=1e-5, rollout_cfg_scale=1.5,
+        batch_size=12, num_generations=12, steps=600, learning_rate=1e-5,
+        rollout_cfg_scale=1.5,
         # Alg. 1, line 11
-        scale_rewards='group', unbiased_std=False, advantage_eps=1e-4, advantage_clip=0.,
+        scale_rewards='group', unbiased_std=False, advantage_eps=1e-4,
+        advantage_clip=0.,
         # Alg. 1; Table 10
-        importance_sampling_level='sequence', kl_level='sequence', epsilon=.2, beta=3., max_grad_norm=1.,
+        importance_sampling_level='sequence', kl_level='sequence', epsilon=.2, beta=3.,
+        max_grad_norm=1.,
         # App. C
-        entropy_coef=2.2e-3, entropy_control='adaptive', normalized_entropy_target=.78, entropy_coef_min=7e-5, entropy_coef_max=4e-3,
-        prior_coef=0., weight_decay=0., mixed_precision='bf16', micro_batch_size=36, gradient_checkpointing=True, decode_batch_size=36), **kwargs})
+        entropy_coef=2.2e-3, entropy_control='adaptive', normalized_entropy_target=.78,
+        entropy_coef_min=7e-5, entropy_coef_max=4e-3,
+        prior_coef=0., weight_decay=0., mixed_precision='bf16', micro_batch_size=36,
+        gradient_checkpointing=True, decode_batch_size=36), **kwargs})
 
 def ar_grpo(text:bool=False, variant:str='paper', **kwargs):
     "AR-GRPO for LlamaGen (released scripts)"
     code = variant == 'released_code'
     return Config(**{**dict(
-        rewards=f"5*{'clip_b32' if code else 'clip'}+5*hps_v2.1+2*maniqa", batch_size=8 if text else 4, num_generations=8, steps=600 if text else 400,
-        learning_rate=1e-5, beta=1. if text else .1, rollout_cfg_scale=4. if text and code else 2., loss_type='bnpo', epsilon=.2,
+        rewards=f"5*{'clip_b32' if code else 'clip'}+5*hps_v2.1+2*maniqa",
+        batch_size=8 if text else 4, num_generations=8, steps=600 if text else 400,
+        learning_rate=1e-5, beta=1. if text else .1,
+        rollout_cfg_scale=4. if text and code else 2., loss_type='bnpo', epsilon=.2,
         # TRL's
-        advantage_clip=0., advantage_eps=1e-4, prior_coef=0., weight_decay=0., mixed_precision='bf16',
-        class_names='synonyms', micro_batch_size=32, gradient_checkpointing=True, decode_batch_size=32), **kwargs})
+        advantage_clip=0., advantage_eps=1e-4, prior_coef=0., weight_decay=0.,
+        mixed_precision='bf16',
+        class_names='synonyms', micro_batch_size=32, gradient_checkpointing=True,
+        decode_batch_size=32), **kwargs})
 
 def var_grpo(variant:str='paper', # 'updates': its 40,000 steps are optimiser steps
              **kwargs):
     "GRPO for next-scale VAR (VAR-GRPO §5)"
-    if variant == 'updates': kwargs = dict(steps=2500) | kwargs # 16 updates to a rollout
+    # 16 updates to a rollout
+    if variant == 'updates': kwargs = dict(steps=2500) | kwargs
     return Config(**{**dict(
         # §5
-        rewards='aesthetic', batch_size=32, num_generations=16, mini_batch_size=32, learning_rate=1e-4, beta=.2, temperature=.7, epsilon=.2,
+        rewards='aesthetic', batch_size=32, num_generations=16, mini_batch_size=32,
+        learning_rate=1e-4, beta=.2, temperature=.7, epsilon=.2,
         steps=40_000, # §5.2; rollouts, by the hours the paper took
-        advantage_clip=0., advantage_eps=1e-4, prior_coef=0., weight_decay=0., mixed_precision='bf16', decode_batch_size=64), **kwargs})
+        advantage_clip=0., advantage_eps=1e-4, prior_coef=0., weight_decay=0.,
+        mixed_precision='bf16', decode_batch_size=64), **kwargs})
 
 # %% ../nbs/02_config.ipynb #6465a4d8
 def loofid_toy(**kwargs):

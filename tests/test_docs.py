@@ -134,7 +134,7 @@ def test_every_formula_is_read(tmp_path):
 
 @pytest.mark.parametrize('name', PAGES)
 def test_formulas_use_nothing_that_vanishes(name):
-    assert not re.findall(r'\\(?:tag|boxed|label|eqref)\b', prose(name)), r'\tag and \boxed vanish in MathML: write \qquad (9)'
+    assert not re.findall(r'\\(?:tag|boxed|label|eqref|Big[lr]?)\b', prose(name)), r'\tag, \boxed and \Bigl are lost on the way to MathML: write \qquad (9), \bigl'
 
 
 # Code
@@ -190,6 +190,15 @@ def test_figures_have_alternative_text(name):
     drawn = [c for c in PAGES[name]['cells'] if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
     assert not [source(c)[:80] for c in drawn if not re.search(r'^#\|\s*fig-alt: .{15,}', source(c), re.M)]
     assert not re.search(r'!\[\]\(', prose(name))
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_cell_options_are_yaml(name):
+    "`#| fig-alt: a: b` stops the build; a text with a colon stands in quotes"
+    yaml = pytest.importorskip('yaml')
+    for cell in PAGES[name]['cells']:
+        options = re.findall(r'^#\|\s*([\w-]+: .*)$', source(cell), re.M) if cell['cell_type'] == 'code' else []
+        for option in options: assert isinstance(yaml.safe_load(option), dict), option
 
 
 CITED = {'2512.19680': r'VA-π Eq\.', '2603.23086': r'LOO-FID Eq\.', '2505.23331': r'VAR-GRPO Eq\.'}

@@ -120,7 +120,8 @@ def center_crop(image:Image.Image, # any size and mode
                ) -> Image.Image: # RGB, size × size
     "Shrink the short side to `size` and cut out the middle square"
     image = as_rgb(image)
-    while min(image.size) >= 2*size: image = image.resize(tuple(s//2 for s in image.size), Image.Resampling.BOX)
+    while min(image.size) >= 2*size:
+        image = image.resize(tuple(s//2 for s in image.size), Image.Resampling.BOX)
     scale = size/min(image.size)
     sides = tuple(round(s*scale) for s in image.size)
     left, top = ((s - size)//2 for s in sides)
@@ -131,13 +132,15 @@ def center_crop(image:Image.Image, # any size and mode
 def _middle(image, sides, box):
     "What `box` cuts out of the picture resized to `sides`, and nothing else"
     part = [min(x*s/new, s) for x, s, new in zip(box, image.size*2, sides*2)]
-    return image.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC, part)
+    return image.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC,
+                        part)
 
 # %% ../../nbs/07_image_io.ipynb #3deaf351
 def resize_crop(image:Image.Image, # any size and mode
                 size:int, # side of the square
                ) -> Image.Image: # RGB, size × size
-    "As `center_crop`, with one bicubic resize, as torchvision's Resize and CenterCrop do"
+    ("As `center_crop`, with one bicubic resize, as torchvision's Resize and "
+     "CenterCrop do")
     image, short = as_rgb(image), min(image.size)
     sides = tuple(int(size*s/short) for s in image.size)
     left, top = (round((s - size)/2) for s in sides)
@@ -145,7 +148,8 @@ def resize_crop(image:Image.Image, # any size and mode
     if max(sides) > 16*size: return _middle(image, sides, box)
     return image.resize(sides, Image.Resampling.BICUBIC).crop(box)
 
-CROPS = dict(adm=center_crop, bicubic=resize_crop) # by the names of a configuration's image_crop
+# by the names of a configuration's image_crop
+CROPS = dict(adm=center_crop, bicubic=resize_crop)
 
 def to_tensor(image:Image.Image) -> Tensor: # [3, H, W] in [0, 1]
     "A picture as a float tensor"

@@ -65,10 +65,15 @@ class PCA:
     @classmethod
     def fit(cls, reference:Reference, k:int):
         "The first `k` directions of a reference with covariance"
-        if reference.cov is None: raise ValueError("pca: needs the reference's covariance, got standard deviations only")
-        if not 1 <= k <= len(reference.mean): raise ValueError(f"pca={k}: expected 1 to {len(reference.mean)}, the number of features")
+        if reference.cov is None:
+            raise ValueError("pca: needs the reference's covariance, got "
+                             "standard deviations only")
+        if not 1 <= k <= len(reference.mean):
+            raise ValueError(f"pca={k}: expected 1 to {len(reference.mean)}, "
+                             "the number of features")
         lam, U = torch.linalg.eigh(reference.cov)
-        return cls(reference.mean, U[:, -k:].flip(1).contiguous(), lam[-k:].flip(0).clamp(min=0), reference.fingerprint)
+        return cls(reference.mean, U[:, -k:].flip(1).contiguous(),
+                   lam[-k:].flip(0).clamp(min=0), reference.fingerprint)
 
     def __call__(self, features:Tensor) -> Tensor: # [N, D] to [N, k], float32 or 64
         "Project features"
@@ -79,26 +84,42 @@ class PCA:
     @property
     def reference(self) -> Reference:
         "The reference's moments in these directions"
-        return Reference(torch.zeros_like(self.variances), self.variances.sqrt(), self.variances.diag())
+        return Reference(torch.zeros_like(self.variances), self.variances.sqrt(),
+                         self.variances.diag())
 
     def save(self, path):
         "Write a safetensors file, never over another's"
-        refuse_foreign(path := user_path(path), lambda p: self._PARTS == {*read_state_dict(p)})
-        save_file({k: getattr(self, k).contiguous() for k in ('mean', 'basis', 'variances', 'of')}, path)
+        refuse_foreign(path := user_path(path),
+                       lambda p: self._PARTS == {*read_state_dict(p)})
+        save_file({k: getattr(self, k).contiguous()
+                   for k in ('mean', 'basis', 'variances', 'of')}, path)
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote"
         path = user_path(path, 'pca')
-        if not path.exists(): raise FileNotFoundError(f"pca={str(path)!r}: no such file; PCA.fit(reference, k).save(path) writes one")
+        if not path.exists():
+            raise FileNotFoundError(f"pca={str(path)!r}: no such file; "
+                                    "PCA.fit(reference, " "k).save(path) writes one")
         got = read_state_dict(path)
-        if {*got} != cls._PARTS: raise BadFile(path, f"holds {', '.join(got)}; expected {', '.join(sorted(cls._PARTS))}, as PCA.save writes them")
+        if {*got} != cls._PARTS:
+            raise BadFile(path, f"holds {', '.join(got)}; expected "
+                          f"{', '.join(sorted(cls._PARTS))}, "
+                          "as PCA.save writes them")
         D, k = got['mean'].numel(), got['variances'].numel()
         shapes = dict(mean=(D,), basis=(D, k), variances=(k,), of=(2,))
         for n, shape in shapes.items():
-            if got[n].shape != shape or not got[n].is_floating_point(): raise BadFile(path, f"{got[n].dtype} {list(got[n].shape)}, expected floats {list(shape)}", n)
-        if not 1 <= k <= D or got['variances'].min() < 0: raise BadFile(path, f"{k} directions of {D} features, the least variance {got['variances'].min():.3g}; expected 1 to {D} directions without negative variances", 'variances')
-        if (got['basis'].double().T @ got['basis'].double() - torch.eye(k).double()).abs().max() > 1e-3: raise BadFile(path, "directions that are not orthonormal; fit it again", 'basis')
+            if got[n].shape != shape or not got[n].is_floating_point():
+                raise BadFile(path, f"{got[n].dtype} {list(got[n].shape)}, expected "
+                              f"floats {list(shape)}", n)
+        if not 1 <= k <= D or got['variances'].min() < 0:
+            raise BadFile(path, f"{k} directions of {D} features, the least variance "
+                          f"{got['variances'].min():.3g}; expected 1 to {D} "
+                          "directions without negative variances", 'variances')
+        if (got['basis'].double().T @ got['basis'].double() - torch.eye(k)
+            .double()).abs().max() > 1e-3:
+            raise BadFile(path, "directions that are not orthonormal; fit it again",
+                          'basis')
         return cls(**got)
 
 # %% ../../nbs/25_reward_factory.ipynb #b50d080d
@@ -108,7 +129,8 @@ def load_reference(reference, # anything `as_reference` takes: pair, features, f
     "A `Reference` that belongs to an extractor"
     if isinstance(reference, (str, Path)):
         reference = user_path(reference, 'reference')
-        if reference.is_file() and reference.suffix == '.npz': read_moments(reference) # says what cannot be
+        # says what cannot be
+        if reference.is_file() and reference.suffix == '.npz': read_moments(reference)
     ref = as_reference(reference)
     if network and ref.network and ref.network != network:
         raise ValueError(f"reference={str(reference)!r}: made with the network "

@@ -41,11 +41,12 @@ def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True) -> l
     "Load the system and its data and train, in this process; returns the metrics"
     acc = accelerator(cfg)
     check_layout(acc, cfg)
-    out = on_first(acc, lambda: claim_folder(out_dir, cfg, resume)) # refuse before loading gigabytes
+    # refuse before loading gigabytes
+    out = on_first(acc, lambda: claim_folder(out_dir, cfg, resume))
     on_first(acc, lambda: check_memory(make_plan(cfg), cfg))
     system = load_once(cfg, acc, say=print if progress else lambda _: None)
-    return train(system, load_data(cfg, system), cfg, out, reward=load_reward(cfg, system), resume=resume,
-                 progress=progress)
+    return train(system, load_data(cfg, system), cfg, out,
+                 reward=load_reward(cfg, system), resume=resume, progress=progress)
 
 # %% ../../nbs/42_launch.ipynb #db4ef028
 def _environment():
@@ -60,21 +61,26 @@ def launch(cfg:Config, # what to run
            out_dir:str|Path, # gets config.json, metrics.jsonl and checkpoint/
            resume:bool=True, # continue a run found there
            progress:bool=True, # show a bar
-           launcher:str='', # command line of accelerate launch or torchrun; '' for this machine
-           stop_s:float=600., # seconds that processes get to finish a step and save when asked to stop
+           # command line of accelerate launch or torchrun; '' for this machine
+           launcher:str='',
+           # seconds that processes get to finish a step and save when asked to stop
+           stop_s:float=600.,
           ) -> list: # metrics, one dict per step
     "Train on `cfg.num_processes` processes"
-    if cfg.num_processes == 1 and not launcher: return run(cfg, out_dir, resume, progress)
+    if cfg.num_processes == 1 and not launcher:
+        return run(cfg, out_dir, resume, progress)
     if launcher: check_launcher(launcher, cfg)
     out = claim_folder(out_dir, cfg, resume)
     for left in out.glob(f'{JOB}*'): shutil.rmtree(left) # of a launcher that was killed
-    with tempfile.TemporaryDirectory(prefix=JOB, dir=out) as folder: # all machines see it there
+    # all machines see it there
+    with tempfile.TemporaryDirectory(prefix=JOB, dir=out) as folder:
         job = Path(folder).resolve()
-        about = dict(config=asdict(cfg), out_dir=str(out.resolve()), resume=True, progress=progress, launched=True,
-                     pipe=not launcher)
+        about = dict(config=asdict(cfg), out_dir=str(out.resolve()), resume=True,
+                     progress=progress, launched=True, pipe=not launcher)
         (job/'job.json').write_text(json.dumps(about))
         cmd = [*launch_command(cfg, launcher), str(job/'job.json')]
-        child = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        child = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, text=True,
                                  start_new_session=True, env=_environment())
         code, lines = attend(child, job, progress, stop_s)
         if (job/'stopped').exists(): raise Stopped((job/'stopped').read_text())
@@ -82,8 +88,10 @@ def launch(cfg:Config, # what to run
     return read_rows(out/'metrics.jsonl')
 
 # %% ../../nbs/42_launch.ipynb #9af8a768
-def attend(child, job:Path, progress:bool, stop_s:float) -> tuple: # exit code, last lines
-    "Pass on what a child prints until it ends; interrupted here, ask it to stop and wait"
+# exit code, last lines
+def attend(child, job:Path, progress:bool, stop_s:float) -> tuple:
+    ("Pass on what a child prints until it ends; interrupted here, ask it to stop and "
+     "wait")
     lines = []
     def follow():
         for line in child.stdout:
@@ -101,7 +109,8 @@ def attend(child, job:Path, progress:bool, stop_s:float) -> tuple: # exit code, 
 
 def end(child, stop_s:float):
     "Wait for a child that was asked to stop; then end it"
-    for wait, then in ((stop_s, child.terminate), (40, child.kill), (None, None)): # torchrun gives its own 30 s
+    # torchrun gives its own 30 s
+    for wait, then in ((stop_s, child.terminate), (40, child.kill), (None, None)):
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(wait)
             return
@@ -114,7 +123,8 @@ def first_failure(job:Path, cmd:list, code:int) -> str:
     head = f"{' '.join(cmd)} failed with code {code}"
     if not notes: return f'{head}:\n'
     note = min(notes, key=lambda n: n['time'])
-    return f"{head}: process {note['rank']} failed first: {note['message']}\n{note['traceback']}\n"
+    return (f"{head}: process {note['rank']} failed first: "
+            f"{note['message']}\n{note['traceback']}\n")
 
 # %% ../../nbs/42_launch.ipynb #3e2879b5
 def provenance() -> dict:
@@ -141,7 +151,8 @@ def watch(job:Path|None=None, # folder of the job, if `launch` started this proc
         asked = False
         while os.getppid() == parent:
             if not pipe: time.sleep(every)
-            elif select.select([0], [], [], every)[0] and not os.read(0, 1): break # the launcher's end is closed
+            # the launcher's end is closed
+            elif select.select([0], [], [], every)[0] and not os.read(0, 1): break
             if job is not None and not asked and (job/'stop').exists():
                 asked = True
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -149,14 +160,16 @@ def watch(job:Path|None=None, # folder of the job, if `launch` started this proc
     threading.Thread(target=look, daemon=True).start()
 
 def as_process(job:Path|None, start, rank:int, pipe:bool=False) -> list:
-    "Work as one process of several: a failure is noted, and ends the process at once, whatever it was waiting for"
+    ("Work as one process of several: a failure is noted, and ends the process at "
+     "once, whatever it was waiting for")
     watch(job, pipe)
     try: return start()
     except Stopped as e:
         if job is None: raise
         (job/'stopped').write_text(str(e))
     except Exception as e:
-        note = dict(rank=rank, time=time.time(), message=f'{type(e).__name__}: {e}', traceback=traceback.format_exc())
+        note = dict(rank=rank, time=time.time(), message=f'{type(e).__name__}: {e}',
+                    traceback=traceback.format_exc())
         if job is not None: (job/f'failed-{rank}.json').write_text(json.dumps(note))
         print(note['traceback'], file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -165,43 +178,65 @@ def as_process(job:Path|None, start, rank:int, pipe:bool=False) -> list:
 # %% ../../nbs/42_launch.ipynb #32d981a3
 def main(argv=None):
     "python -m arpo_nb.training.launch FILE | --model NAME [...] [--dry-run]"
-    p = argparse.ArgumentParser(prog='python -m arpo_nb.training.launch', description='Post-train an autoregressive image generator.')
+    p = argparse.ArgumentParser(prog='python -m arpo_nb.training.launch',
+                                description='Post-train an autoregressive image '
+                                'generator.')
     p.add_argument('file', type=Path, nargs='?', help='config.json of a run')
     p.add_argument('--model', help=f"instead of a file: {', '.join(known_models())}")
     p.add_argument('--method', default='vapi', help=', '.join(RECIPES))
     p.add_argument('--variant', default='paper', help=', '.join(VARIANTS))
-    p.add_argument('--set', default='', metavar='A=1,B=2', help='changed fields of the configuration')
-    p.add_argument('--out_dir', type=Path, help='where results go (default: the folder named in the file, or the one it lies in)')
-    p.add_argument('--launcher', default='', help="what starts the processes: a command line of accelerate launch or torchrun, as in 'accelerate launch --config_file accelerate/fsdp2.yaml'")
-    p.add_argument('--stop_s', type=float, default=600., help='seconds to finish a step and save when asked to stop')
-    p.add_argument('--no-resume', action='store_true', help='refuse a folder that already holds this run')
-    p.add_argument('--dry-run', action='store_true', help='say what the run needs and costs, and stop')
+    p.add_argument('--set', default='', metavar='A=1,B=2',
+                   help='changed fields of the configuration')
+    p.add_argument('--out_dir', type=Path,
+                   help='where results go (default: the folder named in the '
+                   'file, or the one it lies in)')
+    p.add_argument('--launcher', default='',
+                   help="what starts the processes: a command line "
+                   "of accelerate launch "
+                   "or torchrun, as in 'accelerate launch --config_file "
+                   "accelerate/fsdp2.yaml'")
+    p.add_argument('--stop_s', type=float, default=600.,
+                   help='seconds to finish a step and save when asked to stop')
+    p.add_argument('--no-resume', action='store_true',
+                   help='refuse a folder that already holds this run')
+    p.add_argument('--dry-run', action='store_true',
+                   help='say what the run needs and costs, and stop')
     add_options(p, skip=('model', 'method'))
     args = p.parse_args(argv)
-    if (args.file is None) == (args.model is None): p.error('give either a file or --model')
-    if args.file and not args.file.is_file(): p.error(f"{args.file}: no such file; write one with arpo_nb.config.to_json")
+    if (args.file is None) == (args.model is None):
+        p.error('give either a file or --model')
+    if args.file and not args.file.is_file():
+        p.error(f"{args.file}: no such file; write one with arpo_nb.config.to_json")
     try: given = given_options(args)
     except ValueError as e: p.error(str(e))
     job = json.loads(args.file.read_text()) if args.file else {}
-    cfg = override(from_json(json.dumps(job.get('config', job))) if args.file else preset(args.model, args.method, args.variant), args.set, **given)
+    cfg = override(from_json(json.dumps(job.get('config', job))) if args.file
+                   else preset(args.model, args.method, args.variant),
+                   args.set, **given)
     if args.dry_run:
         if args.launcher: check_launcher(args.launcher, cfg)
-        shards = read_launcher(args.launcher)['shards'] or cfg.num_processes if args.launcher else None
+        shards = (read_launcher(args.launcher)['shards'] or cfg.num_processes
+                  if args.launcher else None)
         print(describe(plan := make_plan(cfg, missing_ok=True, shards=shards), cfg))
-        if torch.cuda.is_available(): check_memory(plan, cfg) # elsewhere the run is for another machine
+        # elsewhere the run is for another machine
+        if torch.cuda.is_available(): check_memory(plan, cfg)
         return
-    out = args.out_dir or job.get('out_dir') or (args.file.parent if args.file else None)
+    out = (args.out_dir or job.get('out_dir')
+           or (args.file.parent if args.file else None))
     if out is None: p.error('--model needs --out_dir')
     os.environ |= slurm_rank(os.environ) # one of the tasks of srun
-    options = dict(resume=job.get('resume', True) and not args.no_resume, progress=job.get('progress', True))
+    options = dict(resume=job.get('resume', True) and not args.no_resume,
+                   progress=job.get('progress', True))
     several = cfg.num_processes > 1 or bool(args.launcher)
-    if several and 'WORLD_SIZE' not in os.environ: # started by hand: as many processes as it says
+    # started by hand: as many processes as it says
+    if several and 'WORLD_SIZE' not in os.environ:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        return _told(lambda: launch(cfg, out, launcher=args.launcher, stop_s=args.stop_s, **options))
+        return _told(lambda: launch(cfg, out, launcher=args.launcher,
+                                    stop_s=args.stop_s, **options))
     if not several: return _told(lambda: run(cfg, out, **options))
     mine = args.file.resolve().parent if job.get('launched') else None
-    return as_process(mine, lambda: run(cfg, out, **options), int(os.environ.get('RANK', 0)),
-                      job.get('pipe', False))
+    return as_process(mine, lambda: run(cfg, out, **options),
+                      int(os.environ.get('RANK', 0)), job.get('pipe', False))
 
 def _told(start):
     "Exit code 75 has no message of its own"

@@ -28,7 +28,8 @@ from .sharding import SHARDED
 # %% ../../nbs/47_run_folder.ipynb #48ebf397
 def sync(path:str|Path):
     "Wait until a file or a folder's list of names is on the disk"
-    if os.name == 'nt' and Path(path).is_dir(): return # Windows has no handle on a folder
+    # Windows has no handle on a folder
+    if os.name == 'nt' and Path(path).is_dir(): return
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
@@ -72,45 +73,57 @@ def in_words(e:BaseException, folder:Path, need:int, # bytes
     "An error of writing; a full disk says which, how much, and what to do"
     if not full and not is_full(e): return e
     mount, free = disk_of(folder)
-    return OSError(errno.ENOSPC, f"{folder}: the disk at {mount} is full ({free/1e9:.2f} GB free, {need/1e9:.2f} GB "
-                   "needed); free some, or choose an out_dir on another disk. What was whole before still is")
+    return OSError(errno.ENOSPC,
+                   f"{folder}: the disk at {mount} is full ({free/1e9:.2f} "
+                   f"GB free, {need/1e9:.2f} GB "
+                   "needed); free some, or choose an out_dir on another "
+                   "disk. What was whole before still is")
 
 # %% ../../nbs/47_run_folder.ipynb #25256f87
 def check_room(folder:str|Path, need:int, # bytes
                what:str='this run'):
     "Raise unless a disk has room"
     mount, free = disk_of(folder)
-    if free < need: raise OSError(errno.ENOSPC, f"{folder}: {what} needs {need/1e9:.2f} GB on the disk at {mount}, "
-                                  f"which has {free/1e9:.2f} GB free; free some, or choose an out_dir on another disk")
+    if free < need:
+        raise OSError(errno.ENOSPC, f"{folder}: {what} needs {need/1e9:.2f} GB on "
+                      f"the disk at {mount}, "
+                      f"which has {free/1e9:.2f} GB free; free some, or "
+                      "choose an out_dir on another disk")
 
 # %% ../../nbs/47_run_folder.ipynb #1fe3ef74
-SAME_RUN = ('num_processes', 'micro_batch_size', 'generate_batch_size', 'decode_batch_size', 'logps_chunk',
-            'save_steps', 'gradient_checkpointing', 'ref_offload')
+SAME_RUN = (('num_processes', 'micro_batch_size', 'generate_batch_size',
+             'decode_batch_size', 'logps_chunk', 'save_steps', 'gradient_checkpointing',
+             'ref_offload'))
 
 def differences(there:Config, cfg:Config) -> list: # such as 'seed 0 → 1'
     "What makes a configuration another run"
-    pairs = {k: (getattr(there, k), getattr(cfg, k)) for k in vars(cfg) if k not in SAME_RUN}
+    pairs = {k: (getattr(there, k), getattr(cfg, k)) for k in vars(cfg)
+             if k not in SAME_RUN}
     return [f'{k} {a!r} → {b!r}' for k, (a, b) in pairs.items() if a != b]
 
 def run_hash(cfg:Config) -> str: # hexadecimal
-    "A name for a run: of what it changes from the defaults, so that a field added later changes no name"
-    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
+    ("A name for a run: of what it changes from the defaults, so that a field added "
+     "later changes no name")
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if getattr(cfg, f.name) != f.default}
     mine = {k: v for k, v in changed.items() if k not in SAME_RUN}
-    return hashlib.sha256(json.dumps(mine, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(mine, sort_keys=True, default=str)
+                          .encode()).hexdigest()
 
 # %% ../../nbs/47_run_folder.ipynb #e5426e9c
 def read_config(out:Path) -> Config|None: # None if it is damaged
     "The configuration of a folder's run"
     path = out/'config.json'
     try: text = path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e: raise ValueError(f"{path}: can't be read ({e})") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: can't be read ({e})") from e
     try: values = json.loads(text)
     except json.JSONDecodeError: return None
     if not isinstance(values, dict): return None
     try: return from_json(text)
     except (TypeError, ValueError) as e:
-        raise ValueError(f"{path}: {e}; it is not a configuration of this version. Choose another out_dir, or move "
-                         "that file away") from e
+        raise ValueError(f"{path}: {e}; it is not a configuration of this version. "
+                         "Choose another out_dir, or move " "that file away") from e
 
 def named_by_checkpoint(out:Path, cfg:Config) -> bool:
     "Whether a checkpoint there carries the name of this configuration"
@@ -121,17 +134,21 @@ def named_by_checkpoint(out:Path, cfg:Config) -> bool:
     return False
 
 # %% ../../nbs/47_run_folder.ipynb #48109524
-CHECKPOINTS = ('checkpoint', 'checkpoint.new', 'checkpoint.old') # the last whole one, the one being written, the one before
+# the last whole one, the one being written, the one before
+CHECKPOINTS = ('checkpoint', 'checkpoint.new', 'checkpoint.old')
 MARK = 'arpo_nb checkpoint' # stands in every manifest.json
 
 def is_ours(folder:Path) -> bool:
     "Whether a run wrote this checkpoint folder"
     if not folder.is_dir(): return False
-    if not any(folder.iterdir()): return folder.name != 'checkpoint' # a kill right after it was made
+    # a kill right after it was made
+    if not any(folder.iterdir()): return folder.name != 'checkpoint'
     manifest = folder/'manifest.json'
     if manifest.is_file() and MARK in manifest.read_text(errors='replace'): return True
-    parts = [(folder/name).exists() for name in ('run.pt', 'model.safetensors', SHARDED)]
-    return parts[0] and any(parts[1:]) # of a version without manifests, or with a damaged one
+    parts = [(folder/name).exists() for name in ('run.pt', 'model.safetensors',
+                                                 SHARDED)]
+    # of a version without manifests, or with a damaged one
+    return parts[0] and any(parts[1:])
 
 # %% ../../nbs/47_run_folder.ipynb #4acd3499
 def claim_folder(out_dir:str|Path, cfg:Config,
@@ -145,15 +162,20 @@ def claim_folder(out_dir:str|Path, cfg:Config,
     if (out/'config.json').exists():
         there = read_config(out)
         if there is None and not named_by_checkpoint(out, cfg):
-            raise refuse('a damaged config.json', 'Put the right one there, or choose another out_dir')
+            raise refuse('a damaged config.json',
+                         'Put the right one there, or choose another out_dir')
         other = differences(there, cfg) if there else []
         if other: raise refuse(f"another run ({', '.join(other)})")
-        if not resume: raise refuse('this run already', 'Use resume=True to continue it, or choose another out_dir')
-    elif any(out.glob('metrics.jsonl')) or any((out/name).exists() for name in CHECKPOINTS):
+        if not resume:
+            raise refuse('this run already',
+                         'Use resume=True to continue it, or choose another out_dir')
+    elif any(out.glob('metrics.jsonl')) or any((out/name).exists()
+                                               for name in CHECKPOINTS):
         raise refuse('files of a run without its config.json')
     for name in CHECKPOINTS:
         if (out/name).exists() and not is_ours(out/name):
-            raise refuse(f'{name}, which no run wrote (it has neither a manifest.json nor a run.pt)',
+            raise refuse(f'{name}, which no run wrote (it has neither a '
+                         'manifest.json nor a run.pt)',
                          'Move it away, or choose another out_dir')
     RunLock(out).check()
     return out
@@ -163,7 +185,8 @@ def _try_writing(out):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(prefix=TEMPORARY, dir=out): pass
     except OSError as e:
-        raise PermissionError(f"out_dir={str(out)!r}: can't write there ({e.strerror}); choose another folder") from e
+        raise PermissionError(f"out_dir={str(out)!r}: can't write there "
+                              f"({e.strerror}); " "choose another folder") from e
 
 # %% ../../nbs/47_run_folder.ipynb #9d89323b
 class RunLock:
@@ -176,12 +199,16 @@ class RunLock:
         "Take the lock, or raise with the owner's process and machine"
         try: self.lock.acquire(timeout=0)
         except Timeout as e:
-            raise FileExistsError(f"out_dir={str(self.out)!r}: this run is being written by {self.owner()}; wait until "
+            raise FileExistsError(f"out_dir={str(self.out)!r}: this run "
+                                  "is being written " f"by {self.owner()}; wait until "
                                   "it is done, or stop it. Nothing was touched") from e
-        if self.note.exists(): warnings.warn(f"{self.out}: taken over from {self.owner()}, which is gone")
-        me = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S'))
+        if self.note.exists():
+            warnings.warn(f"{self.out}: taken over from {self.owner()}, which is gone")
+        me = dict(pid=os.getpid(), host=socket.gethostname(),
+                  since=time.strftime('%Y-%m-%d %H:%M:%S'))
         write_whole(self.note, json.dumps(me))
-        for left in self.out.glob(f'{TEMPORARY}*'): # of a process that was killed while writing
+        # of a process that was killed while writing
+        for left in self.out.glob(f'{TEMPORARY}*'):
             if left.is_file(): left.unlink()
 
     def owner(self) -> str:
@@ -212,9 +239,13 @@ def read_rows(path:str|Path) -> list: # one dict per step
         try: row = json.loads(line)
         except ValueError: row = None # text that is not UTF-8 as well
         if isinstance(row, dict) and isinstance(row.get('step'), int): rows.append(row)
-        elif i == last: warnings.warn(f"{path}: the last row was cut while it was written, and is left out")
-        else: raise ValueError(f"{path}, line {i + 1}: expected a row of metrics, got {line[:40]!r}; delete that line "
-                               "(the checkpoint does not need it), or move the file away")
+        elif i == last:
+            warnings.warn(f"{path}: the last row was cut while it was "
+                          "written, and is left out")
+        else:
+            raise ValueError(f"{path}, line {i + 1}: expected a row of metrics, got "
+                             f"{line[:40]!r}; delete that line "
+                             "(the checkpoint does not need it), or move the file away")
     return rows
 
 # %% ../../nbs/47_run_folder.ipynb #d1f984dc

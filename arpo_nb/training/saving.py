@@ -28,8 +28,11 @@ from .run_folder import CHECKPOINTS, MARK, check_room, disk_of, in_words, is_our
 # %% ../../nbs/48_saving.ipynb #216a404c
 def tensors_in(x, name:str='') -> list: # pairs of a name and a tensor or number
     "All tensors and numbers of a nested value"
-    if isinstance(x, dict): return [t for k, v in x.items() for t in tensors_in(v, f'{name}.{k}' if name else str(k))]
-    if isinstance(x, (tuple, list)): return [t for i, v in enumerate(x) for t in tensors_in(v, f'{name}[{i}]')]
+    if isinstance(x, dict):
+        return [t for k, v in x.items()
+                for t in tensors_in(v, f'{name}.{k}' if name else str(k))]
+    if isinstance(x, (tuple, list)):
+        return [t for i, v in enumerate(x) for t in tensors_in(v, f'{name}[{i}]')]
     return [(name, x)] if isinstance(x, (torch.Tensor, float)) else []
 
 def not_finite(x, name:str='') -> str|None: # the first bad one
@@ -39,9 +42,11 @@ def not_finite(x, name:str='') -> str|None: # the first bad one
 
 def check_weights(model:nn.Module, step:int):
     "Raise if a trained network is not finite"
-    part = lambda p: p.detach().to_local() if hasattr(p, 'to_local') else p.detach() # of a sharded one
+    # of a sharded one
+    part = lambda p: p.detach().to_local() if hasattr(p, 'to_local') else p.detach()
     if bad := not_finite({k: part(p) for k, p in model.named_parameters()}):
-        raise FloatingPointError(f"after {step} steps the weights are not finite ({bad})")
+        raise FloatingPointError(f"after {step} steps the weights are "
+                                 f"not finite ({bad})")
 
 # %% ../../nbs/48_saving.ipynb #8c109461
 def plain(x):
@@ -50,10 +55,12 @@ def plain(x):
     if isinstance(x, list): return [plain(v) for v in x]
     return tuple(map(plain, x)) if isinstance(x, tuple) else x
 
+# look whether it can be stored, which takes as long as storing it
 def check_state(state,
-                storable:bool=True): # look whether it can be stored, which takes as long as storing it
+                storable:bool=True):
     "Raise if a reward's state is not finite, or could not be brought back"
-    if bad := not_finite(state, 'state'): raise FloatingPointError(f"the reward's {bad} is not finite")
+    if bad := not_finite(state, 'state'):
+        raise FloatingPointError(f"the reward's {bad} is not finite")
     if not storable: return
     buffer = io.BytesIO()
     try:
@@ -61,23 +68,30 @@ def check_state(state,
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
     except Exception as e:
-        raise TypeError(f"the reward's state ({type(state).__name__}) can't be saved and brought back: {_first(e)}. "
-                        "Keep tensors, numbers, texts, lists, tuples and dictionaries in it") from e
+        raise TypeError(f"the reward's state ({type(state).__name__}) can't be "
+                        f"saved and brought back: {_first(e)}. "
+                        "Keep tensors, numbers, texts, lists, tuples "
+                        "and dictionaries in it") from e
 
 def _first(e): return f'{type(e).__name__}: {str(e).strip()}'.splitlines()[0][:200]
 
 # %% ../../nbs/48_saving.ipynb #db3f2e03
 def file_hash(path:Path) -> str:
     "SHA-256 of a file"
-    with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') \
-        else _by_blocks(f)
+    with path.open('rb') as f:
+        return (hashlib.file_digest(f, 'sha256').hexdigest()
+                if hasattr(hashlib, 'file_digest') else _by_blocks(f))
 
 def write_manifest(folder:Path, step:int, config:str):
     "List the parts of a checkpoint, all of them on the disk"
-    parts = [p for p in sorted(folder.rglob('*')) if p.is_file() and p.name != 'manifest.json']
+    parts = [p for p in sorted(folder.rglob('*')) if p.is_file()
+             and p.name != 'manifest.json']
     for p in parts: sync(p)
-    listed = {str(p.relative_to(folder)): dict(bytes=p.stat().st_size, sha256=file_hash(p)) for p in parts}
-    write_whole(folder/'manifest.json', json.dumps(dict(format=MARK, step=step, config=config, files=listed), indent=1))
+    listed = {str(p.relative_to(folder)): dict(bytes=p.stat().st_size,
+                                               sha256=file_hash(p)) for p in parts}
+    write_whole(folder/'manifest.json',
+                json.dumps(dict(format=MARK, step=step, config=config, files=listed),
+                           indent=1))
 
 def _by_blocks(f):
     sha = hashlib.sha256()
@@ -95,23 +109,29 @@ def check_parts(folder:Path,
     path = folder/'manifest.json'
     if not path.is_file(): return {}
     try: manifest = json.loads(path.read_text()); files = dict(manifest['files'])
-    except (ValueError, KeyError, TypeError) as e: raise Damaged(f"{path}: can't be read ({_first(e)})") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise Damaged(f"{path}: can't be read ({_first(e)})") from e
     if 'run.pt' not in files: raise Damaged(f"{path}: was still being written")
     for name, want in files.items():
         part = folder/name
         if not part.is_file(): raise Damaged(f"{part}: is missing")
         size = part.stat().st_size
-        if size != want.get('bytes'): raise Damaged(f"{part}: has {size} bytes of {want.get('bytes')}")
-        if verify and file_hash(part) != want.get('sha256'): raise Damaged(f"{part}: its content has changed (SHA-256)")
+        if size != want.get('bytes'):
+            raise Damaged(f"{part}: has {size} bytes of {want.get('bytes')}")
+        if verify and file_hash(part) != want.get('sha256'):
+            raise Damaged(f"{part}: its content has changed (SHA-256)")
     return manifest
 
 # %% ../../nbs/48_saving.ipynb #fb25d68b
 _is_int = lambda v: isinstance(v, int) and not isinstance(v, bool)
 RUN_FIELDS = dict( # what run.pt holds, how each is checked, and in words
     step=(lambda v: _is_int(v) and v >= 0, 'a number of steps'),
-    position=(lambda v: isinstance(v, (list, tuple)) and v and all(_is_int(i) and i >= 0 for i in v),
+    position=(lambda v: isinstance(v,
+                                   (list,
+                                    tuple)) and v and all(_is_int(i) and i >= 0 for i in v),
               'a list of record numbers, one per process'),
-    entropy=(lambda v: v is None or isinstance(v, float) and math.isfinite(v), 'a finite number or nothing'),
+    entropy=(lambda v: v is None or isinstance(v, float) and math.isfinite(v),
+             'a finite number or nothing'),
     reward_state=(lambda v: not_finite(v) is None, 'finite tensors and numbers'))
 
 def read_run(folder:Path, device='cpu') -> dict:
@@ -119,20 +139,24 @@ def read_run(folder:Path, device='cpu') -> dict:
     path = folder/'run.pt'
     try: run = torch.load(path, map_location=device, weights_only=True)
     except Exception as e: raise Damaged(f"{path}: can't be read ({_first(e)})") from e
-    if not isinstance(run, dict): raise Damaged(f"{path}: expected a dictionary, got {type(run).__name__}")
+    if not isinstance(run, dict):
+        raise Damaged(f"{path}: expected a dictionary, got {type(run).__name__}")
     for name, (right, words) in RUN_FIELDS.items():
         if name not in run: raise Damaged(f"{path}: has no {name}")
-        if not right(run[name]): raise Damaged(f"{path}: {name}={str(run[name])[:60]}, expected {words}")
+        if not right(run[name]):
+            raise Damaged(f"{path}: {name}={str(run[name])[:60]}, expected {words}")
     return run
 
 # %% ../../nbs/48_saving.ipynb #d90a3fd1
 def save_checkpoint(acc:Accelerator, out:Path,
                     run:dict, # the step and other plain values
                     ref_policy=None, # a moving one
-                    trained=None, # pair of the model and its optimiser, where it may be sharded
+                    # pair of the model and its optimiser, where it may be sharded
+                    trained=None,
                     config:str='', # name of the configuration
                     need:int=0): # bytes it takes, 0 for as many as the last one
-    "Write `out/checkpoint` so that an interrupted write, a full disk and a power cut lose nothing"
+    ("Write `out/checkpoint` so that an interrupted write, a full disk and a power cut"
+     " lose nothing")
     new = out/'checkpoint.new'
     if acc.is_main_process: _start(new, run, config, need)
     acc.wait_for_everyone()
@@ -140,21 +164,25 @@ def save_checkpoint(acc:Accelerator, out:Path,
         sharded = trained is not None and is_sharded(trained[0])
         if sharded: save_parts(acc, new, *trained, ref_policy)
         else: acc.save_state(str(new))
-        position = acc.gather(torch.tensor([run.get('position', 0)], device=acc.device)).tolist()
+        position = acc.gather(torch.tensor([run.get('position', 0)],
+                                           device=acc.device)).tolist()
         if acc.is_main_process:
             torch.save(plain({**run, 'position': position}), new/'run.pt')
-            if ref_policy is not None and not sharded: save_model(ref_policy, str(new/'reference.safetensors'))
+            if ref_policy is not None and not sharded:
+                save_model(ref_policy, str(new/'reference.safetensors'))
             write_manifest(new, run['step'], config)
             _swap(new, out/'checkpoint', out/'checkpoint.old')
     except Exception as e:
-        said = in_words(e, out, max(need, checkpoint_bytes(out)), full=disk_of(out)[1] < 2**20)
+        said = in_words(e, out, max(need, checkpoint_bytes(out)),
+                        full=disk_of(out)[1] < 2**20)
         if acc.is_main_process: _remove(new) # makes room
         raise said from e
     acc.wait_for_everyone()
 
 def checkpoint_bytes(out:Path) -> int:
     "Size of the largest checkpoint in a folder, finished or not"
-    sizes = [sum(p.stat().st_size for p in (out/name).rglob('*') if p.is_file()) for name in CHECKPOINTS]
+    sizes = [sum(p.stat().st_size for p in (out/name).rglob('*') if p.is_file())
+             for name in CHECKPOINTS]
     return max(sizes)
 
 # %% ../../nbs/48_saving.ipynb #753674e4
@@ -162,7 +190,9 @@ def _start(new, run, config, need):
     _remove(new)
     check_room(new.parent, need or checkpoint_bytes(new.parent), 'the next checkpoint')
     new.mkdir()
-    write_whole(new/'manifest.json', json.dumps(dict(format=MARK, step=run['step'], config=config, files={})))
+    write_whole(new/'manifest.json',
+                json.dumps(dict(format=MARK, step=run['step'], config=config,
+                                files={})))
 
 def _swap(new, now, old):
     "Between any two of these lines there is a whole checkpoint"
@@ -176,7 +206,9 @@ def _swap(new, now, old):
 def _remove(folder):
     "Remove a checkpoint that a run wrote, and nothing else"
     if not folder.exists(): return
-    if not is_ours(folder): raise FileExistsError(f"{folder}: no run wrote it (it has no manifest.json); move it away")
+    if not is_ours(folder):
+        raise FileExistsError(f"{folder}: no run wrote it (it has no "
+                              "manifest.json); move it away")
     shutil.rmtree(folder)
 
 # %% ../../nbs/48_saving.ipynb #5705aded
@@ -185,15 +217,20 @@ def check_checkpoint(folder:Path, verify:bool=True, config:str=''):
     manifest = check_parts(folder, verify)
     run = read_run(folder)
     if manifest and manifest.get('step') != run['step']:
-        raise Damaged(f"{folder}: the manifest says step {manifest.get('step')}, run.pt {run['step']}")
+        raise Damaged(f"{folder}: the manifest says step {manifest.get('step')}, "
+                      f"run.pt {run['step']}")
     if config and manifest.get('config') and manifest['config'] != config:
-        raise Damaged(f"{folder}: belongs to another configuration than config.json beside it")
+        raise Damaged(f"{folder}: belongs to another configuration "
+                      "than config.json beside it")
     for part in folder.glob('*.safetensors'): # an older version's have no manifest
         try:
             with safe_open(part, 'pt') as f: f.keys()
-        except Exception as e: raise Damaged(f"{part}: can't be read ({_first(e)})") from e
-    missing = [n for n in ('model.safetensors', 'optimizer.bin') if not (folder/n).is_file()]
-    if missing and not (folder/SHARDED).is_dir(): raise Damaged(f"{folder/missing[0]}: is missing")
+        except Exception as e:
+            raise Damaged(f"{part}: can't be read ({_first(e)})") from e
+    missing = [n for n in ('model.safetensors', 'optimizer.bin')
+               if not (folder/n).is_file()]
+    if missing and not (folder/SHARDED).is_dir():
+        raise Damaged(f"{folder/missing[0]}: is missing")
 
 def find_checkpoint(out:str|Path,
                     verify:bool=False, # compare contents with the manifest's hashes
@@ -205,14 +242,17 @@ def find_checkpoint(out:str|Path,
         if not folder.is_dir(): continue
         try: check_checkpoint(folder, verify, config)
         except Damaged as e:
-            if folder.name != 'checkpoint.new': wrong.append(str(e)) # that one was being written
+            # that one was being written
+            if folder.name != 'checkpoint.new': wrong.append(str(e))
             continue
         if wrong: warnings.warn(f"{wrong[0]}; continuing from {folder} instead")
         if verify and not (folder/'manifest.json').exists():
-            warnings.warn(f"{folder} has no manifest.json, as older versions wrote it: its parts can't be verified")
+            warnings.warn(f"{folder} has no manifest.json, as older versions wrote "
+                          "it: its parts can't be verified")
         return folder
     if not wrong: return None
-    raise Damaged(f"{'; '.join(wrong)}; no other whole checkpoint is there, and nothing was touched. Bring the "
+    raise Damaged(f"{'; '.join(wrong)}; no other whole checkpoint is there, "
+                  "and nothing was touched. Bring the "
                   "damaged part back, or choose another out_dir to start again")
 
 # %% ../../nbs/48_saving.ipynb #37e8ba06
@@ -223,23 +263,29 @@ def settle(out:Path, found:Path|None) -> Path|None: # the checkpoint to load
     elif found == old and not now.exists(): old.rename(now)
     _remove(new)
     if found != old and now.exists(): _remove(old)
-    return now if found and found != old else old if found and old.exists() else now if found else None
+    return (now if found and found != old else old if found and old.exists()
+            else now if found else None)
 
 # %% ../../nbs/48_saving.ipynb #96005bc2
 def load_checkpoint(acc:Accelerator, folder:Path,
                     ref_policy=None, trained=None, # see `save_checkpoint`
                    ) -> dict: # what it got as `run`
     "Continue from a checkpoint"
-    device = 'cpu' if acc.device.type == 'cpu' else acc.device # of several processes it is cpu:0, unknown to torch.load
+    # of several processes it is cpu:0, unknown to torch.load
+    device = 'cpu' if acc.device.type == 'cpu' else acc.device
     run = read_run(folder, device)
     try:
-        parts = trained is not None and (is_sharded(trained[0]) or (folder/SHARDED).exists())
+        parts = (trained is not None
+                 and (is_sharded(trained[0]) or (folder/SHARDED).exists()))
         if parts: load_parts(acc, folder, *trained, ref_policy)
         else: acc.load_state(str(folder))
-        if ref_policy is not None and not parts: load_model(ref_policy, str(folder/'reference.safetensors'))
+        if ref_policy is not None and not parts:
+            load_model(ref_policy, str(folder/'reference.safetensors'))
     except Exception as e:
-        raise Damaged(f"{folder}: can't be loaded ({_first(e)}); it is damaged, or of another model. Bring the right "
+        raise Damaged(f"{folder}: can't be loaded ({_first(e)}); it is damaged, "
+                      "or of another model. Bring the right "
                       "one back, or choose another out_dir to start again") from e
     positions = run['position']
-    run['position'] = positions[acc.process_index] if len(positions) == acc.num_processes else min(positions)
+    run['position'] = (positions[acc.process_index]
+                       if len(positions) == acc.num_processes else min(positions))
     return run

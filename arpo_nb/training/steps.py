@@ -34,8 +34,8 @@ from .sharding import is_sharded
 def make_reward(system:System, cfg:Config) -> ReconstructionReward:
     "VA-π's intrinsic reward for a system"
     grid = system.tokenizer.token_grid if cfg.credit == 'token' else None
-    return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef, grid,
-                                cfg.clamp_reward)
+    return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef,
+                                grid, cfg.clamp_reward)
 
 def reward_parts(reward) -> list: # pairs of the prefix of its metrics and the reward
     "A reward and, if it is a sum, its terms"
@@ -46,8 +46,10 @@ def reward_parts(reward) -> list: # pairs of the prefix of its metrics and the r
 @dataclass
 class Place:
     "Where a rollout is made; the defaults are one process in float32"
-    autocast:Callable = nullcontext # precision of the policy, as in the update; tokenizer and reward stay in float32
-    gather:Callable = lambda x: x # rows of this process to rows of all, process by process
+    # precision of the policy, as in the update; tokenizer and reward stay in float32
+    autocast:Callable = nullcontext
+    # rows of this process to rows of all, process by process
+    gather:Callable = lambda x: x
     rank:int = 0 # this process
     clock:Any = field(default_factory=Clock) # `Clock`
 
@@ -56,31 +58,39 @@ def check_needs(system:System, cfg:Config, reward=None):
     "Raise if a rollout lacks its perceptual network, its reward or its null class"
     own = reward is None or cfg.method != 'vapi'
     if uses_perceptual(cfg) and system.perceptual is None and own:
-        raise ValueError(f"perceptual_coef={cfg.perceptual_coef}: the system has no perceptual network; "
+        raise ValueError(f"perceptual_coef={cfg.perceptual_coef}: the system "
+                         "has no perceptual network; "
                          "load it with one, or set perceptual_coef=0")
     if cfg.method not in FREE: return
     if reward is None:
-        raise ValueError(f"reward=None: method {cfg.method!r} needs the rewards of free-running samples; "
-                         "see `systems.load_reward`")
+        raise ValueError(f"reward=None: method {cfg.method!r} needs the rewards "
+                         "of free-running samples; " "see `systems.load_reward`")
     if cfg.rollout_cfg_scale != 1 and hasattr(system.policy, 'example_cond'):
-        system.policy.null_cond(system.policy.example_cond(1)) # raises without a null class
+        # raises without a null class
+        system.policy.null_cond(system.policy.example_cond(1))
 
 # %% ../../nbs/46_steps.ipynb #852b356f
 def forced_samples(system:System, cfg:Config, batch:Batch, here:Place) -> Rollout:
     "Samples on the images' own tokens, as many as the method needs"
     g = cfg.num_generations if cfg.method in ('vapi', 'mixed', 'tokenizer') else 0
-    with here.clock('encode'): targets = encode_images(system.tokenizer, batch.images, cfg.decode_batch_size)
+    with here.clock('encode'):
+        targets = encode_images(system.tokenizer, batch.images, cfg.decode_batch_size)
     with here.autocast(), here.clock('generate'):
-        r = teacher_forced(system.policy, batch, targets, num_generations=g, temperature=cfg.temperature,
-                           noise_rate=cfg.noise_rate, noise_kernel=cfg.noise_kernel,
-                           micro_batch_size=cfg.micro_batch_size, chunk=cfg.logps_chunk, entropy=cfg.top_entropy_quantile < 1)
+        r = teacher_forced(system.policy, batch, targets, num_generations=g,
+                           temperature=cfg.temperature, noise_rate=cfg.noise_rate,
+                           noise_kernel=cfg.noise_kernel,
+                           micro_batch_size=cfg.micro_batch_size, chunk=cfg.logps_chunk,
+                           entropy=cfg.top_entropy_quantile < 1)
     return undecided(r, cfg, here)
 
 def undecided(r:Rollout, cfg:Config, here:Place) -> Rollout:
-    "Mark the tokens at which the policy was least decided, among those of all processes"
+    ("Mark the tokens at which the policy was least decided, among those of all "
+     "processes")
     if cfg.top_entropy_quantile == 1 or r.entropy is None: return r
     everyone = here.gather(r.entropy)
-    return replace(r, entropy_mask=high_entropy_mask(r.entropy, cfg.top_entropy_quantile, everyone))
+    return replace(r, entropy_mask=high_entropy_mask(r.entropy,
+                                                     cfg.top_entropy_quantile,
+                                                     everyone))
 
 # %% ../../nbs/46_steps.ipynb #5941611e
 def free_samples(system:System, cfg:Config, batch:Batch, here:Place,
@@ -95,14 +105,17 @@ def free_samples(system:System, cfg:Config, batch:Batch, here:Place,
         with here.clock('sync'): sampler.sync()
     with here.autocast():
         r = free_running(system.policy, batch, num_generations=g or cfg.num_generations,
-                         temperature=cfg.temperature, cfg_scale=cfg.rollout_cfg_scale, top_k=cfg.rollout_top_k,
-                         top_p=cfg.rollout_top_p, logprob_cfg=cfg.logprob_cfg, chunk=cfg.logps_chunk,
-                         generate_batch_size=cfg.generate_batch_size, micro_batch_size=cfg.micro_batch_size,
-                         clock=here.clock, sampler=sampler, **options)
+                         temperature=cfg.temperature, cfg_scale=cfg.rollout_cfg_scale,
+                         top_k=cfg.rollout_top_k, top_p=cfg.rollout_top_p,
+                         logprob_cfg=cfg.logprob_cfg, chunk=cfg.logps_chunk,
+                         generate_batch_size=cfg.generate_batch_size,
+                         micro_batch_size=cfg.micro_batch_size, clock=here.clock,
+                         sampler=sampler, **options)
     if cfg.vllm_importance_sampling_correction:
         r = replace(r, sampling_ratio=sampling_weights(
             r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_mode,
-            cfg.vllm_importance_sampling_clip_min, cfg.vllm_importance_sampling_clip_max))
+            cfg.vllm_importance_sampling_clip_min,
+            cfg.vllm_importance_sampling_clip_max))
     return undecided(r, cfg, here)
 
 # %% ../../nbs/46_steps.ipynb #a1913c13
@@ -111,9 +124,10 @@ def compare(rewards:Tensor, # [B, G] or [B, G, T] of this process
     "Advantages of this process's groups"
     together = cfg.scale_rewards == 'batch'
     everyone = here.gather(rewards) if together else rewards
-    advantages = group_advantages(everyone, cfg.scale_rewards, cfg.unbiased_std, cfg.advantage_eps,
-                                  cfg.advantage_clip)
-    return advantages[here.rank*len(rewards):][:len(rewards)] if together else advantages
+    advantages = group_advantages(everyone, cfg.scale_rewards, cfg.unbiased_std,
+                                  cfg.advantage_eps, cfg.advantage_clip)
+    return (advantages[here.rank*len(rewards):][:len(rewards)] if together
+            else advantages)
 
 # %% ../../nbs/46_steps.ipynb #3adda9e3
 def _parts(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
@@ -123,82 +137,104 @@ def reference_logps(ref_policy, # `Policy`; sent back to the CPU with `ref_offlo
                     # [B, G, T] nats
                     r:Rollout, cfg:Config, autocast=nullcontext) -> Tensor:
     "Log-probabilities of the samples under the reference policy"
-    ref, rows = ref_policy if is_sharded(ref_policy) else ref_policy.to(r.tokens.device), len(r)
+    ref, rows = (ref_policy if is_sharded(ref_policy)
+                 else ref_policy.to(r.tokens.device), len(r))
     policy = scored_policy(ref, cfg) if r.targets is None else ref
     if cfg.micro_batch_size: rows = max(1, cfg.micro_batch_size//r.context.shape[1])
     with autocast():
-        logps = [rollout_logps(policy, r.take(s), cfg.temperature, cfg.logps_chunk)[0] for s in _parts(len(r), rows)]
-    if cfg.ref_offload and not is_sharded(ref): ref.to('cpu') # a sharded one stays there in parts
+        logps = [rollout_logps(policy, r.take(s), cfg.temperature, cfg.logps_chunk)[0]
+                 for s in _parts(len(r), rows)]
+    # a sharded one stays there in parts
+    if cfg.ref_offload and not is_sharded(ref): ref.to('cpu')
     return torch.cat(logps)
 
 # %% ../../nbs/46_steps.ipynb #2db25e4d
+# rollout with rewards and advantages, new state of the reward, metrics
 def judge(r:Rollout, reward, state, system:System, cfg:Config, here:Place,
-          ref_policy=None) -> tuple: # rollout with rewards and advantages, new state of the reward, metrics
+          ref_policy=None) -> tuple:
     "Decode, score and compare within groups"
-    rewards, state = score_groups(reward, system.tokenizer, r.tokens, r.batch, state, cfg.decode_batch_size, here.clock)
+    rewards, state = score_groups(reward, system.tokenizer, r.tokens, r.batch,
+                                  state, cfg.decode_batch_size, here.clock)
     judged = replace(r, rewards=rewards, advantages=compare(rewards, cfg, here))
     stats = reward_stats(judged, reward)
     if r.sampler_logps is not None: stats |= sampling_gap(r, here.gather)
     if r.sampling_ratio is not None:
         w = here.gather(r.sampling_ratio.contiguous())
-        stats |= {f'sampling/importance_sampling_ratio/{k}': getattr(w, k)() for k in ('min', 'mean', 'max')}
+        stats |= {f'sampling/importance_sampling_ratio/{k}': getattr(w, k)()
+                  for k in ('min', 'mean', 'max')}
     if ref_policy is None or not cfg.beta: return judged, state, stats
-    with here.clock('reference'): ref = reference_logps(ref_policy, r, cfg, here.autocast)
+    with here.clock('reference'):
+        ref = reference_logps(ref_policy, r, cfg, here.autocast)
     return replace(judged, ref_logps=ref), state, stats
 
 def reward_stats(r:Rollout, # judged
                  reward) -> dict:
-    "Mean, spread within groups, groups without signal, and what the terms of the reward tell"
+    ("Mean, spread within groups, groups without signal, and what the terms of the "
+     "reward tell")
     tied = (r.advantages == 0).flatten(1).all(1).float().mean()
-    stats = {'reward/mean': r.rewards.mean(), 'reward/group_std': r.rewards.std(1).mean(), 'reward/tied_groups': tied}
-    for name, part in reward_parts(reward): stats |= {name + k: v for k, v in getattr(part, 'stats', {}).items()}
+    stats = {'reward/mean': r.rewards.mean(), 'reward/group_std': r.rewards.std(1)
+             .mean(), 'reward/tied_groups': tied}
+    for name, part in reward_parts(reward):
+        stats |= {name + k: v for k, v in getattr(part, 'stats', {}).items()}
     if r.targets is None: stats['policy/rollout_entropy'] = r.entropy.mean()
     return stats
 
 # %% ../../nbs/46_steps.ipynb #91a23c40
 class RollOut:
-    "Samples, decodes, scores, and compares within groups: a batch in, rollouts with advantages out"
+    ("Samples, decodes, scores, and compares within groups: a batch in, rollouts with "
+     "advantages out")
     def __init__(self, system:System, cfg:Config,
-                 reward=None, # `Reward` of free-running samples, or of VA-π's in place of the reconstruction reward
+                 # `Reward` of free-running samples, or of VA-π's in place of the
+                 # reconstruction reward
+                 reward=None,
                  ref_policy=None, # for the KL
                  here:Place|None=None,
                  sampler=None): # engine of `load_sampler`, for free-running samples
         self.sampler = sampler or load_sampler(cfg, system.policy)
         check_needs(system, cfg, reward)
-        self.system, self.cfg, self.ref_policy, self.here = system, cfg, ref_policy, here or Place()
-        self.free_reward, self.reward = (reward, None) if cfg.method in FREE else (None, reward)
-        if cfg.method in ('vapi', 'mixed') and self.reward is None: self.reward = make_reward(system, cfg)
+        self.system, self.cfg, self.ref_policy = system, cfg, ref_policy
+        self.here = here or Place()
+        self.free_reward, self.reward = ((reward, None) if cfg.method in FREE
+                                         else (None, reward))
+        if cfg.method in ('vapi', 'mixed') and self.reward is None:
+            self.reward = make_reward(system, cfg)
         self.options = {}
-        if cfg.compile and cfg.method in FREE: self.options = speed_options(system.policy, compile=True)
+        if cfg.compile and cfg.method in FREE:
+            self.options = speed_options(system.policy, compile=True)
         if self.sampler: self.options = dict(sampler=self.sampler)
         for _, part in reward_parts(reward):
             if hasattr(part, 'gather'): part.gather = self.here.gather
 
     def __call__(self, batch:Batch,
                  state=None, # of the reward
-                ) -> tuple: # {prefix of its metrics: rollout}, new reward state, metrics
+               ) -> tuple: # {prefix of its metrics: rollout}, new reward state, metrics
         "One step's rollouts"
         if self.cfg.method == 'mixed': return self.both(batch, state)
-        return self.free(batch, state) if self.cfg.method == 'grpo' else self.forced(batch, state)
+        return (self.free(batch, state) if self.cfg.method == 'grpo'
+                else self.forced(batch, state))
 
     def forced(self, batch, state):
         "On the images' tokens; only VA-π's samples are judged"
         r = forced_samples(self.system, self.cfg, batch, self.here)
-        if self.reward is None or self.cfg.method not in ('vapi', 'mixed'): return {'': r}, state, {}
-        r, state, stats = judge(r, self.reward, state, self.system, self.cfg, self.here, self.ref_policy)
+        if self.reward is None or self.cfg.method not in ('vapi', 'mixed'):
+            return {'': r}, state, {}
+        r, state, stats = judge(r, self.reward, state, self.system, self.cfg,
+                                self.here, self.ref_policy)
         return {'': r}, state, stats
 
     def free(self, batch, state):
         "From the conditions"
         r = free_samples(self.system, self.cfg, batch, self.here, **self.options)
-        r, state, stats = judge(r, self.free_reward, state, self.system, self.cfg, self.here, self.ref_policy)
+        r, state, stats = judge(r, self.free_reward, state, self.system,
+                                self.cfg, self.here, self.ref_policy)
         return {'': r.flat()}, state, stats
 
     def both(self, batch, state):
         "Both in one update; the state is that of the free-running rewards"
         forced, _, s1 = self.forced(batch, None)
         free, state, s2 = self.free(batch, state)
-        return {'vapi/': forced[''], **free}, state, {f'vapi/{k}': v for k, v in s1.items()} | s2
+        return {'vapi/': forced[''], **free}, state, {f'vapi/{k}': v for k,
+                                                      v in s1.items()} | s2
 
 # %% ../../nbs/46_steps.ipynb #d3ea0bdd
 def learning_rate(cfg:Config, step:int) -> float:
@@ -211,7 +247,8 @@ def learning_rate(cfg:Config, step:int) -> float:
 # %% ../../nbs/46_steps.ipynb #81fcf09e
 def make_optimizer(params:list, cfg:Config) -> torch.optim.Optimizer:
     "AdamW, or what `cfg.optimizer` names, with weight decay on matrices only"
-    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=cfg.weight_decay),
+    groups = [dict(params=[p for p in params if p.ndim > 1],
+                   weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)]
     known = dict(adamw=torch.optim.AdamW)
     make = known.get(cfg.optimizer) or resolve(cfg.optimizer, 'optimizer')
@@ -232,44 +269,57 @@ def micro_batches(rollouts:dict, k:int, # number of the mini-batch
     "The pieces of a mini-batch that are forwarded one at a time"
     work = []
     for prefix, r in rollouts.items():
-        size, weight = len(r)//n, cfg.free_coef if cfg.method == 'mixed' and not prefix else 1.
+        size, weight = (len(r)//n, cfg.free_coef if cfg.method == 'mixed'
+                        and not prefix else 1.)
         part = r.take(slice(k*size, (k+1)*size))
         for m in _parts(size, cfg.micro_batch_size or size):
             work.append((prefix, weight, (m.stop - m.start)/size, part.take(m)))
     return work
 
 # %% ../../nbs/46_steps.ipynb #33c57eb6
-def backward(acc:Accelerator, objective, work:list) -> dict: # metrics, means over micro-batches
+# metrics, means over micro-batches
+def backward(acc:Accelerator, objective, work:list) -> dict:
     "Gradients of one mini-batch"
     stats = {}
     for i, (prefix, weight, share, part) in enumerate(work):
         with acc.no_sync(objective) if i+1 < len(work) else nullcontext():
             loss, s = objective(part)
             acc.backward(weight*share*loss)
-        for k, v in {'loss': loss.detach(), **s}.items(): stats[prefix + k] = stats.get(prefix + k, 0.) + share*v
+        for k, v in {'loss': loss.detach(), **s}.items():
+            stats[prefix + k] = stats.get(prefix + k, 0.) + share*v
     return stats
 
 def mean_over_processes(acc:Accelerator, stats:dict) -> dict: # of floats
     "Metrics averaged over processes, in one message"
-    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=acc.device) for v in stats.values()])
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=acc.device)
+                          for v in stats.values()])
     return dict(zip(stats, acc.reduce(values, 'mean').tolist()))
 
 # %% ../../nbs/46_steps.ipynb #206be009
 def update(acc:Accelerator, objective, opt,
            rollouts:dict, # of `RollOut`
            cfg:Config,
-           seen:list|None=None, # gets the metrics of an optimiser step right before it moves the weights
+           # gets the metrics of an optimiser step right before it moves the weights
+           seen:list|None=None,
           ) -> dict:
-    "All optimiser steps on one step's rollouts; returns mean metrics over them and over processes"
-    n, seen = contexts(cfg)//(cfg.mini_batch_size or contexts(cfg)), [] if seen is None else seen
+    ("All optimiser steps on one step's rollouts; returns mean metrics over them and "
+     "over processes")
+    n, seen = (contexts(cfg)//(cfg.mini_batch_size or contexts(cfg)),
+               [] if seen is None else seen)
     for k in [*range(n)]*cfg.num_iterations:
-        stats = mean_over_processes(acc, backward(acc, objective, micro_batches(rollouts, k, n, cfg)))
-        bad = [name for name in stats if name.endswith('loss') and not math.isfinite(stats[name])]
+        stats = mean_over_processes(acc,
+                                    backward(acc, objective,
+                                             micro_batches(rollouts, k, n, cfg)))
+        bad = [name for name in stats if name.endswith('loss')
+               and not math.isfinite(stats[name])]
         if bad: raise FloatingPointError(f"{bad[0]} is {stats[bad[0]]}")
-        norm = acc.clip_grad_norm_(objective.parameters(), cfg.max_grad_norm or math.inf)
+        norm = acc.clip_grad_norm_(objective.parameters(), cfg.max_grad_norm
+                                   or math.inf)
         stats['optim/grad_norm'] = float(norm)
-        if not math.isfinite(float(norm)): raise FloatingPointError(f"the gradient's norm is {float(norm)}")
+        if not math.isfinite(float(norm)):
+            raise FloatingPointError(f"the gradient's norm is {float(norm)}")
         seen.append(stats)
         opt.step(); opt.zero_grad()
-    first = {f'{k}_first': v for k, v in seen[0].items() if k.endswith('ratio_deviation')}
+    first = {f'{k}_first': v for k, v in seen[0].items()
+             if k.endswith('ratio_deviation')}
     return {k: sum(s[k] for s in seen)/len(seen) for k in seen[0]} | first
