@@ -145,13 +145,14 @@ def check_chunk_size(chunk_size:int) -> int: # the same
 
 def _rows(name, reward, images, batch, state, chunk_size, straight):
     "Scores of a step, in chunks unless the reward needs all images together"
-    n = max(1, chunk_size//images.shape[1])
-    if getattr(reward, 'together', False) or not chunk_size: n = len(images)
-    out = []
-    for s in (slice(i, i + n) for i in range(0, len(images), n)):
-        r, new = ask_reward(reward, images[s], batch.take(s), state, name)
-        if not straight:
-            check_orientation(reward, images[s], batch.take(s), state, r, name)
+    if images is None: return reward(images, batch, state) # scores made elsewhere
+    whole, out = getattr(reward, 'together', False) or not chunk_size, []
+    n = 0 if whole else max(1, chunk_size//images.shape[1])
+    parts = ([(images, batch)] if whole else
+             [(images[i:i+n], batch.take(slice(i, i+n))) for i in range(0, len(images), n)])
+    for x, b in parts:
+        r, new = ask_reward(reward, x, b, state, name)
+        if not straight: check_orientation(reward, x, b, state, r, name)
         out, state = [*out, r], new
     return torch.cat(out), state
 

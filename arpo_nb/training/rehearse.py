@@ -303,6 +303,9 @@ def rehearse(cfg:Config, # any run
             ) -> Rehearsal:
     ("Run the trainer's own loop at full size on tensors without content, as one of "
      "`cfg.num_processes` processes")
+    if cfg.method in FREE:
+        raise NotImplementedError(f"method={cfg.method!r}: rewards of free-running samples are not rehearsed yet; "
+                                  "`make_plan` estimates such a run")
     one, ledger, checkpoints = (replace(_share(cfg), steps=steps, save_steps=steps,
                                         warmup_steps=0), Ledger(), [])
     system, reward = parts or build(cfg)
