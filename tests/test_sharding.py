@@ -39,7 +39,7 @@ def assert_same(a, b, tolerance=3e-6): # 1.5e-6 was seen: sums over two shards a
             if not k.startswith(TIMES): assert x[k] == pytest.approx(y[k], rel=loose*tolerance, abs=loose*tolerance), k
 
 
-BF16 = pytest.mark.xfail(strict=False, reason='FSDP casts weights once where autocast casts them at each use: a draw flips, and rewards part by 1.7 %')
+BF16 = pytest.mark.xfail(strict=False, reason='in bf16 the mean reward parts by 1.7 % from one process; the cause is not known yet')
 
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=BF16) if 'bf16' in n else n for n in SETTINGS])
