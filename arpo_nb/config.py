@@ -40,7 +40,7 @@ SAMPLING, FREE = ('vapi', 'grpo', 'mixed'), ('grpo', 'mixed')
 class Config:
     ("Everything that defines a run; sizes are per step over all processes unless they"
      " say otherwise")
-    # -- the run --
+    # --- The run
     model: str = 'toy' # name of a record (specs), or your own package.module:function
     method: str = 'vapi' # name in METHODS
     weights: str = 'default' # 'default' (shipped or published), 'random', or a file
@@ -48,11 +48,11 @@ class Config:
     tokenizer_weights: str = 'default'
     # 'default' (shipped with the model), a folder or file, or package.module:function
     data: str = 'default'
-    seed: int = 0
-    num_processes: int = 1
+    seed: int = 0 # with a step's number, the source of all its random numbers
+    num_processes: int = 1 # that share every batch, one GPU each
     mixed_precision: str = 'no' # 'no' or 'bf16'
 
-    # -- sizes --
+    # --- Sizes
     steps: int = 100 # rollouts
     # images (teacher forcing) or prompts (free running) per rollout
     batch_size: int = 128
@@ -70,7 +70,7 @@ class Config:
     decode_batch_size: int = 256 # images decoded and scored at a time, per process
     logps_chunk: int = 4096 # tokens whose [tokens, V] logits exist at a time
 
-    # -- teacher forcing and the reconstruction reward (VA-π) --
+    # --- Teacher forcing and the reconstruction reward (VA-π)
     noise_rate: float = 0. # ξ, chance that a context token is corrupted, in [0, 1]
     # 'others': uniform over the K-1 other codes (Eq. 28); 'all': over all K (released
     # code)
@@ -80,7 +80,7 @@ class Config:
     teacher_forcing: str = 'causal'
     prior_coef: float = .1 # VA-π's β: weight of the cross-entropy on the true tokens
     mse_coef: float = 1. # weight of the mean squared error on [-1, 1]
-    perceptual_coef: float = 1. # λ_p
+    perceptual_coef: float = 1. # λ_p, weight of the perceptual distance
     # trunk of LPIPS: 'vgg', 'alex' (the released Janus code) or 'squeeze'; or
     # package.module:name of a `Perceptual` network. The toy has its own
     perceptual_net: str = 'vgg'
@@ -97,12 +97,14 @@ class Config:
     credit: str = 'image'
     temperature: float = 1. # of the policy, in rollouts and in log-probabilities
 
-    # -- free-running samples and their rewards --
+    # --- Rewards of free-running samples
     # of free-running samples: names of `reward_factory` with weights, as in
     # 'clip+hps+0.5*loo_fid'
     rewards: str = ''
     # divide each by its std over the step before they are added
     normalize_rewards: bool = False
+
+    # --- The moments of LOO-FID
     ema_weight: float = .5 # α of LOO-FID's moments, weight of the new batch
     covariance: str = 'diag' # of LOO-FID: 'diag' or 'full'
     # real images for LOO-FID: 'default' (comes with the model), or a file of moments or
@@ -110,16 +112,20 @@ class Config:
     reference: str = 'default'
     # LOO-FID on that many principal components of the features; 0 for all features
     pca_dim: int = 0
+
+    # --- How free-running samples are drawn
     rollout_cfg_scale: float = 1. # guidance of free-running samples
     # their truncation, 0 for none; log-probabilities are never truncated
     rollout_top_k: int = 0
-    rollout_top_p: float = 1.
+    rollout_top_p: float = 1. # kept share of the probability, 1 for all of it
     # of captions: a T5 encoder's name or folder, 'stored' with the records, or a file
     # or folder of features
     text_features: str = 'google/flan-t5-xl'
     # log-probabilities of the conditional policy ('off', LOO-FID Alg. 1) or of the
     # guided one ('guided')
     logprob_cfg: str = 'off'
+
+    # --- Samples from another engine
     # free-running samples from another engine, 'module.Class' (see engines); '' for
     # the policy itself
     sampler: str = ''
@@ -131,6 +137,8 @@ class Config:
     vllm_importance_sampling_mode: str = 'token_truncate'
     vllm_importance_sampling_clip_min: float|None = None # None for no bound
     vllm_importance_sampling_clip_max: float|None = 3. # None for no bound
+
+    # --- Thresholds, prompts and classes; the mixed method
     # of the brightness and darkness rewards; 0 for the paper's 0.8 and 0.2 (toy: 0.3
     # and 0.15)
     brightness_threshold: float = 0.
@@ -142,7 +150,7 @@ class Config:
     free_generations: int = 0
     free_coef: float = 1. # method mixed: weight of the free-running part
 
-    # -- the policy gradient --
+    # --- Ratio, advantage and loss
     epsilon: float = .2 # clip range of the ratio below 1
     # clip range above 1, None for the same as below; with 'cispo' the largest ratio
     # itself
@@ -167,6 +175,8 @@ class Config:
     # policy term on this share of tokens, those with the highest entropy; still divided
     # by all
     top_entropy_quantile: float = 1.
+
+    # --- The KL to a reference policy
     beta: float = 0. # weight of the KL to the reference policy; > 0 keeps a copy of it
     # multiply each token's KL by its ratio, TRL's default; the papers don't
     use_bias_correction_kl: bool = False
@@ -176,9 +186,9 @@ class Config:
     ref_decay: float = .99 # of that average, per rollout
     ref_offload: bool = False # keep the reference on the CPU between uses
 
+    # --- The entropy bonus
     # weight of the mean entropy of the tokens that count, per nat; the peak, where it
     # is controlled
-    # -- the entropy bonus --
     entropy_coef: float = 0.
     # 'constant', 'schedule', or 'adaptive' (LOO-FID App. C)
     entropy_control: str = 'constant'
@@ -186,28 +196,29 @@ class Config:
     # entropy_margin
     normalized_entropy_target: float = 0.
     entropy_margin: float = .08 # the paper's 0.78 against the pretrained model's 0.70
-    entropy_gain: float = 3. # k
-    entropy_deadband: float = .015 # δ
-    entropy_coef_min: float = 7e-5 # c_min
-    entropy_coef_max: float = 4e-3 # c_max
+    entropy_gain: float = 3. # k, how fast the controller answers
+    entropy_deadband: float = .015 # δ, distance from Ĥ within which it does nothing
+    entropy_coef_min: float = 7e-5 # c_min, the smallest coefficient
+    entropy_coef_max: float = 4e-3 # c_max, the largest
 
-    # -- straight-through --
+    # --- The straight-through baseline
     # forward token of the straight-through baseline: 'argmax' (App. C.1) or 'gumbel'
     # (released code)
     ste_mode: str = 'argmax'
     ste_temperature: float = 1. # of its softmax
 
-    # -- the optimiser --
+    # --- The optimiser
     # 'adamw' (fused on CUDA), or package.module:Class of another
     optimizer: str = 'adamw'
-    learning_rate: float = 1e-6
+    learning_rate: float = 1e-6 # after the warm-up
     lr_scheduler_type: str = 'constant' # 'constant' or 'cosine' (to zero)
-    warmup_steps: int = 0
+    warmup_steps: int = 0 # rollouts over which it rises from 0
     weight_decay: float = 1e-4 # on tensors with two or more axes
-    adam_beta1: float = .9
-    adam_beta2: float = .999
-    max_grad_norm: float = 1.
+    adam_beta1: float = .9 # decay of the mean of gradients
+    adam_beta2: float = .999 # decay of the mean of their squares
+    max_grad_norm: float = 1. # longer gradients are cut to this norm, 0 for no cut
     update_dropout: bool = False # the released code leaves dropout on in the update
+    # compute activations again in the backward pass: less memory, more time
     gradient_checkpointing: bool = False
     save_steps: int = 25 # a checkpoint every so many rollouts
 
@@ -466,7 +477,8 @@ def field_help() -> dict: # group: {field: comment}
     "The comments of the configuration, group by group"
     groups, said = {}, []
     for line in getsource(Config).splitlines():
-        head, found = re.match(r' {4}# -- (.*) --$', line), re.match(r' {4}(\w+): [^#=]+=[^#]*(?:#\s*(.*))?$', line)
+        head = re.match(r' {4}# --- (.*)$', line)
+        found = re.match(r' {4}(\w+): [^#=]+=[^#]*(?:#\s*(.*))?$', line)
         if head: group, said = groups.setdefault(head[1], {}), []
         elif found: group[found[1]], said = ' '.join([*said, found[2] or '']).strip(), []
         elif line.startswith('    # '): said.append(line.strip('# ').strip())

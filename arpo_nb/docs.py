@@ -54,7 +54,7 @@ def field_notes(cls, # a class, or its source
 # %% ../nbs/62_docs.ipynb #911f035c
 def cell_text(text:str, code:bool=False) -> str: # for a cell of a Markdown table
     "Text, or code in backticks, that a pipe or a star cannot break"
-    if code: return f"`{text.replace('|', ' or ')}`" if text else ''
+    if code: return f"`{re.sub(r' *[|] *', ' or ', text)}`" if text else ''
     parts = re.split(r'(`[^`]*`)', text)
     plain = [re.sub(r'([|*<$~^\\])', r'\\\1', p) for p in parts[::2]]
     parts[::2] = plain

@@ -1,4 +1,6 @@
 "The site without quarto: what it would refuse, spoil, cut off, or leave dead; and with it, if it is there."
+import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -173,6 +175,19 @@ def test_what_the_pages_explain_is_shown(name):
     cells = [source(c) for nb in PAGES.values() for c in nb['cells'] if c['cell_type'] == 'code']
     owners = [s for s in cells if EXPORT.search(s) and re.search(rf'^(?:def|class) {name}\b', s, re.M)]
     assert owners and all(EXPORT.search(s)[1] == 'exports' for s in owners)
+
+
+@pytest.mark.parametrize('name', ['config.Config', 'protocols.Rollout', 'protocols.Batch', 'protocols.System', 'protocols.Streams'])
+def test_every_field_has_a_group_and_a_meaning(name):
+    "What is grouped in the source is grouped in the page's tables"
+    from arpo_nb.docs import field_notes, field_table
+    module, _, name = name.rpartition('.')
+    cls = getattr(importlib.import_module(f'arpo_nb.{module}'), name)
+    notes = field_notes(cls)
+    assert [n.name for n in notes] == [f.name for f in dataclasses.fields(cls)]
+    assert not [n.name for n in notes if not n.group or not n.meaning]
+    table = field_table(cls)
+    assert table.count('| field | type |') == len({n.group for n in notes}) and all(f'**{n.group}**' in table for n in notes)
 
 
 # Pages
