@@ -279,7 +279,11 @@ class MultiScaleVQ(nn.Module):
         side = self.image_size
         if (images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side)
                 or not images.is_floating_point()):
-            raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, expected floats in [0, 1] of shape [N, 3, {side}, {side}]; image_io.to_tensor(image_io.center_crop(picture, {side})) gives one. The maps of a scale have fixed sides, so other sizes need other patch_nums")
+            raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, "
+                             f"expected floats in [0, 1] of shape [N, 3, {side}, {side}]; "
+                             f"image_io.to_tensor(image_io.center_crop(picture, {side})) "
+                             "gives one. The maps of a scale have fixed sides, "
+                             "so other sizes need other patch_nums")
         return self.quant_conv(self.encoder(2*images - 1))
 
     def encode(self, images:Tensor) -> Tensor:
