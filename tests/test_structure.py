@@ -117,11 +117,11 @@ def test_only_records_know_names_in_runs(path):
 
 
 def test_every_module_imports_first():
-    "Each module imports when nothing else of the package is loaded; no optional package is needed, nor fastcore (so any version will do)"
+    "Each module imports when nothing else of the package is loaded; no optional package is needed"
     code = (f'import importlib, sys\nfor m in {MODULES!r}:\n'
             '    for name in [n for n in sys.modules if n.startswith("arpo_nb")]: del sys.modules[name]\n'
             '    importlib.import_module("arpo_nb." + m)\n'
-            'bad = {m for m in ("lpips", "open_clip", "hpsv2", "transformers", "nbdev", "fastcore", "torchvision") if m in sys.modules}\n'
+            'bad = {m for m in ("lpips", "open_clip", "hpsv2", "transformers", "nbdev", "torchvision") if m in sys.modules}\n'
             'assert not bad, bad')
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
 

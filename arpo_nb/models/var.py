@@ -7,13 +7,14 @@ __all__ = ['PATCHES_512', 'VARS', 'SPECS', 'VARConfig', 'Cache', 'SelfAttention'
            'Float32Linear', 'VAR', 'randomise', 'generate', 'replay', 'smooth_weights', 'generate_smooth', 'var_config',
            'load_var', 'build_var']
 
-# %% ../../nbs/33_var.ipynb #f578c19a
+# %% ../../nbs/33_var.ipynb #6fbc9c25
 import math
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +26,7 @@ from .multiscale_vq import MultiScaleConfig, MultiScaleQuantizer, MultiScaleVQ, 
 from ..protocols import Streams
 from ..specs import PAPERS, ModelSpec
 
-# %% ../../nbs/33_var.ipynb #047ca54d
+# %% ../../nbs/33_var.ipynb #0ca1d89f
 @dataclass(frozen=True)
 class VARConfig:
     "Shape of a VAR transformer; defaults are VAR-d16 at 256×256"
@@ -43,33 +44,46 @@ class VARConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
+        "Refuse sides and widths that no model can have"
         check_patch_nums(self.patch_nums)
         if self.width % self.heads:
             raise ValueError(f"embed_dim={self.width}, num_heads={self.heads}: "
                              "the width " "must be a multiple of the number of heads")
 
-    @property
-    def width(self): return self.embed_dim or 64*self.depth
+# %% ../../nbs/33_var.ipynb #3369dc74
+@patch(as_prop=True)
+def width(self:VARConfig):
+    "Length of a token's vector, C"
+    return self.embed_dim or 64*self.depth
 
-    @property
-    def heads(self): return self.num_heads or self.depth
+@patch(as_prop=True)
+def heads(self:VARConfig):
+    "Attention heads, H"
+    return self.num_heads or self.depth
 
-# %% ../../nbs/33_var.ipynb #e50e6863
+# %% ../../nbs/33_var.ipynb #4dab26ea
 class Cache:
     "Keys and values of one block, with room for all tokens"
-    def __init__(self, length:int): self.length, self.kv, self.end = length, None, 0
+    def __init__(self, length:int, # tokens it will hold
+                ): self.length, self.kv, self.end = length, None, 0
 
-    def add(self, k:Tensor, v:Tensor) -> tuple:
-        "Append [N, H, n, d] keys and values, and return all so far"
-        if self.kv is None:
-            self.kv = k.new_empty(2, *k.shape[:2], self.length, k.shape[-1])
-        start, self.end = self.end, self.end + k.shape[2]
-        self.kv[0, :, :, start:self.end], self.kv[1, :, :, start:self.end] = k, v
-        return self.kv[0, :, :, :self.end], self.kv[1, :, :, :self.end]
+# %% ../../nbs/33_var.ipynb #594bd48e
+@patch
+def add(self:Cache, k:Tensor, # [N, H, n, d] of n new tokens
+        v:Tensor, # the same of values
+       ) -> tuple: # both, of all tokens so far
+    "Append [N, H, n, d] keys and values, and return all so far"
+    if self.kv is None:
+        self.kv = k.new_empty(2, *k.shape[:2], self.length, k.shape[-1])
+    start, self.end = self.end, self.end + k.shape[2]
+    self.kv[0, :, :, start:self.end], self.kv[1, :, :, start:self.end] = k, v
+    return self.kv[0, :, :, :self.end], self.kv[1, :, :, :self.end]
 
+# %% ../../nbs/33_var.ipynb #71fc0a8b
 class SelfAttention(nn.Module):
     "Multi-head attention with normalised queries and keys"
-    def __init__(self, cfg:VARConfig):
+    def __init__(self, cfg:VARConfig, # width, heads, normalisation
+                ):
         super().__init__()
         c, self.heads = cfg.width, cfg.heads
         self.mat_qkv, self.proj = nn.Linear(c, 3*c, bias=False), nn.Linear(c, c)
@@ -81,82 +95,151 @@ class SelfAttention(nn.Module):
         self.l2, self.scale = (cfg.attn_l2_norm, 1. if cfg.attn_l2_norm
                                else .25/(c//self.heads)**.5)
 
-    def q_scale(self) -> Tensor:
-        "The factor of every head, [1, H, 1, 1]"
-        return self.scale_mul_1H11.clamp(max=math.log(100)).exp()
+# %% ../../nbs/33_var.ipynb #0088f65f
+@patch
+def q_scale(self:SelfAttention) -> Tensor: # [1, H, 1, 1], at most 100
+    "The factor of every head, [1, H, 1, 1]"
+    return self.scale_mul_1H11.clamp(max=math.log(100)).exp()
 
-    def forward(self, x, mask=None, cache=None):
-        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        if self.l2:
-            q, k = ((F.normalize(q, dim=-1)*self.q_scale()).type_as(v),
-                    F.normalize(k, dim=-1).type_as(v))
-        if cache is not None: k, v = cache.add(k, v)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
-                         .transpose(1, 2).flatten(2))
+# %% ../../nbs/33_var.ipynb #c75fdfe0
+@patch
+def forward(self:SelfAttention, x, # [N, n, C]
+            mask=None, # [n, n], True or 0 where a row may look; None for everywhere
+            cache=None, # a `Cache` with earlier tokens, to which these are added
+           ):
+    "Every token looks at those that mask or cache show it"
+    bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+    qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    if self.l2:
+        q, k = ((F.normalize(q, dim=-1)*self.q_scale()).type_as(v),
+                F.normalize(k, dim=-1).type_as(v))
+    if cache is not None: k, v = cache.add(k, v)
+    return self.proj(F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
+                     .transpose(1, 2).flatten(2))
 
-# %% ../../nbs/33_var.ipynb #1689cf99
+# %% ../../nbs/33_var.ipynb #bed8e313
 class MLP(nn.Module):
     "Two linear layers around a tanh-approximated GELU"
-    def __init__(self, c:int, hidden:int):
+    def __init__(self, c:int, # width of a token
+                 hidden:int, # width between the two layers
+                ):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(c, hidden), nn.Linear(hidden, c)
 
-    def forward(self, x): return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
+# %% ../../nbs/33_var.ipynb #0a00e4ca
+@patch
+def forward(self:MLP, x, # [..., C]
+           ):
+    "Token by token"
+    return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
 
-def modulation(c:int, n:int) -> nn.Sequential:
+# %% ../../nbs/33_var.ipynb #a6fc59a9
+def modulation(c:int, # width of condition and vectors
+               n:int, # how many vectors
+              ) -> nn.Sequential:
     "SiLU and a linear layer, from a condition to `n` vectors"
     return nn.Sequential(nn.SiLU(), nn.Linear(c, n*c))
 
 def _norm(x, scale, shift, eps):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
+# %% ../../nbs/33_var.ipynb #49dd6d7d
 class Block(nn.Module):
     "Attention and MLP under adaptive layer norm"
-    def __init__(self, cfg:VARConfig):
+    def __init__(self, cfg:VARConfig, # width, heads, whether blocks share their modulation
+                ):
         super().__init__()
         c, self.eps = cfg.width, cfg.norm_eps
         self.attn, self.ffn = SelfAttention(cfg), MLP(c, round(c*cfg.mlp_ratio))
         if cfg.shared_aln: self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, c)/c**.5)
         else: self.ada_lin = modulation(c, 6)
 
-    def modulate(self, cond:Tensor, shared:Tensor|None) -> tuple:
-        ("The six vectors, each [N, 1, C], from a condition [N, C] or from what all "
-         "blocks share [N, 1, 6, C]")
-        six = (self.ada_lin(cond).view(len(cond), 1, 6, -1) if shared is None
-               else shared + self.ada_gss)
-        return six.unbind(2)
+# %% ../../nbs/33_var.ipynb #218bd2f0
+@patch
+def modulate(self:Block, cond:Tensor, # [N, C] embedded labels
+             shared:Tensor|None, # [N, 1, 6, C] of all blocks, or None
+            ) -> tuple:
+    ("The six vectors, each [N, 1, C], from a condition [N, C] or from what all "
+     "blocks share [N, 1, 6, C]")
+    six = (self.ada_lin(cond).view(len(cond), 1, 6, -1) if shared is None
+           else shared + self.ada_gss)
+    return six.unbind(2)
 
-    def forward(self, x, six, mask=None, cache=None):
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = six
-        x = torch.addcmul(x, gamma1,
-                          self.attn(_norm(x, scale1, shift1, self.eps), mask, cache))
-        return torch.addcmul(x, gamma2, self.ffn(_norm(x, scale2, shift2, self.eps)))
+# %% ../../nbs/33_var.ipynb #45778765
+@patch
+def forward(self:Block, x, # [N, n, C]
+            six, # of `modulate`
+            mask=None, # see `SelfAttention`
+            cache=None, # see `Cache`
+           ):
+    "Attention, then MLP, each modulated, gated and added"
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = six
+    x = torch.addcmul(x, gamma1,
+                      self.attn(_norm(x, scale1, shift1, self.eps), mask, cache))
+    return torch.addcmul(x, gamma2, self.ffn(_norm(x, scale2, shift2, self.eps)))
 
+# %% ../../nbs/33_var.ipynb #26c0aeba
 class OutputNorm(nn.Module):
     "Adaptive layer norm before the head: (scale, shift) from the condition"
-    def __init__(self, cfg:VARConfig):
+    def __init__(self, cfg:VARConfig, # width and epsilon
+                ):
         super().__init__()
         self.ada_lin, self.eps = modulation(cfg.width, 2), cfg.norm_eps
 
-    def modulate(self, cond): return self.ada_lin(cond)[:, None].chunk(2, -1)
-    def forward(self, x, two): return _norm(x, *two, self.eps)
+# %% ../../nbs/33_var.ipynb #a3ab6ab0
+@patch
+def modulate(self:OutputNorm, cond, # [N, C] embedded labels
+            ): # scale and shift, [N, 1, C] each
+    "Two vectors for each image"
+    return self.ada_lin(cond)[:, None].chunk(2, -1)
 
+@patch
+def forward(self:OutputNorm, x, # [N, n, C]
+            two, # of `modulate`
+           ):
+    "What the head gets to see"
+    return _norm(x, *two, self.eps)
+
+# %% ../../nbs/33_var.ipynb #b59fc3f6
 class Float32Linear(nn.Linear):
     "A linear layer whose result is in float32"
-    def forward(self, x): return super().forward(x).float()
+    def forward(self, x, # [..., C] in any precision
+               ):
+        "Logits in float32"
+        return super().forward(x).float()
 
-# %% ../../nbs/33_var.ipynb #c7b1f34e
+# %% ../../nbs/33_var.ipynb #5649f001
 # meta has no autocast
 def _exact(device):
     return torch.autocast('cpu' if device.type == 'meta' else device.type,
                           enabled=False)
 
+# %% ../../nbs/33_var.ipynb #e3624edf
+def _check_quantizer(cfg, quantizer):
+    "The transformer and the tokenizer must agree"
+    want = dict(patch_nums=tuple(cfg.patch_nums), vocab_size=cfg.vocab_size,
+                z_channels=cfg.z_channels)
+    got = dict(patch_nums=tuple(quantizer.patch_nums),
+               vocab_size=quantizer.embedding.num_embeddings,
+               z_channels=quantizer.embedding.embedding_dim)
+    if bad := [k for k in want if want[k] != got[k]]:
+        scales = ('' if len(want['patch_nums']) == len(got['patch_nums'])
+                  else f" (that is {len(got['patch_nums'])} scales instead "
+                  f"of {len(want['patch_nums'])})")
+        raise ValueError("quantizer: made for another model, "
+                         + ', '.join(f"{k}={got[k]}, expected {want[k]}" for k in bad)
+                         + scales
+                         + "; build the tokenizer with the transformer's patch_nums")
+
+# %% ../../nbs/33_var.ipynb #4c724bb1
 class VAR(nn.Module):
     "VAR's transformer behind the `Policy` protocol; parameter names are the official ones"
     has_sampler_logps = True # `generate` can return them
-    def __init__(self, cfg:VARConfig, quantizer:MultiScaleQuantizer):
+    def __init__(self, cfg:VARConfig, # its shape
+                 # of the tokenizer; borrowed, neither trained nor saved
+                 quantizer:MultiScaleQuantizer,
+                ):
         super().__init__()
         self.cfg, self.sizes = cfg, scale_sizes(cfg.patch_nums)
         self.vocab_size, c = cfg.vocab_size, cfg.width
@@ -180,149 +263,40 @@ class VAR(nn.Module):
         self.gradient_checkpointing = False
         self.init_weights()
 
-    def _apply(self, fn, *args, **kwargs):
-        "Take the quantiser along to another device, but keep it in float32"
-        super()._apply(fn, *args, **kwargs)
-        if not (self.pos_start.is_meta or self.quantizer.embedding.weight.is_meta):
-            self.quantizer.to(self.pos_start.device)
-        return self
+# %% ../../nbs/33_var.ipynb #bf6fc864
+@patch
+def _apply(self:VAR, fn, *args, **kwargs):
+    "Take the quantiser along to another device, but keep it in float32"
+    super(VAR, self)._apply(fn, *args, **kwargs)
+    if not (self.pos_start.is_meta or self.quantizer.embedding.weight.is_meta):
+        self.quantizer.to(self.pos_start.device)
+    return self
 
-    def modulations(self, cond:Tensor) -> tuple:
-        "From embedded labels [N, C]: six vectors for every block, two for the output norm"
-        shared = (self.shared_ada_lin(cond).view(len(cond), 1, 6, -1)
-                  if self.cfg.shared_aln else None)
-        return [b.modulate(cond, shared)
-                for b in self.blocks], self.head_nm.modulate(cond)
-
-    def positions(self) -> Tensor:
-        "Position plus level embedding, [1, T, C]"
-        return self.pos_1LC + self.lvl_embed(self.lvl_1L)
-
-    @torch.no_grad()
-    def seen(self, context:Tensor) -> Tensor:
-        "Tokens [N, T] to what scales 2, 3, ... see, [N, T - T_1, z]"
-        with _exact(context.device):
-            return self.quantizer.inputs(context).to(self.word_embed.weight.dtype)
-
-    def embed(self, context:Tensor, cond:Tensor) -> Tensor:
-        "Tokens [N, T] and embedded labels [N, C] to the input of the first block, [N, T, C]"
-        return (torch.cat([cond[:, None] + self.pos_start,
-                           self.word_embed(self.seen(context))], 1) + self.positions())
-
-    def hidden(self, context:Tensor, cond:Tensor) -> Tensor:
-        ("[N, T] context tokens and [N] class ids to [N, T, C]; the states of a scale "
-         "have seen the label and earlier scales")
-        self.check_cond(cond, null=True)
-        if context.shape != (len(cond), self.num_tokens):
-            raise ValueError(f"context: shape {list(context.shape)}, "
-                             f"expected [{len(cond)}, "
-                             f"{self.num_tokens}], the maps of sides "
-                             f"{self.cfg.patch_nums} one "
-                             "after the other; was it made by a tokenizer "
-                             "at another resolution?")
-        _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
-        cond, mask = self.class_emb(cond), self.attn_bias_for_masking == 0
-        sixes, two = self.modulations(cond)
-        x = self.embed(context, cond)
-        for block, six in zip(self.blocks, sixes):
-            x = (checkpoint(block, x, six, mask, use_reentrant=False)
-                 if self.gradient_checkpointing and torch.is_grad_enabled()
-                 else block(x, six, mask))
-        return self.head_nm(x, two)
-
-    def forward(self, context:Tensor, cond:Tensor) -> Tensor:
-        "Teacher-forced logits [N, T, V]"
-        return self.head(self.hidden(context, cond))
-
-    def null_cond(self, cond:Tensor) -> Tensor:
-        "The null class for every row"
-        return torch.full_like(cond, self.cfg.num_classes)
-
-    def shard_units(self) -> list:
-        ("Modules whose parameters are used within their own forward alone; the blocks"
-         " are asked for their modulations before they run")
-        return [m for b in self.blocks for m in b.children()]
-
-    def guidance(self, cfg_scale:float) -> Tensor: # [T]
-        ("The guidance scale at every token: it rises from 1 at the first scale to "
-         "`cfg_scale` at the last")
-        return 1 + (cfg_scale - 1)*scale_index(self.sizes)/max(len(self.sizes) - 1, 1)
-
-    def check_cond(self, cond, null:bool=False):
-        "Refuse what is not a batch of class ids"
-        n = self.cfg.num_classes
-        if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
-            raise ValueError("cond: expected class ids, a [N] tensor of "
-                             f"integers, got {_what(cond)}")
-        _check_ids('cond', cond, n + null,
-                   f"num_classes={n}" + (f", null class {n}" if null
-                                         else "; the null class is for guidance alone"))
-
-    @torch.no_grad()
-    def decode(self,
-               cond:Tensor, # [N] class ids, the null class allowed
-               # scale k and its logits [N, n, V] to the codes [N, n, z] that are fed
-               # back
-               choose,
-               # guidance at the last scale; 1 or less runs no unconditional half
-               cfg_scale:float=1.,
-              ) -> Tensor: # [N, z, h, w], the latents of the picture
-        "Scale by scale through a key/value cache"
-        guided, f_hat, last = cfg_scale > 1, 0., len(self.sizes) - 1
-        cond = self.class_emb(torch.cat([cond, self.null_cond(cond)]) if guided
-                              else cond)
-        (sixes, two), caches = (self.modulations(cond),
-                                [Cache(self.num_tokens) for _ in self.blocks])
-        x = cond[:, None] + self.pos_start
-        for k, place in enumerate(self.positions().split(self.sizes, 1)):
-            x = x + place
-            for block, six, cache in zip(self.blocks, sixes, caches):
-                x = block(x, six, cache=cache)
-            logits = self.head(self.head_nm(x, two))
-            if guided:
-                logits = guide(*logits.chunk(2), 1 + (cfg_scale - 1)*k/max(last, 1))
-            with _exact(x.device):
-                f_hat, seen = self.quantizer.step(k, f_hat, choose(k, logits))
-            if k < last:
-                x = (self.word_embed(seen.to(self.word_embed.weight.dtype))
-                     .repeat(1 + guided, 1, 1))
-        return f_hat
-
-    @torch.no_grad()
-    def init_weights(self, gamma:float=1e-3, head:float=.02):
-        ("VAR's initialisation: small gates and a small head, so a fresh model is "
-         "almost the identity with flat logits")
-        c, depth = self.cfg.width, self.cfg.depth
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(m.weight, std=(3*c)**-.5)
-            if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
-        for p in (self.pos_start, self.pos_1LC): nn.init.normal_(p, std=(3*c)**-.5)
-        for b in self.blocks:
-            b.attn.proj.weight.div_((2*depth)**.5), b.ffn.fc2.weight.div_((2*depth)**.5)
-            rows = (b.ada_gss.view(6, c) if self.cfg.shared_aln
-                    else b.ada_lin[1].weight.view(6, c, c))
-            rows[:2].mul_(gamma), rows[2:].mul_(.5)
-        self.head.weight.mul_(head), self.head_nm.ada_lin[1].weight.mul_(.5)
-
-def _check_quantizer(cfg, quantizer):
-    "The transformer and the tokenizer must agree"
-    want = dict(patch_nums=tuple(cfg.patch_nums), vocab_size=cfg.vocab_size,
-                z_channels=cfg.z_channels)
-    got = dict(patch_nums=tuple(quantizer.patch_nums),
-               vocab_size=quantizer.embedding.num_embeddings,
-               z_channels=quantizer.embedding.embedding_dim)
-    if bad := [k for k in want if want[k] != got[k]]:
-        scales = ('' if len(want['patch_nums']) == len(got['patch_nums'])
-                  else f" (that is {len(got['patch_nums'])} scales instead "
-                  f"of {len(want['patch_nums'])})")
-        raise ValueError("quantizer: made for another model, "
-                         + ', '.join(f"{k}={got[k]}, expected {want[k]}" for k in bad)
-                         + scales
-                         + "; build the tokenizer with the transformer's patch_nums")
-
+# %% ../../nbs/33_var.ipynb #590e395c
+@patch
 @torch.no_grad()
-def randomise(policy:VAR) -> VAR: # the same
+def init_weights(self:VAR, gamma:float=1e-3, # factor of the gates
+                 head:float=.02, # factor of the head
+                ):
+    ("VAR's initialisation: small gates and a small head, so a fresh model is "
+     "almost the identity with flat logits")
+    c, depth = self.cfg.width, self.cfg.depth
+    for m in self.modules():
+        if isinstance(m, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(m.weight, std=(3*c)**-.5)
+        if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
+    for p in (self.pos_start, self.pos_1LC): nn.init.normal_(p, std=(3*c)**-.5)
+    for b in self.blocks:
+        b.attn.proj.weight.div_((2*depth)**.5), b.ffn.fc2.weight.div_((2*depth)**.5)
+        rows = (b.ada_gss.view(6, c) if self.cfg.shared_aln
+                else b.ada_lin[1].weight.view(6, c, c))
+        rows[:2].mul_(gamma), rows[2:].mul_(.5)
+    self.head.weight.mul_(head), self.head_nm.ada_lin[1].weight.mul_(.5)
+
+# %% ../../nbs/33_var.ipynb #34617258
+@torch.no_grad()
+def randomise(policy:VAR, # changed in place
+             ) -> VAR: # the same
     ("Draw all weights at a scale where every part of the model matters, for tests, "
      "rehearsals and benchmarks")
     for name, p in policy.named_parameters():
@@ -331,19 +305,151 @@ def randomise(policy:VAR) -> VAR: # the same
                             and 'emb.' not in name else 1.)
     return policy
 
-# %% ../../nbs/33_var.ipynb #cb3d437b
+# %% ../../nbs/33_var.ipynb #6ed62887
+@patch
+def check_cond(self:VAR, cond, # what should be [N] class ids
+               null:bool=False, # whether the null class is allowed
+              ):
+    "Refuse what is not a batch of class ids"
+    n = self.cfg.num_classes
+    if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
+        raise ValueError("cond: expected class ids, a [N] tensor of "
+                         f"integers, got {_what(cond)}")
+    _check_ids('cond', cond, n + null,
+               f"num_classes={n}" + (f", null class {n}" if null
+                                     else "; the null class is for guidance alone"))
+
+@patch
+def null_cond(self:VAR, cond:Tensor, # [N] class ids
+             ) -> Tensor:
+    "The null class for every row"
+    return torch.full_like(cond, self.cfg.num_classes)
+
+# %% ../../nbs/33_var.ipynb #a6b9195c
+@patch
+def modulations(self:VAR, cond:Tensor, # [N, C] embedded labels
+               ) -> tuple: # six [N, 1, C] for every block, and two for the output
+    "From embedded labels [N, C]: six vectors for every block, two for the output norm"
+    shared = (self.shared_ada_lin(cond).view(len(cond), 1, 6, -1)
+              if self.cfg.shared_aln else None)
+    return [b.modulate(cond, shared)
+            for b in self.blocks], self.head_nm.modulate(cond)
+
+# %% ../../nbs/33_var.ipynb #84d244f3
+@patch
+def positions(self:VAR) -> Tensor:
+    "Position plus level embedding, [1, T, C]"
+    return self.pos_1LC + self.lvl_embed(self.lvl_1L)
+
+@patch
 @torch.no_grad()
-def generate(policy:VAR,
+def seen(self:VAR, context:Tensor, # [N, T] codes
+        ) -> Tensor:
+    "Tokens [N, T] to what scales 2, 3, ... see, [N, T - T_1, z]"
+    with _exact(context.device):
+        return self.quantizer.inputs(context).to(self.word_embed.weight.dtype)
+
+# %% ../../nbs/33_var.ipynb #603b7de3
+@patch
+def embed(self:VAR, context:Tensor, # [N, T] codes
+          cond:Tensor, # [N, C] embedded labels
+         ) -> Tensor:
+    "Tokens [N, T] and embedded labels [N, C] to the input of the first block, [N, T, C]"
+    return (torch.cat([cond[:, None] + self.pos_start,
+                       self.word_embed(self.seen(context))], 1) + self.positions())
+
+# %% ../../nbs/33_var.ipynb #166b0bad
+@patch
+def hidden(self:VAR, context:Tensor, # [N, T] codes, given or drawn
+           cond:Tensor, # [N] class ids, the null class allowed
+          ) -> Tensor: # [N, T, C]
+    ("[N, T] context tokens and [N] class ids to [N, T, C]; the states of a scale "
+     "have seen the label and earlier scales")
+    self.check_cond(cond, null=True)
+    if context.shape != (len(cond), self.num_tokens):
+        raise ValueError(f"context: shape {list(context.shape)}, expected "
+                         f"[{len(cond)}, {self.num_tokens}], the maps of sides "
+                         f"{self.cfg.patch_nums} one after the other; "
+                         "was it made by a tokenizer at another resolution?")
+    _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
+    cond, mask = self.class_emb(cond), self.attn_bias_for_masking == 0
+    sixes, two = self.modulations(cond)
+    x = self.embed(context, cond)
+    for block, six in zip(self.blocks, sixes):
+        x = (checkpoint(block, x, six, mask, use_reentrant=False)
+             if self.gradient_checkpointing and torch.is_grad_enabled()
+             else block(x, six, mask))
+    return self.head_nm(x, two)
+
+# %% ../../nbs/33_var.ipynb #2ac10454
+@patch
+def forward(self:VAR, context:Tensor, # [N, T] codes
+            cond:Tensor, # [N] class ids
+           ) -> Tensor: # [N, T, V]
+    "Teacher-forced logits [N, T, V]"
+    return self.head(self.hidden(context, cond))
+
+# %% ../../nbs/33_var.ipynb #1a248c62
+@patch
+def shard_units(self:VAR) -> list:
+    ("Modules whose parameters are used within their own forward alone; the blocks"
+     " are asked for their modulations before they run")
+    return [m for b in self.blocks for m in b.children()]
+
+# %% ../../nbs/33_var.ipynb #219047ff
+@patch
+def guidance(self:VAR, # [T]
+             cfg_scale:float, # at the last scale, 1 for none
+            ) -> Tensor: # [T]
+    ("The guidance scale at every token: it rises from 1 at the first scale to "
+     "`cfg_scale` at the last")
+    return 1 + (cfg_scale - 1)*scale_index(self.sizes)/max(len(self.sizes) - 1, 1)
+
+# %% ../../nbs/33_var.ipynb #643633b6
+@patch
+@torch.no_grad()
+def decode(self:VAR, cond:Tensor, # [N] class ids, the null class allowed
+           # scale k and its logits [N, n, V] to the codes [N, n, z] that are fed back
+           choose,
+           # guidance at the last scale; 1 or less runs no unconditional half
+           cfg_scale:float=1.,
+          ) -> Tensor: # [N, z, h, w], the latents of the picture
+    "Scale by scale through a key/value cache"
+    guided, f_hat, last = cfg_scale > 1, 0., len(self.sizes) - 1
+    cond = self.class_emb(torch.cat([cond, self.null_cond(cond)]) if guided
+                          else cond)
+    (sixes, two), caches = (self.modulations(cond),
+                            [Cache(self.num_tokens) for _ in self.blocks])
+    x = cond[:, None] + self.pos_start
+    for k, place in enumerate(self.positions().split(self.sizes, 1)):
+        x = x + place
+        for block, six, cache in zip(self.blocks, sixes, caches):
+            x = block(x, six, cache=cache)
+        logits = self.head(self.head_nm(x, two))
+        if guided:
+            logits = guide(*logits.chunk(2), 1 + (cfg_scale - 1)*k/max(last, 1))
+        with _exact(x.device):
+            f_hat, seen = self.quantizer.step(k, f_hat, choose(k, logits))
+        if k < last:
+            x = (self.word_embed(seen.to(self.word_embed.weight.dtype))
+                 .repeat(1 + guided, 1, 1))
+    return f_hat
+
+# %% ../../nbs/33_var.ipynb #57ab62bc
+@torch.no_grad()
+def generate(policy:VAR, # whose tokens are drawn
              cond:Tensor, # [N] class ids
              streams:Streams, # one random stream per sample
-             *, temperature:float=1., top_k:int=0, top_p:float=1.,
+             *, temperature:float=1., # of the softmax, 0 for the likeliest codes
+             top_k:int=0, # likeliest codes kept, 0 for all
+             top_p:float=1., # mass of the likeliest codes kept, in (0, 1]
              # guidance at the last scale, 1 + VAR's cfg; 1 or less runs the conditional
              # model alone
              cfg_scale:float=1.,
              greedy:bool=False, # most probable tokens, no randomness
              # also log π of the drawn tokens as the sampler saw it, without truncation
              return_logps:bool=False,
-      ) -> Tensor: # [N, T] int64; with `return_logps` a pair, the second [N, T] in nats
+            ) -> Tensor: # [N, T] int64; with `return_logps` a pair, the second [N, T] in nats
     "Draw token maps free-running, a scale at a time"
     policy.check_cond(cond)
     if len(cond) != len(streams):
@@ -363,11 +469,11 @@ def generate(policy:VAR,
     policy.decode(cond, choose, cfg_scale)
     return ((torch.cat(tokens, 1), torch.cat(logps, 1)) if return_logps
             else torch.cat(tokens, 1))
-
 VAR.generate = generate
 
+# %% ../../nbs/33_var.ipynb #bb0caf59
 @torch.no_grad()
-def replay(policy:VAR,
+def replay(policy:VAR, # that is replayed
            tokens:Tensor, # [N, T] that the model is made to emit
            cond:Tensor, # [N] class ids
            cfg_scale:float=1., # see `generate`
@@ -389,12 +495,17 @@ def smooth_weights(logits:Tensor, # [..., V] filtered
     tau = max(.27*(1 - .95*progress), .005)
     return ((logits*(1 + progress) - noise.log())/tau).softmax(-1)
 
-# %% ../../nbs/33_var.ipynb #dee43df7
+# %% ../../nbs/33_var.ipynb #6ff3d902
 @torch.no_grad()
 # latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
-def generate_smooth(policy:VAR, cond:Tensor, streams:Streams, *, temperature:float=1.,
-                    top_k:int=0, top_p:float=1., cfg_scale:float=1.,
-                   ) -> Tensor:
+def generate_smooth(policy:VAR, # whose pictures are drawn
+                    cond:Tensor, # [N] class ids
+                    streams:Streams, # one random stream per sample
+                    *, temperature:float=1., # see `generate`
+                    top_k:int=0, # see `generate`
+                    top_p:float=1., # see `generate`
+                    cfg_scale:float=1., # see `generate`
+                   ) -> Tensor: # latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
     "Smooth pictures: latents instead of tokens; arguments as in `generate`"
     policy.check_cond(cond)
     noise = -streams.bulk_uniform(policy.num_tokens, policy.vocab_size,
@@ -405,12 +516,14 @@ def generate_smooth(policy:VAR, cond:Tensor, streams:Streams, *, temperature:flo
                               noise[k], k/max(len(policy.sizes) - 1, 1)) @ codes
     return policy.decode(cond, choose, cfg_scale)
 
-# %% ../../nbs/33_var.ipynb #c0470ec4
+# %% ../../nbs/33_var.ipynb #6b5a4988
 PATCHES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
 VARS = dict(var_d16=dict(depth=16), var_d20=dict(depth=20), var_d24=dict(depth=24),
             var_d30=dict(depth=30),
             var_d36=dict(depth=36, shared_aln=True, patch_nums=PATCHES_512))
 
+# %% ../../nbs/33_var.ipynb #63324933
 def var_config(model:str, # key of `VARS`
                **kwargs, # overrides
               ) -> VARConfig:
@@ -419,7 +532,7 @@ def var_config(model:str, # key of `VARS`
         raise ValueError(f"model={model!r}: choose one of {', '.join(VARS)}")
     return VARConfig(**{**VARS[model], **kwargs})
 
-# %% ../../nbs/33_var.ipynb #fc8d60f4
+# %% ../../nbs/33_var.ipynb #6ada9af6
 def load_var(policy:VAR, # filled in place
              path, # published file, or a checkpoint of VAR's training script
             ) -> VAR: # the same
@@ -437,11 +550,13 @@ def load_var(policy:VAR, # filled in place
                          "the old model with VARConfig(attn_l2_norm=False)")
     return load_strict(policy, state, path)
 
+# %% ../../nbs/33_var.ipynb #c1d57522
 def build_var(model:str, # key of `VARS`
               weights=None, # None for the published file, 'random', or a local file
               # the same for the tokenizer; 'random' follows `weights`
               tokenizer_weights=None,
-              cache_dir=None, offline:bool|None=None, # see `locate`
+              cache_dir=None, # see `locate`
+              offline:bool|None=None, # see `locate`
              ) -> tuple: # policy, tokenizer; both on the CPU in float32 and eval mode
     "A VAR transformer and its tokenizer, with their weights"
     cfg, random = var_config(model), weights == 'random'
