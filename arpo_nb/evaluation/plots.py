@@ -21,7 +21,8 @@ def show_images(images:Tensor, # [N, 3, H, W] in [0, 1]
     n, c, h, w = images.shape
     cols = -(-n//rows)
     grid = np.ones((rows*(h+1)-1, cols*(w+1)-1, 3))
-    for i, im in enumerate(images.detach().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()):
+    for i, im in enumerate(
+            images.detach().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()):
         y, x = (i//cols)*(h+1), (i%cols)*(w+1)
         grid[y:y+h, x:x+w] = im
     if ax is None:
