@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MINIATURES', 'SIZES', 'TEMPERATURES', 'LOGGED', 'VAPI_CLAIMS', 'OUR_CONTROLS', 'LOOFID_CLAIMS', 'VAR_CLAIMS',
-           'CLAIMS', 'COLUMNS', 'Miniature', 'miniature_config', 'best_temperature', 'var_shares', 'run_miniature',
-           'result_path', 'load_results', 'run_apart', 'run_missing', 'Claim', 'value', 'read_rule', 'arms_of', 'judge',
-           'spread', 'measured', 'ledger', 'seed_table', 'results_folder', 'chosen_arms', 'main']
+           'CLAIMS', 'COLUMNS', 'Miniature', 'miniature_config', 'best_temperature', 'var_shares', 'first_and_last',
+           'run_miniature', 'result_path', 'load_results', 'run_apart', 'run_missing', 'Claim', 'value', 'read_rule',
+           'arms_of', 'judge', 'spread', 'measured', 'ledger', 'seed_table', 'results_folder', 'chosen_arms', 'main']
 
 # %% ../../nbs/62_claims.ipynb #b4d36af7
 import argparse
@@ -48,22 +48,29 @@ def _toy(method, sweep=False, **changes): return Miniature('toy', method, change
 def _var(**changes): return Miniature('toy_var', 'var_grpo', changes, shares=True)
 
 MINIATURES = { # the toy: teacher forcing
-    'base': _toy(None, sweep=True), 'vapi': _toy('vapi', sweep=True), 'mle': _toy('mle'), 'mle_slow': _toy('mle', learning_rate=1e-4),
-    'mle_noise': _toy('mle', noise_rate=.5), 'ste': _toy('ste'), 'tokenizer': _toy('tokenizer', num_generations=1),
-    'no_prior': _toy('vapi', prior_coef=0.), 'perceptual_only': _toy('vapi', prior_coef=0., mse_coef=0.), 'kl': _toy('vapi', prior_coef=0., beta=.1),
-    'ce_1': _toy('vapi', prior_coef=1.), 'noise_50': _toy('vapi', noise_rate=.5), 'noise_95': _toy('vapi', noise_rate=.95),
+    'base': _toy(None, sweep=True), 'vapi': _toy('vapi', sweep=True),
+    'mle': _toy('mle'), 'mle_slow': _toy('mle', learning_rate=1e-4), 'mle_noise': _toy('mle', noise_rate=.5),
+    'ste': _toy('ste'), 'tokenizer': _toy('tokenizer', num_generations=1),
+    'no_prior': _toy('vapi', prior_coef=0.), 'perceptual_only': _toy('vapi', prior_coef=0., mse_coef=0.),
+    'kl': _toy('vapi', prior_coef=0., beta=.1), 'ce_1': _toy('vapi', prior_coef=1.),
+    'noise_50': _toy('vapi', noise_rate=.5), 'noise_95': _toy('vapi', noise_rate=.95),
     'clamped': _toy('vapi', clamp_reward=True), 'token_credit': _toy('vapi', credit='token')}
 MINIATURES |= { # the toy: free running
-    'instance_only': _toy('loofid', rewards='class_score'), 'fid_only_kl': _toy('loofid', rewards='loo_fid', beta=3.), 'fid_only': _toy('loofid', rewards='loo_fid'), 'both': _toy('loofid'),
-    'raw_sum': _toy('loofid', normalize_rewards=False), 'raw_sum_kl': _toy('loofid', normalize_rewards=False, beta=3.),
-    'both_kl': _toy('loofid', beta=3.), 'full_cov': _toy('loofid', covariance='full'),
-    'entropy': _toy('loofid', entropy_coef=2.2e-3), 'vapi_loofid': _toy('vapi_loofid')}
+    'instance_only': _toy('loofid', rewards='class_score'),
+    'fid_only': _toy('loofid', rewards='loo_fid'), 'fid_only_kl': _toy('loofid', rewards='loo_fid', beta=3.),
+    'both': _toy('loofid'), 'both_kl': _toy('loofid', beta=3.),
+    'raw_sum': _toy('loofid', normalize_rewards=False),
+    'raw_sum_kl': _toy('loofid', normalize_rewards=False, beta=3.),
+    'full_cov': _toy('loofid', covariance='full'), 'entropy': _toy('loofid', entropy_coef=2.2e-3),
+    'vapi_loofid': _toy('vapi_loofid')}
 MINIATURES |= { # the toy VAR
-    'var_base': Miniature('toy_var', shares=True), 'bright': _var(), 'dark': _var(rewards='darkness'), 'bright_half': _var(class_split=.5),
-    'bright_kl_0': _var(beta=0.), 'bright_kl_1': _var(beta=1.), 'class_score': _var(rewards='class_score'),
-    'class_half': _var(rewards='class_score', class_split=.5), 'groups_2': _var(batch_size=80, num_generations=2), 'groups_4': _var(batch_size=40, num_generations=4)}
+    'var_base': Miniature('toy_var', shares=True), 'bright': _var(), 'dark': _var(rewards='darkness'),
+    'bright_half': _var(class_split=.5), 'bright_kl_0': _var(beta=0.), 'bright_kl_1': _var(beta=1.),
+    'class_score': _var(rewards='class_score'), 'class_half': _var(rewards='class_score', class_split=.5),
+    'groups_2': _var(batch_size=80, num_generations=2), 'groups_4': _var(batch_size=40, num_generations=4)}
 
-SIZES = dict(reduced=dict(steps=.5, images=2048), full=dict(steps=1., images=4096)) # share of the preset's steps, images per measurement
+# share of the preset's steps by model, and images per measurement
+SIZES = dict(reduced=dict(toy=1/3, toy_var=1/2, images=2048), full=dict(toy=1., toy_var=1., images=4096))
 
 # %% ../../nbs/62_claims.ipynb #a770b9ae
 def miniature_config(name:str, # in MINIATURES
@@ -75,7 +82,7 @@ def miniature_config(name:str, # in MINIATURES
     m = MINIATURES[name]
     if m.method is None: return None
     cfg = preset(m.model, m.method)
-    return replace(cfg, seed=seed, steps=max(1, round(SIZES[size]['steps']*cfg.steps)), **m.changes)
+    return replace(cfg, seed=seed, steps=max(1, round(SIZES[size][m.model]*cfg.steps)), **m.changes)
 
 # %% ../../nbs/62_claims.ipynb #81a3df12
 TEMPERATURES = 1., .95, .9, .85, .8, .75
@@ -100,26 +107,37 @@ def var_shares(policy, tokenizer, net, seed:int, n:int=500, # images
 # %% ../../nbs/62_claims.ipynb #f9afc3ec
 LOGGED = 'reward/mean', 'policy/entropy', 'reward/loo_fid/ema_fid'
 
+def first_and_last(rows:list, # metrics of the steps
+                   n:int=5, # steps that are averaged at either end
+                  ) -> dict: # '<name>_first' and '<name>_last' of what `LOGGED` names
+    "How training began and how it ended"
+    mean = lambda name, part: sum(r[name] for r in part)/len(part)
+    ends = ('first', rows[:n]), ('last', rows[-n:])
+    return {f'{name}_{when}': mean(name, part) for name in LOGGED if name in rows[0] for when, part in ends}
+
 def run_miniature(name:str, # in MINIATURES
                   seed:int=0, size:str='reduced', # in SIZES
                  ) -> dict: # metrics and everything that is needed to repeat them
     "Train one arm on one seed and measure it"
-    started, m, cfg, n = time.time(), MINIATURES[name], miniature_config(name, seed, size), SIZES[size]['images']
-    system, metric_net, rows = load_system(m.model), load_metric_net(m.model), []
+    started, cpu, m, cfg = time.time(), time.process_time(), MINIATURES[name], miniature_config(name, seed, size)
+    system, metric_net, n, rows = load_system(m.model), load_metric_net(m.model), SIZES[size]['images'], []
     if cfg is not None:
         with tempfile.TemporaryDirectory() as folder:
             rows = run(cfg, folder, progress=False)
-            load_weights(system.tokenizer if cfg.method == 'tokenizer' else system.policy, find_checkpoint(folder))
-    measure = lambda seed_, n, **kw: evaluate(system.policy, system.tokenizer, metric_net, 10, n=n, seed=seed_, progress=False, **kw)
+            trained = system.tokenizer if cfg.method == 'tokenizer' else system.policy
+            load_weights(trained, find_checkpoint(folder))
+    def measure(seed, n, **kw):
+        return evaluate(system.policy, system.tokenizer, metric_net, 10, n=n, seed=seed, progress=False, **kw)
     out = dict(metrics=measure(1000 + seed, n))
     if m.sweep:
         best = best_temperature(lambda t: measure(2000 + seed, n//2, temperature=t))
         out['sharp'] = dict(temperature=best, **measure(1000 + seed, n, temperature=best))
     if m.shares: out['shares'] = var_shares(system.policy, system.tokenizer, metric_net.net, seed)
-    if rows: out['training'] = {f'{k}_{when}': sum(r[k] for r in part)/len(part) for k in LOGGED if k in rows[0]
-                                for when, part in (('first', rows[:5]), ('last', rows[-5:]))}
+    if rows: out['training'] = first_and_last(rows)
+    took = dict(wall_s=round(time.time() - started, 1), cpu_s=round(time.process_time() - cpu, 1))
     command = f'python -m arpo_nb.training.claims --only {name} --seeds {seed}:{seed+1} --size {size}'
-    return dict(miniature=name, seed=seed, size=size, **out, command=command, config=asdict(cfg) if cfg else None, wall_s=round(time.time() - started, 1), **provenance())
+    config = asdict(cfg) if cfg else None
+    return dict(miniature=name, seed=seed, size=size, **out, command=command, config=config, **took, **provenance())
 
 # %% ../../nbs/62_claims.ipynb #befa3f93
 def result_path(folder, name:str, seed:int, size:str) -> Path:
@@ -140,7 +158,8 @@ def load_results(folder:str|Path, size:str='reduced') -> dict: # arm → {seed: 
 def run_apart(name:str, seed:int, size:str) -> dict: # as `run_miniature`
     "An arm in a process of its own, with one thread"
     with tempfile.TemporaryDirectory() as d:
-        cmd = [sys.executable, '-W', 'ignore', '-m', 'arpo_nb.training.claims', '--only', name, '--seeds', f'{seed}:{seed+1}', '--size', size, '--results', d]
+        what = ['--only', name, '--seeds', f'{seed}:{seed+1}', '--size', size, '--results', d]
+        cmd = [sys.executable, '-W', 'ignore', '-m', 'arpo_nb.training.claims', *what]
         done = subprocess.run(cmd, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         if done.returncode: raise RuntimeError(f'{name}, seed {seed}: {done.stderr[-2000:]}')
         return json.loads(result_path(d, name, seed, size).read_text())
