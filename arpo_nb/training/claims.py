@@ -96,7 +96,8 @@ def best_temperature(measure, # temperature → metrics with `fid`
 def var_shares(policy, tokenizer, net, seed:int, n:int=500, # images
                temperature:float=.7) -> dict: # share in [0, 1] for 'all', 'seen' and 'unseen' classes
     "Bright and dark pictures, and those of the right class"
-    parts = [(luminance(x), net(x)[1].argmax(-1) == y, y) for x, y in generate_images(policy, tokenizer, torch.arange(n) % 10, 1000 + seed, temperature=temperature)]
+    images = generate_images(policy, tokenizer, torch.arange(n) % 10, 1000 + seed, temperature=temperature)
+    parts = [(luminance(x), net(x)[1].argmax(-1) == y, y) for x, y in images]
     light, right, labels = (torch.cat(p) for p in zip(*parts))
     seen = torch.isin(labels, LabelData(10, .5, seed).labels)
     groups = dict(all=torch.ones_like(seen), seen=seen, unseen=~seen)
@@ -149,8 +150,9 @@ def load_results(folder:str|Path, size:str='reduced') -> dict: # arm → {seed: 
     out = {}
     for path in sorted((Path(folder)/size).glob('*/*.json')):
         r = json.loads(path.read_text())
-        if (r.get('miniature'), r.get('seed'), r.get('size')) != (path.parent.name, int(path.stem), size):
-            raise ValueError(f"{path}: holds {r.get('miniature')!r}, seed {r.get('seed')}, size {r.get('size')!r}; it was moved or renamed")
+        told = r.get('miniature'), r.get('seed'), r.get('size')
+        if told != (path.parent.name, int(path.stem), size):
+            raise ValueError(f'{path}: holds (arm, seed, size) = {told}; it was moved or renamed')
         out.setdefault(path.parent.name, {})[int(path.stem)] = r
     return out
 
@@ -243,35 +245,60 @@ def _va(where, says, code='run_vapi', real=_XXL, cost='', *rules, why_not='', pr
 
 VAPI_CLAIMS = (
     _va('Eq. 6–8, App. A.1', 'the objective is a lower bound of the pixel likelihood', '10_elbo', '', proved=True),
-    _va('§4.2, App. A.3', 'minimising the prior term is next-token prediction on noisy context, up to a constant', '11_noisy_context', '', proved=True),
+    _va('§4.2, App. A.3', 'minimising the prior term is next-token prediction on noisy context, up to a constant',
+        '11_noisy_context', '', proved=True),
     _va('§4.3', 'straight-through gradients are biased, score-function gradients are not', '12_ste', '', proved=True),
     _va('§4.4', 'no free-running rollouts and no reference model', '40_rollout', '', proved=True),
-    _va('Abstract, Table 2', 'FID falls and IS rises, without guidance', 'run_vapi', _XXL, '8 A100, 25 min', 'vapi.fid < base.fid', 'vapi.inception_score > base.inception_score'),
-    _va('Table 2, XL with guidance', 'IS rises, FID hardly changes', 'run_eval', _XXL.replace('xxl', 'xl') + ' -p guidance 2.0', '8 A100, 20 min', why_not=_GPU),
-    _va('Abstract', '86.6 % cheaper than AR-GRPO, 15 times faster than straight-through', 'run_bench', _XXL, '8 A100: 25, 149 and 381 min', why_not='a time on eight A100; [run_bench](run_bench.ipynb) measures one forward pass for G samples against G passes'),
-    _va('Table 2, tokenizer', '10,000 steps of decoder training make FID worse', 'run_vapi', _XXL + ' -p baselines tokenizer_longer', '207 min', 'tokenizer.fid > base.fid'),
-    _va('Table 2, straight-through', 'better than the base, and VA-π better than it', 'run_vapi', _XXL + ' -p baselines ste', '381 min', 'ste.fid < base.fid', 'vapi.fid < ste.fid'),
-    _va('Table 1', 'CLIP and HPS rise above AR-GRPO without having been rewarded', 'run_eval', _T2I, '', why_not='needs a text-to-image model'),
-    _va('Table 3', 'GenEval rises, LlamaGen 0.306 to 0.339, Janus-Pro 0.725 to 0.744', '55_geneval', _JANUS, '', why_not='needs a text-to-image model'),
-    _va('Table 4, no prior', 'reconstruction rewards alone ruin the policy', 'run_vapi', _XXL + ' -p baselines no_prior,perceptual_only', '', 'no_prior.fid > base.fid', 'perceptual_only.fid > base.fid'),
-    _va('Table 4, prior alone', 'cross-entropy alone hardly helps; the full objective is best', 'run_vapi', _XXL + ' -p baselines prior_only', '', 'vapi.fid < mle.fid', 'vapi.fid < no_prior.fid'),
-    _va('Table 5', 'moderate context noise is best', 'run_vapi', _T2I + ' -p baselines noise_0,noise_25,noise_75,noise_95', '', 'noise_50.fid < vapi.fid', 'noise_50.fid < noise_95.fid'),
-    _va('Fig. 4', 'cross-entropy is the better regulariser, and too much of it hurts', 'run_vapi', _XXL + ' -p baselines kl,ce_1', '', 'vapi.fid < kl.fid', 'vapi.fid < ce_1.fid'),
-    _va('Fig. 5', 'the reward rises throughout', 'run_vapi', _XXL, '', 'vapi.training.reward/mean_last > vapi.training.reward/mean_first'),
-    _va('Fig. 1 b, c', 'embeddings of samples move onto those of real pictures (KDE, t-SNE)', 'run_eval', _XXL, '', why_not='a picture of ImageNet features; no miniature of it yet'),
-    _va('Fig. 6, 7', 'decoder training smooths textures away', '12_ste', _XXL + ' -p baselines tokenizer', '', 'tokenizer.precision < base.precision'),
+    _va('Abstract, Table 2', 'FID falls and IS rises, without guidance', 'run_vapi', _XXL, '8 A100, 25 min',
+        'vapi.fid < base.fid', 'vapi.inception_score > base.inception_score'),
+    _va('Table 2, XL with guidance', 'IS rises, FID hardly changes', 'run_eval',
+        _XXL.replace('xxl', 'xl') + ' -p guidance 2.0', '8 A100, 20 min', why_not=_GPU),
+    _va('Abstract', '86.6 % cheaper than AR-GRPO, 15 times faster than straight-through', 'run_bench', _XXL,
+        '8 A100: 25, 149 and 381 min', why_not='a time on eight A100; '
+        '[run_bench](run_bench.ipynb) measures one forward pass for G samples against G passes'),
+    _va('Table 2, tokenizer', '10,000 steps of decoder training make FID worse', 'run_vapi',
+        _XXL + ' -p baselines tokenizer_longer', '207 min', 'tokenizer.fid > base.fid'),
+    _va('Table 2, straight-through', 'better than the base, and VA-π better than it', 'run_vapi',
+        _XXL + ' -p baselines ste', '381 min', 'ste.fid < base.fid', 'vapi.fid < ste.fid'),
+    _va('Table 1', 'CLIP and HPS rise above AR-GRPO without having been rewarded', 'run_eval', _T2I, '',
+        why_not='needs a text-to-image model'),
+    _va('Table 3', 'GenEval rises, LlamaGen 0.306 to 0.339, Janus-Pro 0.725 to 0.744', '55_geneval', _JANUS, '',
+        why_not='needs a text-to-image model'),
+    _va('Table 4, no prior', 'reconstruction rewards alone ruin the policy', 'run_vapi',
+        _XXL + ' -p baselines no_prior,perceptual_only', '', 'no_prior.fid > base.fid',
+        'perceptual_only.fid > base.fid'),
+    _va('Table 4, prior alone', 'cross-entropy alone hardly helps; the full objective is best', 'run_vapi',
+        _XXL + ' -p baselines prior_only', '', 'vapi.fid < mle.fid', 'vapi.fid < no_prior.fid'),
+    _va('Table 5', 'moderate context noise is best', 'run_vapi',
+        _T2I + ' -p baselines noise_0,noise_25,noise_75,noise_95', '', 'noise_50.fid < vapi.fid',
+        'noise_50.fid < noise_95.fid'),
+    _va('Fig. 4', 'cross-entropy is the better regulariser, and too much of it hurts', 'run_vapi',
+        _XXL + ' -p baselines kl,ce_1', '', 'vapi.fid < kl.fid', 'vapi.fid < ce_1.fid'),
+    _va('Fig. 5', 'the reward rises throughout', 'run_vapi', _XXL, '',
+        'vapi.training.reward/mean_last > vapi.training.reward/mean_first'),
+    _va('Fig. 1 b, c', 'embeddings of samples move onto those of real pictures (KDE, t-SNE)', 'run_eval', _XXL, '',
+        why_not='a picture of ImageNet features; no miniature of it yet'),
+    _va('Fig. 6, 7', 'decoder training smooths textures away', '12_ste', _XXL + ' -p baselines tokenizer', '',
+        'tokenizer.precision < base.precision'),
     _va('Fig. 1 a, 3, 8–19', 'side by side pictures', 'run_eval', _XXL, '', why_not=_BIG),
     _va('Fig. 2, Table 6', 'overview, and the formulation beside VAE and VQ-VAE', '10_elbo', '', proved=True),
     _va('Table 7', 'hyperparameters', '02_config', '', proved=True),
-    _va('Table 8', 'prompts of the pictures', 'run_eval', '', '', why_not='prompts by file, `run_eval -p prompts FILE`'))
+    _va('Table 8', 'prompts of the pictures', 'run_eval', '', '',
+        why_not='prompts by file, `run_eval -p prompts FILE`'))
 
 OUR_CONTROLS = (
-    Claim('ours', 'control', 'VA-π beats its base at the best temperature', 'run_vapi', rules=('vapi.fid < base.sharp.fid',)),
-    Claim('ours', 'control', 'and at its own best temperature too', 'run_vapi', rules=('vapi.sharp.fid < base.sharp.fid',)),
-    Claim('ours', 'control', 'continued cross-entropy at a fifth of the learning rate does not reach it', 'run_vapi', rules=('vapi.fid < mle_slow.fid',)),
-    Claim('ours', 'variant', "pixels clamped in the reward are no better", 'run_vapi', rules=('vapi.fid < clamped.fid',)),
-    Claim('ours', 'variant', 'credit per token is better in class accuracy', 'run_vapi', rules=('token_credit.accuracy > vapi.accuracy',)),
-    Claim('ours', 'both papers', 'VA-π and LOO-FID in one update beat VA-π alone', 'run_loofid', rules=('vapi_loofid.fid < vapi.fid',)))
+    Claim('ours', 'control', 'VA-π beats its base at the best temperature', 'run_vapi',
+        rules=('vapi.fid < base.sharp.fid',)),
+    Claim('ours', 'control', 'and at its own best temperature too', 'run_vapi',
+        rules=('vapi.sharp.fid < base.sharp.fid',)),
+    Claim('ours', 'control', 'continued cross-entropy at a fifth of the learning rate does not reach it', 'run_vapi',
+        rules=('vapi.fid < mle_slow.fid',)),
+    Claim('ours', 'variant', "pixels clamped in the reward are no better", 'run_vapi',
+        rules=('vapi.fid < clamped.fid',)),
+    Claim('ours', 'variant', 'credit per token is better in class accuracy', 'run_vapi',
+        rules=('token_credit.accuracy > vapi.accuracy',)),
+    Claim('ours', 'both papers', 'VA-π and LOO-FID in one update beat VA-π alone', 'run_loofid',
+        rules=('vapi_loofid.fid < vapi.fid',)))
 
 # %% ../../nbs/62_claims.ipynb #5b5f6cd8
 _L = 'papermill nbs/run_loofid.ipynb runs/l.ipynb -p model llamagen_l -p num_processes 4'
@@ -283,25 +310,47 @@ LOOFID_CLAIMS = (
     _loo('Eq. 5–10, App. B', 'rewards of leaving one out, in closed form', '15_moments', '', cost='', proved=True),
     _loo('§3.3, App. C', 'the entropy controller follows its target', '14_entropy', '', cost='', proved=True),
     _loo('Fig. 1, Alg. 1', 'overview and algorithm', '41_trainer', '', cost='', proved=True),
-    _loo('Table 1', 'with guidance FID, IS, CLIP and precision improve on B, L and XL', why_not="the toy's preset is unguided, as Table 2"),
-    _loo('Table 2', 'without guidance FID and IS improve', 'run_loofid', _L + ' -p overrides rollout_cfg_scale=1', 'both.fid < base.fid', 'both.inception_score > base.inception_score'),
+    _loo('Table 1', 'with guidance FID, IS, CLIP and precision improve on B, L and XL',
+        why_not="the toy's preset is unguided, as Table 2"),
+    _loo('Table 2', 'without guidance FID and IS improve', 'run_loofid', _L + ' -p overrides rollout_cfg_scale=1',
+        'both.fid < base.fid', 'both.inception_score > base.inception_score'),
     _loo('Table 3', 'people prefer the tuned model', why_not='a study with people'),
-    _loo('Table 4', 'AR-GRPO (instance rewards) has worse FID and recall', 'run_loofid', _L + ' -p arms ar_grpo,ar_grpo_maniqa,maniqa', 'both.fid < instance_only.fid', 'both.recall > instance_only.recall'),
-    _loo('Table 5', 'better FID than VA-π', 'run_loofid', _L.replace('llamagen_l', 'llamagen_xl'), 'both.fid < vapi.fid'),
-    _loo('Table 6', 'the same on VQGAN, with and without top-k', '34_vqgan', _L.replace('llamagen_l', 'vqgan_cin') + ' -p arms top_k_0,top_k_100', why_not=_GPU),
-    _loo('Table 7', 'instance rewards alone raise IS and worsen FID', 'run_loofid', _L + ' -p arms clip_only,hps_only,instance_only', 'instance_only.inception_score > base.inception_score', 'instance_only.fid > base.fid'),
-    _loo('Table 7', 'instance rewards alone cost coverage', 'run_loofid', _L + ' -p arms instance_only', 'instance_only.recall < base.recall'),
-    _loo('Table 8', 'the distribution reward alone improves FID', 'run_loofid', _L + ' -p arms fid_only,fid_only_no_kl', 'fid_only.fid < base.fid'),
-    _loo('Table 8', 'and KL adds nothing to it', 'run_loofid', _L + ' -p arms fid_only,fid_only_no_kl', 'fid_only.fid < fid_only_kl.fid'),
-    _loo('Table 9', 'full covariance has the slightly better FID', 'run_loofid', _L + ' -p arms diag_pca,full_pca', 'full_cov.fid < both.fid'),
-    _loo('Table 9', 'and is 18 times slower', '15_moments', _L, why_not='a time on an A100; [moments](15_moments.ipynb) measures ours'),
-    _loo('Table 10', 'more KL, better FID and lower IS', 'run_loofid', _L + ' -p arms kl_3,kl_2,kl_1,kl_0', 'both_kl.fid < both.fid', 'both_kl.inception_score < both.inception_score'),
-    _loo('Table 11', 'the entropy bonus improves FID', 'run_loofid', _L + ' -p arms entropy_4e_3,entropy_4e_4,entropy_0', 'entropy.fid < both.fid'),
-    _loo('Table 12', 'continued cross-entropy helps little; the rewards help more', 'run_loofid', _L + ' -p arms mle_500,mle_5000', 'mle.fid < base.fid', 'both.fid < mle.fid'),
-    _loo('Fig. 2', 'reward and entropy rise, the moving distance falls', 'run_loofid', _L, 'entropy.training.reward/mean_last > entropy.training.reward/mean_first', 'entropy.training.policy/entropy_last > entropy.training.policy/entropy_first', 'entropy.training.reward/loo_fid/ema_fid_last < entropy.training.reward/loo_fid/ema_fid_first'),
-    _loo('Eq. 4', 'the plain sum of the rewards, with KL 3', 'run_loofid', _L, 'raw_sum_kl.fid < base.fid', 'raw_sum_kl.inception_score > base.inception_score'),
-    _loo('Fig. 5, App. B.1', 'the 2-D example converges without collapse', '21_loo_fid', '', cost='', why_not='shown over seeds on its own page'),
-    _loo('App. E', '57 s an iteration on one A100, of which LOO-FID 0.03 s', 'run_bench', _L, cost='1 A100', why_not='a time on an A100'),
+    _loo('Table 4', 'AR-GRPO (instance rewards) has worse FID and recall', 'run_loofid',
+        _L + ' -p arms ar_grpo,ar_grpo_maniqa,maniqa', 'both.fid < instance_only.fid',
+        'both.recall > instance_only.recall'),
+    _loo('Table 5', 'better FID than VA-π', 'run_loofid', _L.replace('llamagen_l', 'llamagen_xl'),
+        'both.fid < vapi.fid'),
+    _loo('Table 6', 'the same on VQGAN, with and without top-k', '34_vqgan',
+        _L.replace('llamagen_l', 'vqgan_cin') + ' -p arms top_k_0,top_k_100', why_not=_GPU),
+    _loo('Table 7', 'instance rewards alone raise IS and worsen FID', 'run_loofid',
+        _L + ' -p arms clip_only,hps_only,instance_only', 'instance_only.inception_score > base.inception_score',
+        'instance_only.fid > base.fid'),
+    _loo('Table 7', 'instance rewards alone cost coverage', 'run_loofid', _L + ' -p arms instance_only',
+        'instance_only.recall < base.recall'),
+    _loo('Table 8', 'the distribution reward alone improves FID', 'run_loofid',
+        _L + ' -p arms fid_only,fid_only_no_kl', 'fid_only.fid < base.fid'),
+    _loo('Table 8', 'and KL adds nothing to it', 'run_loofid', _L + ' -p arms fid_only,fid_only_no_kl',
+        'fid_only.fid < fid_only_kl.fid'),
+    _loo('Table 9', 'full covariance has the slightly better FID', 'run_loofid', _L + ' -p arms diag_pca,full_pca',
+        'full_cov.fid < both.fid'),
+    _loo('Table 9', 'and is 18 times slower', '15_moments', _L,
+        why_not='a time on an A100; [moments](15_moments.ipynb) measures ours'),
+    _loo('Table 10', 'more KL, better FID and lower IS', 'run_loofid', _L + ' -p arms kl_3,kl_2,kl_1,kl_0',
+        'both_kl.fid < both.fid', 'both_kl.inception_score < both.inception_score'),
+    _loo('Table 11', 'the entropy bonus improves FID', 'run_loofid',
+        _L + ' -p arms entropy_4e_3,entropy_4e_4,entropy_0', 'entropy.fid < both.fid'),
+    _loo('Table 12', 'continued cross-entropy helps little; the rewards help more', 'run_loofid',
+        _L + ' -p arms mle_500,mle_5000', 'mle.fid < base.fid', 'both.fid < mle.fid'),
+    _loo('Fig. 2', 'reward and entropy rise, the moving distance falls', 'run_loofid', _L,
+        'entropy.training.reward/mean_last > entropy.training.reward/mean_first',
+        'entropy.training.policy/entropy_last > entropy.training.policy/entropy_first',
+        'entropy.training.reward/loo_fid/ema_fid_last < entropy.training.reward/loo_fid/ema_fid_first'),
+    _loo('Eq. 4', 'the plain sum of the rewards, with KL 3', 'run_loofid', _L, 'raw_sum_kl.fid < base.fid',
+        'raw_sum_kl.inception_score > base.inception_score'),
+    _loo('Fig. 5, App. B.1', 'the 2-D example converges without collapse', '21_loo_fid', '', cost='',
+        why_not='shown over seeds on its own page'),
+    _loo('App. E', '57 s an iteration on one A100, of which LOO-FID 0.03 s', 'run_bench', _L, cost='1 A100',
+        why_not='a time on an A100'),
     _loo('Fig. 3, 4, 6–26', 'side by side pictures', 'run_eval', _L, why_not=_BIG))
 
 # %% ../../nbs/62_claims.ipynb #b37d3544
@@ -311,17 +360,29 @@ def _ns(where, says, code='run_var', real=_D16, cost='', *rules, why_not='', pro
     return Claim('VAR-GRPO', where, says, code, real, cost, rules, why_not, proved)
 
 VAR_CLAIMS = (
-    _ns('§4', 'one policy over scales; the same advantage for all tokens, KL per token', '16_scalewise', '', proved=True),
-    _ns('Fig. 2', 'bright and dark pictures, perfectly aligned', 'run_brightness', 'papermill nbs/run_brightness.ipynb runs/bright.ipynb -p model var_d16', '1 H100, 10 min', 'bright.shares.bright_all > 0.95', 'dark.shares.dark_all > 0.95'),
-    Claim('ours', 'price of Fig. 2', 'class accuracy falls and the distance grows', 'run_brightness', rules=('bright.shares.accuracy_all < var_base.shares.accuracy_all', 'bright.fid > var_base.fid')),
+    _ns('§4', 'one policy over scales; the same advantage for all tokens, KL per token', '16_scalewise', '',
+        proved=True),
+    _ns('Fig. 2', 'bright and dark pictures, perfectly aligned', 'run_brightness',
+        'papermill nbs/run_brightness.ipynb runs/bright.ipynb -p model var_d16', '1 H100, 10 min',
+        'bright.shares.bright_all > 0.95', 'dark.shares.dark_all > 0.95'),
+    Claim('ours', 'price of Fig. 2', 'class accuracy falls and the distance grows', 'run_brightness',
+        rules=('bright.shares.accuracy_all < var_base.shares.accuracy_all', 'bright.fid > var_base.fid')),
     _ns('Fig. 3', 'bright and dark pictures', 'run_brightness', why_not=_BIG),
-    _ns('Fig. 4, §5.2', 'the learned score rises', 'run_var', _D16, '8 H100, 16 h (d16), 40 h (d30)', 'class_score.training.reward/mean_last > class_score.training.reward/mean_first'),
-    _ns('Table 1', 'classes stay recognisable: top-5 accuracy above 90 %', 'run_var', _D16, '', 'bright.shares.accuracy_all > 0.9'),
-    _ns('Table 1, half of the labels', 'labels that were not trained on improve as well', 'run_var', _D16 + ' -p arms half_labels', '', 'bright_half.shares.bright_unseen > var_base.shares.bright_unseen'),
-    Claim('ours', 'Table 1, half of the labels', 'also where the reward asks for the class', 'run_var', rules=('class_half.shares.accuracy_unseen > var_base.shares.accuracy_unseen',)),
-    _ns('Fig. 7', 'without KL the policy forgets the label', 'run_var', _D16 + ' -p sweeps kl', '', 'bright_kl_0.shares.accuracy_all < bright_kl_1.shares.accuracy_all'),
-    _ns('Fig. 8', 'more samples per label are better, up to 16', 'run_var', _D16 + ' -p sweeps groups', '', 'groups_2.training.reward/mean_last < groups_4.training.reward/mean_last', 'groups_4.training.reward/mean_last < bright.training.reward/mean_last'),
-    _ns('Fig. 6, §5.3', 'the CLIP score of a fixed prompt rises', 'run_var', _PAINT, '8 H100, 10 h', why_not='needs CLIP and VAR-d30'),
+    _ns('Fig. 4, §5.2', 'the learned score rises', 'run_var', _D16, '8 H100, 16 h (d16), 40 h (d30)',
+        'class_score.training.reward/mean_last > class_score.training.reward/mean_first'),
+    _ns('Table 1', 'classes stay recognisable: top-5 accuracy above 90 %', 'run_var', _D16, '',
+        'bright.shares.accuracy_all > 0.9'),
+    _ns('Table 1, half of the labels', 'labels that were not trained on improve as well', 'run_var',
+        _D16 + ' -p arms half_labels', '', 'bright_half.shares.bright_unseen > var_base.shares.bright_unseen'),
+    Claim('ours', 'Table 1, half of the labels', 'also where the reward asks for the class', 'run_var',
+        rules=('class_half.shares.accuracy_unseen > var_base.shares.accuracy_unseen',)),
+    _ns('Fig. 7', 'without KL the policy forgets the label', 'run_var', _D16 + ' -p sweeps kl', '',
+        'bright_kl_0.shares.accuracy_all < bright_kl_1.shares.accuracy_all'),
+    _ns('Fig. 8', 'more samples per label are better, up to 16', 'run_var', _D16 + ' -p sweeps groups', '',
+        'groups_2.training.reward/mean_last < groups_4.training.reward/mean_last',
+        'groups_4.training.reward/mean_last < bright.training.reward/mean_last'),
+    _ns('Fig. 6, §5.3', 'the CLIP score of a fixed prompt rises', 'run_var', _PAINT, '8 H100, 10 h',
+        why_not='needs CLIP and VAR-d30'),
     _ns('Fig. 1, 5, 9', 'pictures, and their progress', 'run_var', _PAINT, '', why_not=_BIG))
 
 CLAIMS = VAPI_CLAIMS + LOOFID_CLAIMS + VAR_CLAIMS + OUR_CONTROLS
@@ -334,24 +395,28 @@ def spread(values:list) -> str:
 
 def measured(table:list) -> str: # of `judge`
     "The comparisons of a claim with their numbers"
+    def side(text, parsed, values): return text if isinstance(parsed, float) else f'{text} {spread(values)}'
     def words(rule, x, y):
-        left, sign, right = rule.split()
-        say = lambda side, v: side if isinstance(read_rule(rule)[0 if side == left else 2], float) else f'{side} {spread(v)}'
-        return f'{say(left, x)} {sign.replace("<", "&lt;").replace(">", "&gt;")} {say(right, y)}' if x else rule
+        if not x: return rule
+        (left, sign, right), (a, _, b) = rule.split(), read_rule(rule)
+        return f"{side(left, a, x)} {'&lt;' if sign == '<' else '&gt;'} {side(right, b, y)}"
     return '; '.join(words(*row) for row in table)
 
 def ledger(results:dict, claims:tuple=CLAIMS, seeds:int=5) -> str: # Markdown
     "The ledger as a table"
-    lines = ['| paper | where | what it says | code | real run | its cost, in the paper | miniature | measured | verdict |', '|---'*9 + '|']
+    heads = 'paper', 'where', 'what it says', 'code', 'real run', 'its cost, in the paper', 'miniature', 'measured', 'verdict'
+    lines = ['| ' + ' | '.join(heads) + ' |', '|---'*len(heads) + '|']
     for c in claims:
         verdict, table = judge(c, results, seeds)
         how = f"`make claims ONLY={','.join(arms_of(c))}`" if c.rules else ''
-        cells = c.paper, c.where, c.says, f'[{c.code}]({c.code}.ipynb)', f'`{c.real}`' if c.real else '', c.cost and f'*{c.cost}*', how, measured(table), verdict
+        real, cost = c.real and f'`{c.real}`', c.cost and f'*{c.cost}*'
+        cells = c.paper, c.where, c.says, f'[{c.code}]({c.code}.ipynb)', real, cost, how, measured(table), verdict
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 # %% ../../nbs/62_claims.ipynb #b125c317
-COLUMNS = dict(fid='FID on toy features ↓', inception_score='IS ↑', precision='precision ↑', recall='recall ↑', accuracy='class accuracy ↑')
+COLUMNS = dict(fid='FID on toy features ↓', inception_score='IS ↑', precision='precision ↑', recall='recall ↑',
+    accuracy='class accuracy ↑')
 
 def seed_table(results:dict, # of `load_results`
                arms:dict, # arm → what its row is called; 'base.sharp' is the base at its best temperature
@@ -362,7 +427,8 @@ def seed_table(results:dict, # of `load_results`
     for name, title in arms.items():
         arm, _, part = name.partition('.')
         rows = [{'metrics': r[part]} if part else r for r in results.get(arm, {}).values()]
-        cells = [spread([value(r, k) for r in rows]) for k in columns] if rows else ['not run yet'] + ['']*(len(columns) - 1)
+        cells = [spread([value(r, k) for r in rows])
+            for k in columns] if rows else ['not run yet'] + ['']*(len(columns) - 1)
         lines.append(f"| {title} | {' | '.join(cells)} | {len(rows)} |")
     return '\n'.join(lines)
 
@@ -383,7 +449,8 @@ def chosen_arms(text:str # 'all', 'claims' for those a claim needs, or names joi
 
 def main(argv=None):
     "python -m arpo_nb.training.claims [--only ARMS] [--seeds 0:5] [--size reduced] [--minutes 60] [--results FOLDER]"
-    p = argparse.ArgumentParser(prog='python -m arpo_nb.training.claims', description='Run what is missing of the ledger and print it.')
+    p = argparse.ArgumentParser(prog='python -m arpo_nb.training.claims',
+        description='Run what is missing of the ledger and print it.')
     p.add_argument('--only', default='claims', help='arms joined by commas, `all`, or `claims` for those a claim needs')
     p.add_argument('--seeds', default='0:5', help='first and one past the last')
     p.add_argument('--size', default='reduced', help=', '.join(SIZES))
