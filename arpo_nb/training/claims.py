@@ -62,6 +62,7 @@ MINIATURES |= { # the toy: free running
     'raw_sum': _toy('loofid', normalize_rewards=False),
     'raw_sum_kl': _toy('loofid', normalize_rewards=False, beta=3.),
     'full_cov': _toy('loofid', covariance='full'), 'entropy': _toy('loofid', entropy_coef=2.2e-3),
+    'entropy_target': _toy('loofid', entropy_coef=2.2e-3, entropy_control='adaptive'),
     'vapi_loofid': _toy('vapi_loofid')}
 MINIATURES |= { # the toy VAR
     'var_base': Miniature('toy_var', shares=True), 'bright': _var(), 'dark': _var(rewards='darkness'),
@@ -106,7 +107,7 @@ def var_shares(policy, tokenizer, net, seed:int, n:int=500, # images
     return {f'{k}_{g}': v[rows].double().mean().item() for k, v in values.items() for g, rows in groups.items()}
 
 # %% ../../nbs/62_claims.ipynb #f9afc3ec
-LOGGED = 'reward/mean', 'policy/entropy', 'reward/loo_fid/ema_fid'
+LOGGED = 'reward/mean', 'policy/entropy', 'policy/entropy_error', 'reward/loo_fid/ema_fid'
 
 def first_and_last(rows:list, # metrics of the steps
                    n:int=5, # steps that are averaged at either end
@@ -339,6 +340,9 @@ LOOFID_CLAIMS = (
         'both_kl.fid < both.fid', 'both_kl.inception_score < both.inception_score'),
     _loo('Table 11', 'the entropy bonus improves FID', 'run_loofid',
         _L + ' -p arms entropy_4e_3,entropy_4e_4,entropy_0', 'entropy.fid < both.fid'),
+    _loo('§3.3, App. C', 'the mean entropy is kept near its target: at the end within the dead band', 'run_loofid', _L,
+        'entropy_target.training.policy/entropy_error_last < 0.015',
+        'entropy_target.training.policy/entropy_error_last > -0.015'),
     _loo('Table 12', 'continued cross-entropy helps little; the rewards help more', 'run_loofid',
         _L + ' -p arms mle_500,mle_5000', 'mle.fid < base.fid', 'both.fid < mle.fid'),
     _loo('Fig. 2', 'reward and entropy rise, the moving distance falls', 'run_loofid', _L,
