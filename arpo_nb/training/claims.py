@@ -278,7 +278,7 @@ VAPI_CLAIMS = (
     _va('Fig. 5', 'the reward rises throughout', 'run_vapi', _XXL, '',
         'vapi.training.reward/mean_last > vapi.training.reward/mean_first'),
     _va('Fig. 1 b, c', 'embeddings of samples move onto those of real pictures (KDE, t-SNE)', 'run_eval', _XXL, '',
-        why_not='a picture of ImageNet features; no miniature of it yet'),
+        why_not='a picture; [run_vapi](run_vapi.ipynb) draws it of every run'),
     _va('Fig. 6, 7', 'decoder training smooths textures away', '12_ste', _XXL + ' -p baselines tokenizer', '',
         'tokenizer.precision < base.precision'),
     _va('Fig. 1 a, 3, 8–19', 'side by side pictures', 'run_eval', _XXL, '', why_not=_BIG),
