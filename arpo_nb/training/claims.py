@@ -71,7 +71,8 @@ MINIATURES |= { # the toy VAR
     'groups_2': _var(batch_size=80, num_generations=2), 'groups_4': _var(batch_size=40, num_generations=4)}
 
 # share of the preset's steps by model, and images per measurement
-SIZES = dict(reduced=dict(toy=1/3, toy_var=1/2, images=2048), full=dict(toy=1., toy_var=1., images=4096))
+SIZES = dict(reduced=dict(toy=1/3, toy_var=1/2, images=2048), full=dict(toy=1., toy_var=1., images=4096),
+             probe=dict(toy=0., toy_var=0., images=256)) # one step: that the command works, no verdict
 
 # %% ../../nbs/62_claims.ipynb #a770b9ae
 def miniature_config(name:str, # in MINIATURES
