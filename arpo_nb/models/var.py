@@ -148,8 +148,7 @@ def _norm(x, scale, shift, eps):
 # %% ../../nbs/33_var.ipynb #49dd6d7d
 class Block(nn.Module):
     "Attention and MLP under adaptive layer norm"
-    # width, heads, whether blocks share their modulation
-    def __init__(self, cfg:VARConfig,
+    def __init__(self, cfg:VARConfig, # width, heads, shared modulation or not
                 ):
         super().__init__()
         c, self.eps = cfg.width, cfg.norm_eps
@@ -453,8 +452,7 @@ def generate(policy:VAR, # whose tokens are drawn
              greedy:bool=False, # most probable tokens, no randomness
              # also log π of the drawn tokens as the sampler saw it, without truncation
              return_logps:bool=False,
-            # [N, T] int64; with `return_logps` a pair, the second [N, T] in nats
-            ) -> Tensor:
+            ) -> Tensor: # [N, T] int64; with `return_logps` and [N, T] in nats
     "Draw token maps free-running, a scale at a time"
     policy.check_cond(cond)
     if len(cond) != len(streams):
@@ -510,8 +508,7 @@ def generate_smooth(policy:VAR, # whose pictures are drawn
                     top_k:int=0, # see `generate`
                     top_p:float=1., # see `generate`
                     cfg_scale:float=1., # see `generate`
-                   # latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
-                   ) -> Tensor:
+                   ) -> Tensor: # [N, z, h, w], for `MultiScaleVQ.decode_latents`
     "Smooth pictures: latents instead of tokens; arguments as in `generate`"
     policy.check_cond(cond)
     noise = -streams.bulk_uniform(policy.num_tokens, policy.vocab_size,
