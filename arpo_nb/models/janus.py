@@ -74,7 +74,8 @@ CONFIGS = dict(janus_pro_1b=(JanusConfig(), VQ),
 # %% ../../nbs/39_janus.ipynb #1352f279
 def llama_config(cfg:JanusConfig, # the policy's
                 ):
-    "Settings of the language model for transformers; text head and embedding are not tied"
+    ("Settings of the language model for transformers; text head and embedding are "
+     "not tied")
     return import_transformers('janus').LlamaConfig(
         vocab_size=cfg.text_vocab_size, hidden_size=cfg.dim,
         intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer,
@@ -87,7 +88,8 @@ def llama_config(cfg:JanusConfig, # the policy's
 
 # %% ../../nbs/39_janus.ipynb #5c6c12c5
 class Cache:
-    "Keys and values of all layers in memory taken once; what transformers' attention layers call"
+    ("Keys and values of all layers in memory taken once; what transformers' "
+     "attention layers call")
     def __init__(self, length:int, # tokens it will hold
                 ): self.length, self.start, self.layers = length, 0, {}
 
@@ -161,7 +163,8 @@ def _is_pair(cond):
 
 # %% ../../nbs/39_janus.ipynb #8d366b20
 class JanusPolicy(nn.Module):
-    "The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are transformers'"
+    ("The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are "
+     "transformers'")
     def __init__(self, cfg:JanusConfig, # its shape
                 ):
         super().__init__()
@@ -301,7 +304,8 @@ def released_states(self:JanusPolicy, context:Tensor, # [N, T] codes
 def hidden(self:JanusPolicy, context:Tensor, # codes, given or drawn
            cond:tuple, # ids [N, L] and mask [N, L]
           ) -> Tensor:
-    "[N, T] context codes to [N, T, dim]; state t has seen the prompt and codes before t"
+    ("[N, T] context codes to [N, T, dim]; state t has seen the prompt and codes "
+     "before t")
     if context.shape[1] > self.num_tokens:
         raise ValueError(f"context: {context.shape[1]} codes, expected at "
                          f"most {self.num_tokens}; "
@@ -752,7 +756,8 @@ def answer_logps(policy:JanusPolicy, # in eval mode
 def understanding_change(before:Tensor, # of `answer_logps`
                          after:Tensor, # the same after training
                         ) -> dict:
-    "How far the answers moved, in nats per answer; negative means less likely than before"
+    ("How far the answers moved, in nats per answer; negative means less likely than "
+     "before")
     return dict(mean=(after - before).mean().item(),
                 worst=(after - before).min().item())
 

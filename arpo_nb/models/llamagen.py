@@ -197,7 +197,8 @@ def _what(x):
 
 # %% ../../nbs/31_llamagen.ipynb #20cdb02f
 def _check_ids(name, ids, n, meaning):
-    "Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and says less"
+    ("Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and "
+     "says less")
     if ids.is_meta or not ids.numel() or torch.compiler.is_compiling(): return
     if ids.is_cuda:
         return torch._assert_async((ids.min() >= 0) & (ids.max() < n),
@@ -318,7 +319,8 @@ def forward(self:CaptionEmbedding, cond, # features [N, L, D] and mask [N, L]
 
 # %% ../../nbs/31_llamagen.ipynb #37af7dc1
 class GPT(nn.Module):
-    "LlamaGen's transformer behind the `Policy` protocol; parameter names are the official ones"
+    ("LlamaGen's transformer behind the `Policy` protocol; parameter names are the "
+     "official ones")
     def __init__(self, cfg:GPTConfig, # its shape
                 ):
         super().__init__()
@@ -397,7 +399,8 @@ def trunk(self:GPT, x, # [B, n, dim] embedded tokens
 def hidden(self:GPT, context:Tensor, # [N, T] codes, given or drawn
            cond, # N conditions
           ) -> Tensor:
-    "[N, T] context tokens to [N, T, dim]; state t has seen the condition and tokens before t"
+    ("[N, T] context tokens to [N, T, dim]; state t has seen the condition and tokens "
+     "before t")
     if context.shape[1] > self.num_tokens:
         raise ValueError(f"context: {context.shape[1]} tokens, expected "
                          f"at most {self.num_tokens} "
@@ -516,7 +519,8 @@ def _prefix_logits(policy, x, mask, cache):
     return policy.head(policy.trunk(x, policy.rope[:n], seen, cache)[:, -1])
 
 def _step_logits(step, tokens, pos, mask, cache, end):
-    "Logits of the token after `tokens`, which stand at `pos`; an `end` fixes all shapes"
+    ("Logits of the token after `tokens`, which stand at `pos`; an `end` fixes all "
+     "shapes")
     rows = None if mask is None else mask[:, :, pos:pos+1, :end or pos+1]
     at = torch.tensor([pos], device=tokens.device) if end else pos
     return step(tokens, at, rows, cache)

@@ -173,7 +173,8 @@ def forward(self:Codebook, z:Tensor, # latents
             # on the codebook's term, as all published models; else the paper's
             legacy:bool=True,
            ) -> tuple:
-    "Straight-through codes [B, C, h, w], loss, and ids [B, h*w] of latents [B, C, h, w]"
+    ("Straight-through codes [B, C, h, w], loss, and ids [B, h*w] of latents [B, C, "
+     "h, w]")
     ids = self.nearest(z)
     e = self.embedding(ids).transpose(1, 2).reshape(z.shape)
     commit, codebook = ((e.detach() - z).pow(2).mean(),
@@ -199,7 +200,8 @@ def unmap(ids:Tensor, # positions in `used`; M or more counts as 0, as in the or
 
 # %% ../../nbs/34_vqgan.ipynb #c413701c
 class VQGAN(nn.Module):
-    "The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
+    ("The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the "
+     "official ones")
     def __init__(self, cfg:VQGANConfig, # its shape
                 ):
         super().__init__()

@@ -98,7 +98,8 @@ def in_child(**kwargs, # of `time_update`
 # %% ../../nbs/52_bench.ipynb #113e2018
 def main(argv=None, # command line, None for the program's own
         ):
-    "python -m arpo_nb.training.bench JSON: time one update and print the result as JSON"
+    ("python -m arpo_nb.training.bench JSON: time one update and print the result as "
+     "JSON")
     p = argparse.ArgumentParser(prog='python -m arpo_nb.training.bench',
                                 description="Time VA-π's update on random weights.")
     p.add_argument('settings', nargs='?', default='{}',
