@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from ..maths.sampling import filter_logits, guide, sample_token
 from ..maths.scalewise import block_causal_mask, scale_index, scale_sizes
 from .checkpoints import FILES, load_strict, load_weights, locate, read_state_dict
-from .llamagen import _check_ids, _what
+from .llamagen import _what
 from .multiscale_vq import MultiScaleConfig, MultiScaleQuantizer, MultiScaleVQ, check_patch_nums
-from ..protocols import Streams
+from ..protocols import Streams, check_ids
 from ..specs import PAPERS, ModelSpec
 
 # %% ../../nbs/33_var.ipynb #047ca54d
@@ -220,7 +220,7 @@ class VAR(nn.Module):
                              f"{self.cfg.patch_nums} one "
                              "after the other; was it made by a tokenizer "
                              "at another resolution?")
-        _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
+        check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
         cond, mask = self.class_emb(cond), self.attn_bias_for_masking == 0
         sixes, two = self.modulations(cond)
         x = self.embed(context, cond)
@@ -254,7 +254,7 @@ class VAR(nn.Module):
         if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
             raise ValueError("cond: expected class ids, a [N] tensor of "
                              f"integers, got {_what(cond)}")
-        _check_ids('cond', cond, n + null,
+        check_ids('cond', cond, n + null,
                    f"num_classes={n}" + (f", null class {n}" if null
                                          else "; the null class is for guidance alone"))
 
