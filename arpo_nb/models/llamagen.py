@@ -320,7 +320,11 @@ class GPT(nn.Module):
     def new_cache(self, n:int, length:int) -> list:
         "Room for the keys and values of `n` sequences"
         kv, p = self.cfg.n_kv_head or self.cfg.n_head, self.tok_embeddings.weight
-        return [p.new_zeros(2, n, kv, length, self.cfg.head_dim) for _ in self.layers]
+        kind = p.device.type # in the precision that its keys will have
+        half = kind != 'meta' and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if half else p.dtype
+        return [p.new_zeros(2, n, kv, length, self.cfg.head_dim, dtype=dtype)
+                for _ in self.layers]
 
     def step(self, tokens:Tensor, pos, mask:Tensor|None, cache:list) -> Tensor:
         ("Logits [N, V] after one more token each, at position `pos`; a tensor `pos` "
