@@ -137,7 +137,8 @@ def tokenize(prompts:list, # N strings
     return tokens
 
 # %% ../../nbs/23_clip.ipynb #f38649d0
-CLIPS = dict(clip_l14=('ViT-L-14', True), clip_b32=('ViT-B-32', True), clip_l14_openai=('ViT-L-14', True), clip_b32_openai=('ViT-B-32', True))
+CLIPS = dict(clip_l14=('ViT-L-14', True), clip_b32=('ViT-B-32', True), clip_l14_openai=('ViT-L-14', True),
+             clip_b32_openai=('ViT-B-32', True))
 CLIPS |= {f'hps_v{v}': ('ViT-H-14', False) for v in ('2.1', '2.0')} # architecture, quick-GELU
 
 def _archive_state(path):
@@ -146,7 +147,9 @@ def _archive_state(path):
     if not path.is_file() or not is_torchscript(path): return None
     raw, known = read_bytes(path, 1 << 32), {f.sha256 for n, f in FILES.items() if n.endswith('_openai')}
     if sha256(raw).hexdigest() not in known:
-        raise BadFile(path, "a TorchScript archive, a program that runs when it is loaded, and not one of OpenAI's published files (its SHA-256 differs), so it is refused; save its tensors alone, with safetensors")
+        raise BadFile(path, "a TorchScript archive, a program that runs when it is loaded, and not one of OpenAI's "
+                            "published files (its SHA-256 differs), so it is refused; save its tensors alone, with "
+                            "safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # torch.jit is on its way out, reading it still works
         state = dict(torch.jit.load(io.BytesIO(raw), map_location='cpu').state_dict())
@@ -167,7 +170,9 @@ def check_arch(arch) -> dict|None: # the config, None for None
     open_clip = import_open_clip()
     if arch in (known := open_clip.list_models()): return open_clip.get_model_config(arch)
     near = difflib.get_close_matches(str(arch), known, 1)
-    raise ValueError(f"arch={arch!r}: open_clip has no model of that name{f', did you mean {near[0]!r}?' if near else ''}; open_clip.list_models() lists them, or pass a config as a dict")
+    raise ValueError(f"arch={arch!r}: open_clip has no model of that "
+                     f"name{f', did you mean {near[0]!r}?' if near else ''}; open_clip.list_models() lists them, "
+                     "or pass a config as a dict")
 
 def build_clip(name:str='clip_l14', # key of `CLIPS`
                weights=None, # None for the published file, 'random', or a local file
@@ -255,7 +260,8 @@ class CLIPScorer(nn.Module):
         if len(images) != len(prompts):
             raise ValueError(f"prompts: expected one per image, got {len(prompts)} "
                              f"for {len(images)} images")
-        images, texts = self.embed_images(images), self.embed_texts(prompts, images.device)
+        images, texts = (self.embed_images(images),
+                         self.embed_texts(prompts, images.device))
         return (images*texts).sum(-1)
 
 # %% ../../nbs/23_clip.ipynb #6c4a128a
@@ -271,7 +277,8 @@ def cosine_scores(image_features:Tensor, text_features:Tensor, # [..., D], any l
     "The score of paired features, by its name in the literature"
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r}: choose one of {', '.join(SCALES)}")
-    image, text = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+    image, text = (F.normalize(image_features, dim=-1),
+                   F.normalize(text_features, dim=-1))
     return SCALES[scale]((image*text).sum(-1))
 
 # %% ../../nbs/23_clip.ipynb #eea42356
@@ -320,14 +327,16 @@ class CLIPReward:
         if len(batch.prompts) != len(images):
             raise ValueError(f"batch.prompts: expected {len(images)}, one per row of "
                              f"images, got {len(batch.prompts)}")
-        e = self.scorer.embed_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        e = self.scorer.embed_images(
+            images.flatten(0, 1)).unflatten(0, images.shape[:2])
         texts = self.scorer.embed_texts(batch.prompts, images.device)
         return (e*texts[:, None]).sum(-1), state
 
 class AestheticReward:
     "LAION's aesthetic score V2 of every image"
     def __init__(self, scorer:CLIPScorer, # of ViT-L/14
-                 head:AestheticHead): self.scorer, self.head = scorer, head.eval().requires_grad_(False)
+                 head:AestheticHead):
+        self.scorer, self.head = scorer, head.eval().requires_grad_(False)
 
     def score(self, images:Tensor) -> Tensor: # [N, 3, H, W] to [N]
         return self.head.to(images.device)(self.scorer.embed_images(images))
@@ -351,7 +360,7 @@ def clip_reward(name:str='clip_l14',
                                  **{'preprocess': pre, **options}))
 
 def aesthetic_reward(weights=None,
-                     # of the head: None for the published file, 'random', or a local file
+                     # of the head: None for the published one, 'random', or a file
                      # share the one of a `clip_l14` reward; None builds it
                      scorer:CLIPScorer|None=None,
                      clip_weights=None, # of ViT-L/14, if it is built
