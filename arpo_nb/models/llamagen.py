@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..maths.sampling import guide, sample_token
-from ..protocols import Streams
+from ..protocols import Streams, check_ids
 
 # %% ../../nbs/31_llamagen.ipynb #ad291a32
 @dataclass(frozen=True)
@@ -195,19 +195,6 @@ def _what(x):
     if isinstance(x, (tuple, list)): return f"({', '.join(map(_what, x))})"
     return type(x).__name__
 
-# %% ../../nbs/31_llamagen.ipynb #20cdb02f
-def _check_ids(name, ids, n, meaning):
-    ("Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and "
-     "says less")
-    if ids.is_meta or not ids.numel() or torch.compiler.is_compiling(): return
-    if ids.is_cuda:
-        return torch._assert_async((ids.min() >= 0) & (ids.max() < n),
-                                   f"{name}: ids outside 0 ... {n-1} ({meaning})")
-    low, high = ids.min().item(), ids.max().item()
-    if low < 0 or high >= n:
-        raise ValueError(f"{name}: ids from {low} to {high}, expected "
-                         f"0 ... {n-1} ({meaning})")
-
 # %% ../../nbs/31_llamagen.ipynb #2849367d
 class ClassEmbedding(nn.Module):
     "One prefix token per class id; id `num_classes` is the null class"
@@ -236,7 +223,7 @@ def check(self:ClassEmbedding, cond, # what should be [N] class ids
     if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
         raise ValueError("cond: expected class ids, a [N] tensor of "
                          f"integers, got {_what(cond)}")
-    _check_ids('cond', cond, self.embedding_table.num_embeddings,
+    check_ids('cond', cond, self.embedding_table.num_embeddings,
                f"num_classes={self.num_classes}"
                + (f", null class {self.num_classes}" if self.p else ''))
 
@@ -407,7 +394,7 @@ def hidden(self:GPT, context:Tensor, # [N, T] codes, given or drawn
                          "(block_size); was it made by a tokenizer "
                          "at another resolution?")
     self.cls_embedding.check(cond)
-    _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
+    check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
     x = torch.cat([self.prefix(cond), self.tok_embeddings(context[:, :-1])], 1)
     length = x.shape[1]
     states = self.trunk(x, self.rope[:length], self.mask(cond, length))
@@ -443,7 +430,11 @@ def new_cache(self:GPT, n:int, # sequences
              ) -> list: # one [2, n, kv heads, length, d] for each block
     "Room for the keys and values of `n` sequences"
     kv, p = self.cfg.n_kv_head or self.cfg.n_head, self.tok_embeddings.weight
-    return [p.new_zeros(2, n, kv, length, self.cfg.head_dim) for _ in self.layers]
+    kind = p.device.type # in the precision that its keys will have
+    half = kind != 'meta' and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if half else p.dtype
+    return [p.new_zeros(2, n, kv, length, self.cfg.head_dim, dtype=dtype)
+            for _ in self.layers]
 
 # %% ../../nbs/31_llamagen.ipynb #050561a1
 @patch
@@ -505,7 +496,7 @@ def _check_batch(policy, cond, n):
     "Refuse conditions that a policy does not know, and any but one for each stream"
     policy.cls_embedding.check(cond)
     if policy.cfg.cond == 'class':
-        _check_ids('cond', cond, policy.cfg.num_classes,
+        check_ids('cond', cond, policy.cfg.num_classes,
                    "num_classes; the null class is for guidance alone")
     if len(cond[0] if isinstance(cond, tuple) else cond) != n:
         raise ValueError(f"streams: {n} random streams for {_what(cond)}, "

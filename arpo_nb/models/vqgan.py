@@ -24,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..maths.sampling import sample_token
 from .checkpoints import Refused, load_strict, read_state_dict
-from .llamagen import _check_ids, _what, packed_weights
+from .llamagen import _what, packed_weights
 from .tokenizers import AttnBlock, Downsample, ResBlock, Upsample
-from ..protocols import Streams
+from ..protocols import Streams, check_ids
 from ..specs import PAPERS, ModelSpec, Recipe
 from ..weights import locate
 
@@ -261,10 +261,7 @@ def decode(self:VQGAN, tokens:Tensor, # ids, row by row
           ) -> Tensor:
     ("Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped; `grid` (h, w)"
      " if it is not a square")
-    if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
-        raise ValueError(f"tokens: ids from {tokens.min().item()} to "
-                         f"{tokens.max().item()}, "
-                         f"expected 0 ... {self.codebook_size-1} (codebook_size)")
+    check_ids('tokens', tokens, self.codebook_size, 'codebook_size')
     return self._decode_rows(self.quantize.embedding(tokens), clamp, grid)
 
 # %% ../../nbs/34_vqgan.ipynb #dca0aa3f
@@ -401,7 +398,7 @@ def check(self:CINTransformer, cond, # what should be [N] class ids
     if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
         raise ValueError("cond: expected class ids, a [N] tensor of "
                          f"integers, got {_what(cond)}")
-    _check_ids('cond', cond, self.cfg.num_classes,
+    check_ids('cond', cond, self.cfg.num_classes,
                'num_classes; there is no null class')
 
 # %% ../../nbs/34_vqgan.ipynb #9359ddf1
@@ -432,7 +429,7 @@ def hidden(self:CINTransformer, context:Tensor, # codes, given or drawn
     self.check(cond)
     if len(context) != len(cond):
         raise ValueError(f"context: {len(context)} rows for {len(cond)} conditions")
-    _check_ids('context', context, self.vocab_size, 'vocab_size')
+    check_ids('context', context, self.vocab_size, 'vocab_size')
     return self.trunk(torch.cat([cond[:, None], context[:, :-1]], 1))
 
 # %% ../../nbs/34_vqgan.ipynb #e73351cf
@@ -495,7 +492,7 @@ def _start(policy, cond, given):
             or tokens.is_floating_point()):
         raise ValueError(f"given: {_what(tokens)}, expected ids [{len(cond)}, t] "
                          f"with t at most {policy.num_tokens}")
-    _check_ids('given', tokens, policy.vocab_size, 'vocab_size')
+    check_ids('given', tokens, policy.vocab_size, 'vocab_size')
     return tokens
 
 # %% ../../nbs/34_vqgan.ipynb #7be1c8f4
