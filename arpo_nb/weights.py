@@ -327,7 +327,8 @@ def _whole(path, name):
 def _by_hand(name, cache):
     "What to do with a file that was downloaded elsewhere"
     f = FILES[name]
-    at = f'put it at {cache/f.file}' if f.url else f'put it into the folder that ARPO_WEIGHTS names, as {_own_name(name)}'
+    at = (f'put it at {cache/f.file}' if f.url
+          else f'put it into the folder that ARPO_WEIGHTS names, as {_own_name(name)}')
     return f"{at}, or name it: files='{name}=FILE' in a run, weights=FILE in Python"
 
 def _ask_hub(hub, f):
@@ -411,7 +412,7 @@ def published_sha256(name:str, path:Path) -> str: # or its first digits, or noth
 def mislabelled(path:Path, name:str) -> str:
     ("Why a file cannot be `name`, or nothing; read only if it has the name or the size of a published file with a "
      "known hash")
-    if not path.is_file(): return ''
+    if not path.is_file() or name not in FILES: return ''
     size = path.stat().st_size
     like = {n: sha for n, f in FILES.items() if (path.name == Path(f.file).name or 0 < f.size == size)
             and (sha := published_sha256(n, path))}

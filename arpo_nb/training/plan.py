@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import FREE, SAMPLING, Config, contexts, uses_perceptual
 from ..protocols import map_cond
 from ..specs import find_model
-from ..systems import check_data, check_rewards, load_shapes, model_files
+from ..systems import check_data, check_rewards, model_files, shapes_of
 from .sharding import shard_count, shard_units
 from ..weights import _hub, plan_file, url_cache
 
@@ -147,12 +147,12 @@ def make_plan(cfg:Config,
      "are named in one error")
     files, missing = [], []
     for name, path in model_files(cfg.model, cfg.weights, uses_perceptual(cfg),
-                                  cfg.tokenizer_weights):
+                                  cfg.tokenizer_weights, cfg.files):
         try: files.append(plan_file(name, path, cache_dir, offline))
         except (OSError, ImportError, ValueError) as e: missing.append(e)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # that weights read into shapes are lost
-        system = load_shapes(cfg.model, uses_perceptual(cfg))
+        system = shapes_of(cfg)
     for check in (check_data, check_rewards):
         try: check(cfg, system)
         except (OSError, ImportError, ValueError) as e: missing.append(e)
@@ -277,9 +277,8 @@ def eval_command(cfg:Config, folder, # of the run
         k: v for k, v in given.items() if v != usual[k]}
     # as the papers score them
     if spec.image_size == 384 and not text: asked |= dict(size=256)
-    if cfg.weights != 'default': asked |= dict(base=cfg.weights)
-    if cfg.tokenizer_weights != 'default':
-        asked |= dict(tokenizer=cfg.tokenizer_weights)
+    for name in ('weights', 'tokenizer_weights', 'files', 'model_args'):
+        if getattr(cfg, name) != getattr(Config(), name): asked[name] = getattr(cfg, name)
     if cfg.method == 'tokenizer': asked |= dict(part='tokenizer')
     if labels:
         asked |= dict(labels=labels, class_split=cfg.class_split, class_seed=cfg.seed)
