@@ -215,7 +215,7 @@ def settle_start(checkpoint:str='', # '' for none
     "What to build for a checkpoint: what a person says, and else what its run says"
     usual = {k: getattr(Config(), k) for k in STARTED}
     run = started_from(checkpoint) if checkpoint else {}
-    asked = {k: v for k, v in given.items() if v != usual[k] or k == 'model' and v}
+    asked = {k: v for k, v in given.items() if (v if k == 'model' else v != usual[k])}
     if run and asked.get('model', run['model']) != run['model']:
         raise ValueError(f"model={given['model']!r}: {run['run']} says that this checkpoint is of {run['model']}; "
                          "leave model out, or give another checkpoint")
