@@ -257,7 +257,9 @@ def local_files(files:str, # 'NAME=FILE,NAME=FILE', or a folder, or several part
     out = {}
     for part in filter(None, (p.strip() for p in re.split(r';|,(?=\s*[\w.]+\s*=)', files))):
         name, sep, path = (s.strip() for s in part.partition('='))
-        if sep and not user_path(part, 'files').exists(): out[_named(name, part)] = _there(path, part)
+        if sep and not user_path(part, 'files').exists():
+            name = _named(name, part)
+            out[name] = _there(path, part)
         else: out |= _found(_there(part, part), part)
     return out
 

@@ -82,11 +82,11 @@ def test_a_var_of_another_shape_is_trained_and_measured(var_file, tmp_path):
 def test_a_llamagen_of_another_shape_is_trained(llamagen_files, tmp_path):
     "Through run_loofid and the command line: classes, codes and size are the files' own"
     policy, vq = llamagen_files
-    ok(papermill('run_loofid', tmp_path/'a.ipynb', model='llamagen', weights=policy, tokenizer_weights=vq, out_dir=tmp_path/'out', overrides=f'rewards=brightness,rollout_cfg_scale=1,{TINY}', **SMALL))
+    ok(papermill('run_loofid', tmp_path/'a.ipynb', model='llamagen', weights=policy, tokenizer_weights=vq, model_args='n_head=2', out_dir=tmp_path/'out', overrides=f'rewards=brightness,rollout_cfg_scale=1,{TINY}', **SMALL))
     assert load_file(tmp_path/'out'/'checkpoint'/'model.safetensors')['model.cls_embedding.embedding_table.weight'].shape == (4, 64)
-    dry = ok(arpo('plan', '--model', 'llamagen', '--method', 'loofid', '--weights', policy, '--tokenizer_weights', vq, '--rewards', 'brightness', cwd=tmp_path))
+    dry = ok(arpo('plan', '--model', 'llamagen', '--method', 'loofid', '--weights', policy, '--tokenizer_weights', vq, '--model_args', 'n_head=2', '--rewards', 'brightness', cwd=tmp_path))
     assert str(vq) in dry.stdout and 'given' in dry.stdout
-    mine = load_system('llamagen', str(policy), perceptual=False, tokenizer_weights=str(vq))
+    mine = load_system('llamagen', str(policy), perceptual=False, tokenizer_weights=str(vq), model_args='n_head=2')
     assert (mine.num_classes, mine.policy.num_tokens, mine.tokenizer.image_size, mine.tokenizer.codebook_size) == (3, 16, 64, 32)
 
 
@@ -96,15 +96,15 @@ def test_what_is_said_of_a_file_is_true(var_file, llamagen_files, tmp_path):
                       (('var', str(var_file), 'patch_nums=1_2_4,vq_num_groups=4'), r'has patch_nums=\(1, 2, 3, 4\)'),
                       (('var', str(var_file), ''), 'add vq_num_groups=NUMBER'), (('var', 'default', ''), 'give weights=FILE'),
                       (('llamagen', 'random', 'dim=64'), 'stands for files of your own'), (('toy', 'default', 'depth=3'), 'has no argument depth'),
-                      (('var_d16', 'random', 'dept=3'), "did you mean 'depth'"), (('llamagen', policy, 'nlayer=3'), "did you mean 'n_layer'")):
+                      (('var_d16', 'random', 'dept=3'), "did you mean 'depth'"), (('llamagen', policy, 'nlayer=3'), "did you mean 'n_layer'"), (('llamagen', policy, ''), 'add n_head=NUMBER')):
         with pytest.raises(ValueError, match=why): load_system(args[0], args[1], perceptual=False, model_args=args[2], tokenizer_weights=vq if args[0] == 'llamagen' else 'default')
     bare = tmp_path/'bare.pt'
     torch.save(torch.load(policy, weights_only=False)['model'], bare)
-    with pytest.raises(ValueError, match="model_args='image_size=256'"): load_system('llamagen', str(bare), perceptual=False, tokenizer_weights=vq)
-    assert load_system('llamagen', str(bare), perceptual=False, tokenizer_weights=vq, model_args='image_size=64').policy.num_tokens == 16
+    with pytest.raises(ValueError, match="model_args='image_size=256'"): load_system('llamagen', str(bare), perceptual=False, tokenizer_weights=vq, model_args='n_head=2')
+    assert load_system('llamagen', str(bare), perceptual=False, tokenizer_weights=vq, model_args='n_head=2,image_size=64').policy.num_tokens == 16
     wide = torch.load(policy, weights_only=False)['model']
     torch.save(dict(wide, **{k: torch.zeros(33, 64) for k in ('tok_embeddings.weight', 'output.weight')}), bare)
-    with pytest.raises(ValueError, match='32 codes, but the transformer draws from 33'): load_system('llamagen', str(bare), perceptual=False, tokenizer_weights=vq, model_args='image_size=64')
+    with pytest.raises(ValueError, match='32 codes, but the transformer draws from 33'): load_system('llamagen', str(bare), perceptual=False, tokenizer_weights=vq, model_args='n_head=2,image_size=64')
 
 
 def test_a_tokenizer_serves_other_numbers_of_scales(var_file):
@@ -224,7 +224,7 @@ def test_paths_that_lead_nowhere(field, door, tmp_path):
 
 CORE = '''
 import sys
-for name in ("matplotlib", "papermill", "ipykernel", "IPython", "scipy", "fastcore", "nbdev"): sys.modules[name] = None
+for name in ("matplotlib", "papermill", "ipykernel", "IPython", "scipy", "nbdev"): sys.modules[name] = None
 from arpo_nb.rewards import loo_fid_reward
 from arpo_nb.training.launch import arpo
 arpo(["train", "--model", "toy", "--method", "loofid", "--steps", "1", "--batch_size", "2", "--num_generations", "2", "--out_dir", "out"])
