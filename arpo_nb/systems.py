@@ -280,7 +280,8 @@ def load_reward(cfg:Config, # its rewards and how they are combined
     options = dict(normalise=cfg.normalize_rewards, pca=cfg.pca_dim,
                    loo_fid=dict(ema_weight=cfg.ema_weight, covariance=cfg.covariance))
     if 'loo_fid' in names: options |= _loo_fid_options(cfg, spec, judge)
-    local, needed = local_files(cfg.files), needed_files(names, *(options.get(k) for k in ('reference', 'pca', 'extractor')))
+    local = local_files(cfg.files)
+    needed = needed_files(names, *(options.get(k) for k in ('reference', 'pca', 'extractor')))
     options['weights'] = 'random' if random else {n: local[n] for n in needed if n in local}
     wants = any(getattr(r, 'prompts', False) for r in own.values())
     if names.keys() & CLIP_OF.keys() or wants: name_classes(system, cfg.class_names)

@@ -160,8 +160,7 @@ def test_code_fits_its_column():
     blocks = [(name, b) for name in PAGES for b in code_blocks(name)]
     wide = [name for name, b in blocks if any(len(l) > WIDTH for l in b.splitlines())]
     worst = sorted({n: wide.count(n) for n in wide}.items(), key=lambda kv: -kv[1])[:12]
-    # the aim is 5 %; one in ten is what holds after the last rewrapping of exported cells
-    assert len(blocks) > 500 and len(wide) <= .11*len(blocks), f'{len(wide)} of {len(blocks)} are wider than {WIDTH}: {worst}'
+    assert len(blocks) > 500 and len(wide) <= .05*len(blocks), f'{len(wide)} of {len(blocks)} are wider than {WIDTH}: {worst}'
 
 
 def test_most_of_the_code_is_there():

@@ -426,10 +426,10 @@ _TEXT = dict(recipes={**PAPERS, 'vapi': Recipe('arpo_nb.config:vapi_llamagen', d
                       'ar_grpo': Recipe('arpo_nb.config:ar_grpo', dict(text=True))})
 
 def _guided(size, text): # paper: its sampler where its rows are guided
-    "LOO-FID: Table 1. VA-π §5.2: 2.0 for XL and 1.75 for XXL; text as in its GenEval script"
-    if text: return {'VA-π': dict(cfg_scale=7.5, top_k=2000)}
-    ours = {'XL': 2., 'XXL': 1.75}.get(size)
-    return {'LOO-FID': dict(cfg_scale=1.5)} | ({'VA-π': dict(cfg_scale=ours)} if ours else {})
+    "LOO-FID: Table 1. VA-π §5.2: 2.0 for XL and 1.75 for XXL; text as in its GenEval script. AR-GRPO: its test scripts"
+    if text: return {'VA-π': dict(cfg_scale=7.5, top_k=2000), 'AR-GRPO': dict(cfg_scale=2., top_k=2000)}
+    theirs = {'XL': {'VA-π': dict(cfg_scale=2.), 'AR-GRPO': dict(cfg_scale=2.)}, 'XXL': {'VA-π': dict(cfg_scale=1.75)}}
+    return {'LOO-FID': dict(cfg_scale=1.5)} | theirs.get(size, {})
 
 def _spec(name, size, side, text):
     policy, vq = llamagen_files(name)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'choose_forcing', 'Objective', 'prior', 'reconstruction', 'scored_policy', 'PolicyGradient',
-           'MaximumLikelihood', 'StraightThrough', 'TokenizerPostTraining', 'bonus_weight']
+           'MaximumLikelihood', 'StraightThrough', 'TokenizerPostTraining', 'entropy_target', 'bonus_weight']
 
 # %% ../../nbs/45_objectives.ipynb #b421d41c
 from torch import Tensor, autocast, nn
@@ -68,7 +68,8 @@ def reconstruction(pixels:Tensor, # [B, G, 3, H, W], not clamped
 # %% ../../nbs/45_objectives.ipynb #09e88180
 def scored_policy(policy, # `Policy`
                   cfg:Config):
-    "What free-running samples are scored under: the policy, or the policy under guidance"
+    ("What free-running samples are scored under: the policy, or the policy under "
+     "guidance")
     if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale != 1:
         return Guided(policy, cfg.rollout_cfg_scale)
     return policy
@@ -111,19 +112,22 @@ class MaximumLikelihood(Objective):
     "Cross-entropy of the true tokens"
     def forward(self, rollout:Rollout):
         stats = {}
-        _, target_logps, entropy = rollout_logps(self.model, rollout, 1., self.cfg.logps_chunk)
+        _, target_logps, entropy = rollout_logps(self.model, rollout, 1.,
+                                                 self.cfg.logps_chunk)
         stats['policy/entropy'] = entropy.mean()
         return prior(target_logps, stats), stats
 
 # %% ../../nbs/45_objectives.ipynb #ff7d379e
 class StraightThrough(Objective):
-    "Reconstruction loss through straight-through tokens, with the same prior (VA-π App. C.1)"
+    ("Reconstruction loss through straight-through tokens, with the same prior (VA-π "
+     "App. C.1)")
     def forward(self, rollout:Rollout):
         states = self.model.hidden(rollout.context[:, 0], rollout.batch.cond)
         stats, logits = {}, self.model.head(states)
         recon = self.through_pixels(logits, rollout)
         stats['reward/mean'] = -recon.detach()
-        target_logps = logits.log_softmax(-1).gather(-1, rollout.targets[..., None])[..., 0]
+        target_logps = logits.log_softmax(-1).gather(
+            -1, rollout.targets[..., None])[..., 0]
         return recon + self.cfg.prior_coef*prior(target_logps, stats), stats
 
     def through_pixels(self, logits:Tensor, # [B, T, V]
@@ -131,7 +135,8 @@ class StraightThrough(Objective):
         "Reconstruction loss of the tokens that the logits stand for"
         c, noise = self.cfg, None
         if c.ste_mode == 'gumbel':
-            u = rollout.batch.streams.bulk_uniform(*logits.shape[1:], device=logits.device)
+            u = rollout.batch.streams.bulk_uniform(*logits.shape[1:],
+                                                   device=logits.device)
             noise = gumbel_noise(u)
         probs = straight_through(logits, c.ste_temperature, noise)
         with autocast(logits.device.type, enabled=False):
@@ -158,6 +163,12 @@ OBJECTIVES = dict(vapi=PolicyGradient, grpo=PolicyGradient, mixed=PolicyGradient
                   tokenizer=TokenizerPostTraining)
 
 # %% ../../nbs/45_objectives.ipynb #0078d376
+def entropy_target(cfg:Config,
+                   start:float, # Ĥ of the first step's samples
+                  ) -> float: # Ĥ in [0, 1]
+    "Where the adaptive bonus wants the normalised entropy (LOO-FID App. C)"
+    return cfg.normalized_entropy_target or min(1., start + cfg.entropy_margin)
+
 def bonus_weight(cfg:Config, step:int,
                  entropy:float, # Ĥ in [0, 1] of this step's samples
                  start:float, # Ĥ of the first step's
@@ -169,6 +180,5 @@ def bonus_weight(cfg:Config, step:int,
                    dict(peak=cfg.entropy_coef,
                         end=min(cfg.entropy_coef_min, cfg.entropy_coef)))
     if cfg.entropy_control == 'schedule': return entropy_schedule(p, **schedule)
-    target = cfg.normalized_entropy_target or min(1., start + cfg.entropy_margin)
-    return entropy_coef(p, entropy, target, cfg.entropy_gain, cfg.entropy_deadband,
+    return entropy_coef(p, entropy, entropy_target(cfg, start), cfg.entropy_gain, cfg.entropy_deadband,
                         cfg.entropy_coef_min, cfg.entropy_coef_max, **schedule)
