@@ -75,7 +75,8 @@ def plot_density(features:dict, # name: [N, D]; the first set spans the plane
                  share:float=.5, # of each set that its contour encloses
                  ax=None, # axes to draw on
                 ): # the axes
-    "Contours of kernel densities of sets of images on the first set's main axes (as VA-π Fig. 1 b)"
+    ("Contours of kernel densities of sets of images on the first set's main axes (as "
+     "VA-π Fig. 1 b)")
     from scipy.stats import gaussian_kde
     if ax is None: ax = plt.subplots(figsize=(3.4, 3), constrained_layout=True)[1]
     flat = principal_plane(next(iter(features.values())))
