@@ -520,13 +520,15 @@ def from_json(text:str) -> Config:
     values = migrate(_settings(text))
     unknown = set(values) - {f.name for f in fields(Config)}
     if unknown:
-        raise ValueError(f"unknown fields {sorted(unknown)}: written by another version? "
-                         + '; '.join(map(no_field, sorted(unknown))))
+        why = '; '.join(map(no_field, sorted(unknown)))
+        raise ValueError(f"unknown fields {sorted(unknown)}: written by another "
+                         f"version? {why}")
     return Config(**values)
 
 BEFORE_TRL = dict(entropy_target='normalized_entropy_target',
                   entropy_min='entropy_coef_min', entropy_max='entropy_coef_max')
-RENAMED = BEFORE_TRL | dict(vllm_importance_sampling_cap='vllm_importance_sampling_clip_max')
+RENAMED = BEFORE_TRL | dict(
+    vllm_importance_sampling_cap='vllm_importance_sampling_clip_max')
 
 def migrate(values:dict) -> dict:
     "A configuration's values as written before fields took TRL's meanings"

@@ -82,7 +82,8 @@ def _groups(ch):
     "The authors' 32 groups, where they are possible"
     if ch % 32 == 0: return 32
     raise ValueError(
-        f"model_args: a tokenizer {ch} channels wide can't have the authors' 32 groups, and no tensor shows "
+        f"model_args: a tokenizer {ch} channels wide can't have the authors' 32 "
+        "groups, and no tensor shows "
         "how many its norms have; add vq_num_groups=NUMBER")
 
 # %% ../../nbs/38_shapes.ipynb #093337f4
@@ -106,7 +107,8 @@ def gpt_shape(state:dict, # name → tensor of a transformer
     heads = n_head or known.get((layers, dim))
     if not heads:
         raise ValueError(
-            f"model_args: {layers} layers of width {dim} are none of the authors' models, and no tensor "
+            f"model_args: {layers} layers of width {dim} are none of the authors' "
+            "models, and no tensor "
             "shows the number of heads; add n_head=NUMBER")
     kv = (s['layers.0.attention.wqkv.weight'][0]*heads//dim - heads)//2
     return dict(dim=dim, n_layer=layers, n_head=heads,
@@ -185,22 +187,28 @@ def var_args(weights=None, tokenizer_weights=None, # None, 'random', or a path
     own, vq = split_args(args, VARConfig, MultiScaleConfig, 'var')
     if weights in (None, 'random'):
         if 'depth' not in own: raise ValueError(_nameless('var', 'depth=12'))
-    else: own = _agree(var_shape(read_state_dict(weights, key='var_wo_ddp')), own, weights)
+    else:
+        own = _agree(var_shape(read_state_dict(weights, key='var_wo_ddp')), own,
+                     weights)
     sides, path = own.get(
         'patch_nums', VARConfig.patch_nums), tokenizer_weights or own_tokenizer(weights)
     if path not in (None, 'random'):
         state = read_state_dict(path, key='vae_local')
         vq = _agree(multiscale_shape(state, sides, vq.get('num_groups')), vq, path)
-    else: vq = dict(codebook_size=own.get('vocab_size', 4096), z_channels=own.get('z_channels', 32)) | vq
+    else:
+        vq = dict(codebook_size=own.get('vocab_size', 4096),
+                  z_channels=own.get('z_channels', 32)) | vq
     return own | _prefixed(vq)
 
 def _nameless(model, example):
     return (
-        f"model={model!r}: stands for files of your own, none is published under it; give weights=FILE, or with "
+        f"model={model!r}: stands for files of your own, none is published under "
+        "it; give weights=FILE, or with "
         f"weights='random' its shape, as in model_args={example!r}")
 
 # %% ../../nbs/38_shapes.ipynb #9dafbb09
-def llamagen_args(weights=None, tokenizer_weights=None, text:bool=False, # None, 'random', or a path
+def llamagen_args(weights=None, tokenizer_weights=None, # None, 'random', or a path
+                  text:bool=False, # whether captions are its condition
                   **args, # as in `model_args`
                  ) -> dict: # of `build_llamagen`
     "The shape of a LlamaGen and its tokenizer, from their files and what is said"
@@ -223,15 +231,18 @@ def llamagen_args(weights=None, tokenizer_weights=None, text:bool=False, # None,
                      weights)
         if (own['cond'] == 'text' if 'cond' in own else False) != text:
             raise ValueError(
-                f"weights={str(weights)!r}: a {'class' if text else 'text'}-conditional transformer; use "
+                f"weights={str(weights)!r}: a {'class' if text else 'text'}-"
+                "conditional transformer; use "
                 f"model={'llamagen' if text else 'llamagen_t2i'!r}")
         side = side or _side(weights)
     vq = dict(codebook_size=own.get('vocab_size', 16384)) | vq | dict(image_size=side)
     down = VQConfig(**vq).downsample
     if vq['codebook_size'] != own.get('vocab_size', 16384):
         raise ValueError(
-            f"tokenizer_weights={str(tokenizer_weights)!r}: {vq['codebook_size']} codes, but the transformer "
-            f"draws from {own.get('vocab_size', 16384)}; give the tokenizer that it was trained with"
+            f"tokenizer_weights={str(tokenizer_weights)!r}: {vq['codebook_size']} "
+            "codes, but the transformer "
+            f"draws from {own.get('vocab_size', 16384)}; give the tokenizer that it "
+            "was trained with"
         )
     return own | dict(block_size=(side//down)**2, image_size=side) | _prefixed(vq)
 
@@ -241,7 +252,8 @@ def _side(weights):
         weights)[0].stem.rpartition('_')
     if kept or (last in ('256', '384', '512')): return int(kept or last)
     raise ValueError(
-        f"weights={str(weights)!r}: no tensor shows the size of its pictures, and it keeps no arguments of "
+        f"weights={str(weights)!r}: no tensor shows the size of its pictures, and "
+        "it keeps no arguments of "
         "its training; add model_args='image_size=256', or whatever it is")
 
 # %% ../../nbs/38_shapes.ipynb #47efba51

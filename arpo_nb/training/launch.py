@@ -237,18 +237,23 @@ def main(argv=None):
 
 def _wanted(p, args) -> tuple: # what a file says besides, and the configuration
     "What to run, from a run's own file, a written one, or options alone"
-    recipe = {k: getattr(args, k) for k in ('model', 'method', 'variant') if getattr(args, k)}
+    recipe = {k: getattr(args, k) for k in ('model', 'method', 'variant')
+              if getattr(args, k)}
     if args.file and (args.config or recipe):
-        p.error(f'{args.file} says all; change it by --config FILE, or give --model without it')
-    if not (args.file or args.config or args.model): p.error('give a file, --config FILE, or --model')
+        p.error(f'{args.file} says all; change it by --config FILE, or give --model '
+                'without it')
+    if not (args.file or args.config or args.model):
+        p.error('give a file, --config FILE, or --model')
     if args.file and not args.file.is_file():
         p.error(f"{args.file}: no such file; write one with arpo_nb.config.to_json")
     try:
         given = given_options(args)
-        job = json.loads(args.file.read_text()) if args.file else read_settings(args.config) if args.config else {}
+        read = lambda: read_settings(args.config) if args.config else {}
+        job = json.loads(args.file.read_text()) if args.file else read()
     except (ValueError, FileNotFoundError) as e: p.error(str(e))
     # what fails inside a model of one's own keeps its traceback
-    cfg = from_json(json.dumps(job.get('config', job))) if args.file else from_settings(job | recipe)
+    cfg = (from_json(json.dumps(job.get('config', job))) if args.file
+           else from_settings(job | recipe))
     return job, override(cfg, args.set, **given)
 
 def _told(start):

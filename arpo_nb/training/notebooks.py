@@ -25,7 +25,8 @@ def notebook_folders() -> tuple: # of run notebooks, of examples
                                 (home.parent/'nbs', home.parent/'examples')):
         if any(notebooks.glob('run_*.ipynb')): return notebooks, examples
     raise FileNotFoundError(
-        f"{home}: carries no run notebooks; install a wheel that has them, or work in a clone"
+        f"{home}: carries no run notebooks; install a wheel that has them, or "
+        "work in a clone"
     )
 
 def lay_out(folder # made if missing
