@@ -64,20 +64,18 @@ def read_value(text:str, default, name:str):
 def read_words(words:list, notebook) -> dict: # parameter: value
     "Parameters from --NAME VALUE pairs, or --NAME=VALUE"
     known = {f.name: ast.literal_eval(f.default) for f in parameters_of(notebook)}
-    pairs, words = {}, [
-        w for word in words
-        for w in (word.split('=', 1) if word.startswith('--') else [word])
-    ]
-    for name, value in zip(words[::2], words[1::2] + ['']*(len(words) % 2)):
+    split = lambda w: w.split('=', 1) if w.startswith('--') else [w]
+    pairs, words = {}, [part for word in words for part in split(word)]
+    for name, value in zip(words[::2], words[1::2] + [None]*(len(words) % 2)):
         key = name.removeprefix('--').replace('-', '_')
         if not name.startswith('--') or key not in known:
             near = difflib.get_close_matches(key, known, 1)
             raise ValueError(
                 f"{name!r}: no parameter of {Path(notebook).name}"
                 f"{near and f', did you mean --{near[0]}?' or '; --help lists them'}")
+        if value is None:
+            raise ValueError(f"{name}: a value is missing; write --NAME VALUE")
         pairs[key] = read_value(value, known[key], key)
-    if len(words) % 2:
-        raise ValueError(f"{words[-1]}: a value is missing; write --NAME VALUE")
     return pairs
 
 def help_text(notebook, door:str) -> str:
