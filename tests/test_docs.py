@@ -107,7 +107,7 @@ def test_slugs_see_what_is_there():
 
 def test_home_leads_to_every_page():
     text = source(PAGES['index.ipynb']['cells'][-1])
-    assert set(links('index.ipynb')) >= set(PAGES) - {'index.ipynb'}
+    assert set(links('index.ipynb')) >= set(PAGES) - {'index.ipynb'}, 'run python scripts/readme.py'
     titles = {n: re.match('# (.+)', source(nb['cells'][0]))[1] for n, nb in PAGES.items()}
     assert not [n for n, t in titles.items() if n != 'index.ipynb' and f'[{t}]({n})' not in text]
 
