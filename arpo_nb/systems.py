@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STARTED', 'model_table', 'load_system', 'system_of', 'own_files', 'name_classes', 'load_shapes', 'shapes_of',
            'model_files', 'usual_guidance', 'started_from', 'settle_start', 'ClassScore', 'own_images', 'own_reference',
-           'imagenet_classes', 'imagenet_synonyms', 'spec_of', 'load_reward', 'check_rewards', 'own_rewards',
-           'load_data', 'check_data', 'check_hub_model', 'prompt_encoder', 'own_data', 'load_metric_net', 'main']
+           'imagenet_classes', 'imagenet_synonyms', 'spec_of', 'load_reward', 'check_rewards', 'reward_files',
+           'own_rewards', 'load_data', 'check_data', 'check_hub_model', 'prompt_encoder', 'own_data', 'load_metric_net',
+           'main']
 
 # %% ../nbs/37_models.ipynb #de9ccbda
 import argparse
@@ -301,6 +302,14 @@ def check_rewards(cfg:Config, system:System):
     names, judged = parse_rewards(cfg.rewards), ('class_score',) if spec_of(system).judge else ()
     read_rewards({n: w for n, w in names.items() if n not in judged and find_reward(n, (*REWARDS, *judged)) is None}
                  or 'clip')
+
+def reward_files(cfg:Config, system:System) -> list: # keys of `weights.FILES`
+    "The published files that the rewards of a run are made of"
+    if cfg.method not in FREE: return []
+    spec = spec_of(system)
+    names = {n: w for n, w in parse_rewards(cfg.rewards).items() if n in REWARDS}
+    given = cfg.reference if cfg.reference != 'default' or spec.reference == 'own' else None
+    return needed_files(names, given, 0, spec.judge)
 
 def own_rewards(names, # of rewards
                 system:System) -> dict: # name: `Reward`
