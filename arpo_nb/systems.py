@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['model_table', 'load_system', 'name_classes', 'load_shapes', 'model_files', 'usual_guidance', 'ClassScore',
            'own_images', 'own_reference', 'imagenet_classes', 'imagenet_synonyms', 'spec_of', 'load_reward',
-           'check_rewards', 'own_rewards', 'load_data', 'check_data', 'check_hub_model', 'prompt_encoder', 'own_data',
-           'load_metric_net', 'main']
+           'check_rewards', 'reward_files', 'own_rewards', 'load_data', 'check_data', 'check_hub_model',
+           'prompt_encoder', 'own_data', 'load_metric_net', 'main']
 
 # %% ../nbs/37_models.ipynb #de9ccbda
 import argparse
@@ -25,7 +25,7 @@ from .own_rewards import find_reward
 from .protocols import MetricNet, System
 from .rewards import WeightedSum, check_images
 from .scores.features import TRUNKS, LPIPSFeatures
-from .scores.reward_factory import CLIP_OF, REWARDS, make_rewards, read_rewards
+from .scores.reward_factory import CLIP_OF, REWARDS, make_rewards, needed_files, read_rewards
 from .specs import ModelSpec, families, find_model, is_dotted, known_models, names_object, resolve
 from .weights import FILES, _hub, human_size, import_torchvision
 
@@ -218,6 +218,14 @@ def check_rewards(cfg:Config, system:System):
     names, judged = parse_rewards(cfg.rewards), ('class_score',) if spec_of(system).judge else ()
     read_rewards({n: w for n, w in names.items() if n not in judged and find_reward(n, (*REWARDS, *judged)) is None}
                  or 'clip')
+
+def reward_files(cfg:Config, system:System) -> list: # keys of `weights.FILES`
+    "The published files that the rewards of a run are made of"
+    if cfg.method not in FREE: return []
+    spec = spec_of(system)
+    names = {n: w for n, w in parse_rewards(cfg.rewards).items() if n in REWARDS}
+    given = cfg.reference if cfg.reference != 'default' or spec.reference == 'own' else None
+    return needed_files(names, given, 0, spec.judge)
 
 def own_rewards(names, # of rewards
                 system:System) -> dict: # name: `Reward`

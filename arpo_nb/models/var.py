@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from ..maths.sampling import filter_logits, guide, sample_token
 from ..maths.scalewise import block_causal_mask, scale_index, scale_sizes
 from .checkpoints import FILES, load_strict, load_weights, locate, read_state_dict
-from .llamagen import _check_ids, _what
+from .llamagen import _what
 from .multiscale_vq import MultiScaleConfig, MultiScaleQuantizer, MultiScaleVQ, check_patch_nums
-from ..protocols import Streams
+from ..protocols import Streams, check_ids
 from ..specs import PAPERS, ModelSpec
 
 # %% ../../nbs/33_var.ipynb #0ca1d89f
@@ -317,7 +317,7 @@ def check_cond(self:VAR, cond, # what should be [N] class ids
     if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
         raise ValueError("cond: expected class ids, a [N] tensor of "
                          f"integers, got {_what(cond)}")
-    _check_ids('cond', cond, n + null,
+    check_ids('cond', cond, n + null,
                f"num_classes={n}" + (f", null class {n}" if null
                                      else "; the null class is for guidance alone"))
 
@@ -374,7 +374,7 @@ def hidden(self:VAR, context:Tensor, # [N, T] codes, given or drawn
                          f"[{len(cond)}, {self.num_tokens}], the maps of sides "
                          f"{self.cfg.patch_nums} one after the other; "
                          "was it made by a tokenizer at another resolution?")
-    _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
+    check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
     cond, mask = self.class_emb(cond), self.attn_bias_for_masking == 0
     sixes, two = self.modulations(cond)
     x = self.embed(context, cond)
