@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import FREE, SAMPLING, Config, contexts, uses_perceptual
 from ..protocols import map_cond
 from ..specs import find_model
-from ..systems import check_data, check_rewards, load_shapes, model_files, reward_files
+from ..systems import check_data, check_rewards, model_files, reward_files, shapes_of
 from .rehearse import rehearsed
 from .sharding import shard_count, shard_units
-from ..weights import FILES, _hub, plan_file, url_cache
+from ..weights import FILES, _hub, local_files, plan_file, url_cache
 
 # %% ../../nbs/43_plan.ipynb #0f26d176
 # values per token and channel that a transformer block keeps for its backward pass
@@ -154,14 +154,16 @@ def make_plan(cfg:Config,
      "are named in one error")
     files, missing = [], []
     for name, path in model_files(cfg.model, cfg.weights, uses_perceptual(cfg),
-                                  cfg.tokenizer_weights):
+                                  cfg.tokenizer_weights, cfg.files):
         try: files.append(plan_file(name, path, cache_dir, offline))
         except (OSError, ImportError, ValueError) as e: missing.append(e)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # that weights read into shapes are lost
-        system = load_shapes(cfg.model, uses_perceptual(cfg))
+        system = shapes_of(cfg)
     for name in reward_files(cfg, system) if cfg.weights != 'random' else ():
-        try: files.append(plan_file(name, None, cache_dir, offline))
+        try:
+            mine = local_files(cfg.files).get(name)
+            files.append(plan_file(name, mine, cache_dir, offline))
         except (OSError, ImportError, ValueError) as e: missing.append(e)
     for check in (check_data, check_rewards):
         try: check(cfg, system)
@@ -300,9 +302,8 @@ def eval_command(cfg:Config, folder, # of the run
         k: v for k, v in given.items() if v != usual[k]}
     # as the papers score them
     if spec.image_size == 384 and not text: asked |= dict(size=256)
-    if cfg.weights != 'default': asked |= dict(base=cfg.weights)
-    if cfg.tokenizer_weights != 'default':
-        asked |= dict(tokenizer=cfg.tokenizer_weights)
+    for name in ('weights', 'tokenizer_weights', 'files', 'model_args'):
+        if getattr(cfg, name) != getattr(Config(), name): asked[name] = getattr(cfg, name)
     if cfg.method == 'tokenizer': asked |= dict(part='tokenizer')
     if labels:
         asked |= dict(labels=labels, class_split=cfg.class_split, class_seed=cfg.seed)
