@@ -22,9 +22,13 @@ def user_path(path, # as a person writes it
              ) -> Path:
     "A path with `~` as the home folder"
     text = os.fsdecode(path)
-    if '\0' in text: raise ValueError(f"{name}={text!r}: holds a NUL character, which no file's name can; check where it comes from")
+    if '\0' in text:
+        raise ValueError(
+            f"{name}={text!r}: holds a NUL character, which no file's name can; check where it comes from")
     try: return Path(text).expanduser()
-    except RuntimeError as e: raise ValueError(f"{name}={text!r}: there is no home folder (HOME is not set); write the path in full") from e
+    except RuntimeError as e:
+        raise ValueError(
+            f"{name}={text!r}: there is no home folder (HOME is not set); write the path in full") from e
 
 def home_cache(*parts:str) -> Path: # below ~/.cache, or below a folder of this user's where there is no home
     "Where files of our own are kept"
@@ -67,7 +71,10 @@ def reading(path, # of the file
 def _first_line(e): return (str(e).splitlines() or [''])[0][:300]
 
 # %% ../nbs/08_files.ipynb #2eff96ba
-_KINDS = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a FIFO', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device', stat.S_IFSOCK: 'a socket'}
+_KINDS = {
+    stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a FIFO', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device',
+    stat.S_IFSOCK: 'a socket'
+}
 
 def open_file(path):
     "A plain file, open for reading bytes; anything else is refused unopened"
@@ -91,16 +98,23 @@ def inside(folder, # of the list
           ) -> Path: # of a file that may be opened
     "The file that data names, which must lie below the data's own folder"
     source = source or folder
-    if not isinstance(name, str) or not name.strip() or '\0' in name: raise BadFile(source, f"file name {name!r}, expected a path below {folder}", where)
+    if not isinstance(name, str) or not name.strip() or '\0' in name:
+        raise BadFile(source, f"file name {name!r}, expected a path below {folder}", where)
     with reading(source, where, 'a path that can exist'):
         if '\\' in name and not (Path(folder)/name).is_file(): name = name.replace('\\', '/')
     parts = PurePosixPath(name)
     if parts.is_absolute() or '..' in parts.parts or re.match('[A-Za-z]:', name):
-        raise BadFile(source, f"file name {name!r} leads out of {folder}, so it is not read; write it relative to that folder", where)
+        raise BadFile(
+            source,
+            f"file name {name!r} leads out of {folder}, so it is not read; write it relative to that folder",
+            where)
     return Path(folder)/parts
 
 # %% ../nbs/08_files.ipynb #1d5c8f18
-_MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+_MARKS = {
+    codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF8: 'utf-8-sig',
+    codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'
+}
 _LINE_END, _MAX_LINE, _MAX_TEXT = re.compile('\r\n|\n|\r'), 1 << 26, 1 << 30
 
 def decode_text(raw:bytes, path, # of the file, for messages
@@ -113,7 +127,9 @@ def decode_text(raw:bytes, path, # of the file, for messages
     except UnicodeDecodeError as e:
         at = f'line {line + len(_LINE_END.findall(raw[:e.start].decode(coding, "ignore")))}'
         raise BadFile(path, f"not {coding.removesuffix('-sig').upper()} (byte 0x{raw[e.start]:02x}); {cure}", at) from e
-    if '\0' in text: raise BadFile(path, f"holds NUL characters, as text in UTF-16 without its mark does; {cure}", f'line {line}')
+    if '\0' in text:
+        raise BadFile(path, f"holds NUL characters, as text in UTF-16 without its mark does; {cure}",
+                      f'line {line}')
     return text
 
 def read_text(path) -> str:
@@ -123,10 +139,13 @@ def read_text(path) -> str:
 def read_lines(path): # yields number and line, without its end
     "The lines of a text file, one after the other"
     with open_file(path) as f, reading(path):
-        wide, number = f.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or f.peek(4)[:4] == codecs.BOM_UTF32_BE, 0
+        wide, number = f.peek(2)[:2] in (codecs.BOM_UTF16_LE,
+                                         codecs.BOM_UTF16_BE) or f.peek(4)[:4] == codecs.BOM_UTF32_BE, 0
         while raw := f.read(_MAX_TEXT) if wide else f.readline(_MAX_LINE):
-            if len(raw) == (_MAX_TEXT if wide else _MAX_LINE): raise BadFile(path, f"longer than {len(raw):,} bytes; is it text?", f'line {number + 1}')
-            for line in _LINE_END.split(_without_last_end(decode_text(raw, path, number + 1))): yield (number := number + 1), line
+            if len(raw) == (_MAX_TEXT if wide else _MAX_LINE):
+                raise BadFile(path, f"longer than {len(raw):,} bytes; is it text?", f'line {number + 1}')
+            for line in _LINE_END.split(_without_last_end(decode_text(raw, path, number + 1))):
+                yield (number := number + 1), line
 
 def _without_last_end(text): return re.sub('(\r\n|\n|\r)\\Z', '', text)
 
@@ -153,7 +172,8 @@ def _json_list(path):
     "The list in a JSON file, alone or the only one in an object"
     value = read_json(path)
     lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else [value]
-    if len(lists) != 1 or not isinstance(lists[0], list): raise BadFile(path, "expected a list of records, alone or the only list in an object")
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        raise BadFile(path, "expected a list of records, alone or the only list in an object")
     return lists[0]
 
 def _read_table(path, sep):
@@ -161,7 +181,8 @@ def _read_table(path, sep):
     with reading(path, expected='a table with the names of its columns in the first line'):
         rows = csv.reader((f'{line}\n' for _, line in read_lines(path)), delimiter=sep or _separator(path), strict=True)
         names = [n.strip() for n in next(rows, [])]
-        if not names or len({*names}) < len(names): raise BadFile(path, f"columns {names}; expected a name for each, no two alike", 'line 1')
+        if not names or len({*names}) < len(names):
+            raise BadFile(path, f"columns {names}; expected a name for each, no two alike", 'line 1')
         for row in rows:
             if row: yield f'line {rows.line_num}', lambda row=row, n=rows.line_num: _named(names, row, path, n)
 
@@ -171,7 +192,8 @@ def _separator(path):
     return ';' if ';' in first and ',' not in first else ','
 
 def _named(names, row, path, line):
-    if len(row) != len(names): raise BadFile(path, f"{len(row)} fields, expected {len(names)}: {', '.join(names)}", f'line {line}')
+    if len(row) != len(names):
+        raise BadFile(path, f"{len(row)} fields, expected {len(names)}: {', '.join(names)}", f'line {line}')
     return dict(zip(names, row))
 
 # %% ../nbs/08_files.ipynb #1e918e6a
@@ -183,7 +205,12 @@ class Bounded:
     def read(self, n:int) -> bytes:
         data = self.file.read(min(n, self.most - self.seen + 1))
         self.seen += len(data)
-        if self.seen > self.most: raise BadFile(self.path, f"unfolds to more than {self.most:,} bytes, over {RATIO} times its size; an archive of this kind is not read")
+        if self.seen > self.most:
+            raise BadFile(
+                self.path,
+                f"unfolds to more than {self.most:,} bytes, over {RATIO} times its size; an archive of this "
+                f"kind is not read"
+            )
         return data
     def close(self): self.file.close()
 
@@ -192,8 +219,11 @@ def open_packed(path): # yields a stream with `read(n)`
     "A file, unpacked on the way if it is a gzip, bzip2 or xz"
     with open_file(path) as f:
         head, size = f.peek(6)[:6], os.fstat(f.fileno()).st_size
-        unpack = next((u for mark, u in {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}.items() if head.startswith(mark)), None)
-        if head.startswith(b'\x28\xb5\x2f\xfd'): raise BadFile(path, "compressed with zstandard, which is not read; unpack it first")
+        unpack = next(
+            (u for mark, u in {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}.items()
+             if head.startswith(mark)), None)
+        if head.startswith(b'\x28\xb5\x2f\xfd'):
+            raise BadFile(path, "compressed with zstandard, which is not read; unpack it first")
         yield Bounded(unpack(f), path, RATIO*size + ROOM) if unpack else f
 
 # %% ../nbs/08_files.ipynb #dfd4dcd6
@@ -203,8 +233,11 @@ def npy_header(f, # stream at the start of an array
     with reading(path, where, 'an array of numbers as numpy.save writes it'):
         version = npy_format.read_magic(f)
         if version not in ((1, 0), (2, 0)): raise BadFile(path, f"NumPy format {version}, expected 1.0 or 2.0", where)
-        shape, fortran, dtype = (npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0)(f)
-    if dtype.hasobject: raise BadFile(path, "an array of Python objects, which could run code when loaded; expected numbers", where)
+        shape, fortran, dtype = (npy_format.read_array_header_1_0
+                                 if version == (1, 0) else npy_format.read_array_header_2_0)(f)
+    if dtype.hasobject:
+        raise BadFile(path, "an array of Python objects, which could run code when loaded; expected numbers",
+                      where)
     if any(n < 0 for n in shape): raise BadFile(path, f"shape {shape}, expected no negative numbers", where)
     return shape, fortran, dtype
 
@@ -215,7 +248,11 @@ def read_npy(f, # stream at the start of an array
     start = f.tell()
     shape, fortran, dtype = npy_header(f, path, where)
     need, have = math.prod(shape)*dtype.itemsize, size - (f.tell() - start)
-    if need != have: raise BadFile(path, f"promises an array {list(shape)} of {dtype}, {need:,} bytes, but holds {have:,}; make or copy it again", where)
+    if need != have:
+        raise BadFile(
+            path,
+            f"promises an array {list(shape)} of {dtype}, {need:,} bytes, but holds {have:,}; make or copy it again",
+            where)
     raw = np.empty(need, np.uint8)
     with reading(path, where): got = f.readinto(raw) if need else 0
     if got != need: raise BadFile(path, f"ends after {got:,} of {need:,} bytes; make or copy it again", where)
@@ -225,16 +262,24 @@ def read_npy(f, # stream at the start of an array
 def open_npz(path): # yields a dict: name → entry of the archive, and the archive
     "An archive of arrays, unread"
     with open_file(path) as file, reading(path, expected='an .npz archive'):
-        if not zipfile.is_zipfile(file): raise BadFile(path, f"no .npz archive, or a damaged one ({os.fstat(file.fileno()).st_size:,} bytes); make or copy it again")
-        with zipfile.ZipFile(file) as z: yield {i.filename.removesuffix('.npy'): i for i in z.infolist() if i.filename.endswith('.npy')}, z
+        if not zipfile.is_zipfile(file):
+            raise BadFile(
+                path,
+                f"no .npz archive, or a damaged one ({os.fstat(file.fileno()).st_size:,} bytes); make or copy it again"
+            )
+        with zipfile.ZipFile(file) as z:
+            yield {i.filename.removesuffix('.npy'): i for i in z.infolist() if i.filename.endswith('.npy')}, z
 
 def read_npz(path, names=None, # of arrays; None for all
             ) -> dict: # name → array, of those that are there
     "Arrays of an archive"
-    with open_npz(path) as (entries, z): return {n: _read_entry(z, i, path, n) for n, i in entries.items() if names is None or n in names}
+    with open_npz(path) as (entries, z):
+        return {n: _read_entry(z, i, path, n) for n, i in entries.items() if names is None or n in names}
 
 def _read_entry(z, info, path, name):
-    if info.file_size > RATIO*info.compress_size + ROOM: raise BadFile(path, f"unfolds to {info.file_size:,} bytes, over {RATIO} times its size; it is not read", f'array {name}')
+    if info.file_size > RATIO*info.compress_size + ROOM:
+        raise BadFile(path, f"unfolds to {info.file_size:,} bytes, over {RATIO} times its size; it is not read",
+                      f'array {name}')
     with reading(path, f'array {name}'), z.open(info) as f: return read_npy(f, info.file_size, path, f'array {name}')
 
 # %% ../nbs/08_files.ipynb #88c96714
@@ -249,16 +294,23 @@ def read_moments(path) -> dict: # of those names in MOMENTS that the file holds,
     return got
 
 def _check_moments(path, m, mean, s, cov):
-    if mean.dtype.kind not in 'fiu' or cov.dtype.kind not in 'fiu': raise BadFile(path, f"{mean.dtype} and {cov.dtype}, expected numbers", f'{m} and {s}')
-    if mean.ndim != 1 or not mean.size or cov.shape != (mean.size, mean.size): raise BadFile(path, f"{m} has shape {mean.shape} and {s} {cov.shape}, expected [D] and [D, D]")
+    if mean.dtype.kind not in 'fiu' or cov.dtype.kind not in 'fiu':
+        raise BadFile(path, f"{mean.dtype} and {cov.dtype}, expected numbers", f'{m} and {s}')
+    if mean.ndim != 1 or not mean.size or cov.shape != (mean.size, mean.size):
+        raise BadFile(path, f"{m} has shape {mean.shape} and {s} {cov.shape}, expected [D] and [D, D]")
     mean, cov = mean.astype(np.float64), cov.astype(np.float64)
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()): raise BadFile(path, "holds values that are not finite; make it again", f'{m} or {s}')
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise BadFile(path, "holds values that are not finite; make it again", f'{m} or {s}')
     most = max(np.abs(cov).max(), 1e-300)
-    if not 0 <= mean.max()**2 + most < 1e200: raise BadFile(path, f"numbers up to {most:.3g}, more than features of any network have; make it again", f'{m} or {s}')
+    if not 0 <= mean.max()**2 + most < 1e200:
+        raise BadFile(path, f"numbers up to {most:.3g}, more than features of any network have; make it again",
+                      f'{m} or {s}')
     if (least := cov.diagonal().min()) < 0: raise BadFile(path, f"a negative variance ({least:.3g}); make it again", s)
     if np.abs(cov - cov.T).max() > 1e-3*most: raise BadFile(path, "not symmetric, so no covariance; make it again", s)
     try: np.linalg.cholesky((cov + cov.T)/2 + 1e-3*most*np.eye(len(cov)))
-    except np.linalg.LinAlgError as e: raise BadFile(path, "has negative eigenvalues, so no features can have this covariance; make it again", s) from e
+    except np.linalg.LinAlgError as e:
+        raise BadFile(path, "has negative eigenvalues, so no features can have this covariance; make it again",
+                      s) from e
     return mean, cov
 
 # %% ../nbs/08_files.ipynb #591d78f0
@@ -268,7 +320,12 @@ def refuse_foreign(path, # to be written
     if not os.path.lexists(path): return
     try: ours = is_ours(Path(path))
     except Exception: ours = False # not even readable as what we would have written
-    if not ours: raise FileExistsError(errno.EEXIST, f"{path}: already there, and nothing in it says that this library wrote it, so it is left as it is; give another name, or move it away")
+    if not ours:
+        raise FileExistsError(
+            errno.EEXIST,
+            f"{path}: already there, and nothing in it says that this library wrote it, so it is left as it is; "
+            f"give another name, or move it away"
+        )
 
 def need_space(path, # to be written
                need:int): # bytes
@@ -278,7 +335,8 @@ def need_space(path, # to be written
 
 def _full(path, disk, free, need=0):
     wanted = f', {need/1e9:.2f} GB are needed' if need else ''
-    return f"{path}: the disk of {disk} is full ({free/1e9:.2f} GB free{wanted}); what was there is whole. Free some space or write to another disk, then run again"
+    return (f"{path}: the disk of {disk} is full ({free/1e9:.2f} GB free{wanted}); what was there is whole. Free "
+            f"some space or write to another disk, then run again")
 
 def write_atomically(path, write, # function of an open binary file
                     ):

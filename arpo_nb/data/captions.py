@@ -38,15 +38,24 @@ _MIDDLE = [ # on the text without tags
     (r'@\w+\b', ''), # handles
     ('[\u31c0-\u4dff\u4e00-\u9fff]+', ''), # Chinese, Japanese and Korean signs
     # dashes
-    ('[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+', '-'),
-    ('[`´«»“”¨]', '"'), ('[‘’]', "'"), # quotes
-    ('&quot;?', ''), ('&amp', ''),
+    ('[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+',
+     '-'),
+    ('[`´«»“”¨]', '"'),
+    ('[‘’]', "'"), # quotes
+    ('&quot;?', ''),
+    ('&amp', ''),
     (r'\d{1,3}(?:\.\d{1,3}){3}', ' '), # IP addresses
-    (r'\d:\d\d\s+$', ''), (r'\\n', ' '),
-    (r'#\d{1,3}\b', ''), (r'#\d{5,}\b', ''), (r'\b\d{6,}\b', ''), # article numbers
+    (r'\d:\d\d\s+$', ''),
+    (r'\\n', ' '),
+    (r'#\d{1,3}\b', ''),
+    (r'#\d{5,}\b', ''),
+    (r'\b\d{6,}\b', ''), # article numbers
     (rf'\S+\.{_FILES}', ''), # file names
-    ('["\']{2,}', '"'), (r'\.{2,}', ' '),
-    (r'[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+', ' '), (r'\s+\.\s+', ' ')]
+    ('["\']{2,}', '"'),
+    (r'\.{2,}', ' '),
+    (r'[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+', ' '),
+    (r'\s+\.\s+', ' ')
+]
 _AFTER = [ # on repaired Unicode
     # model numbers
     (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''),
@@ -129,7 +138,9 @@ def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each capti
 # %% ../../nbs/09_text_data.ipynb #50cbd42e
 def _cut(counter, what, tokens, length):
     "Count a caption that is cut, and warn of the first"
-    if not counter.truncated: warnings.warn(f"{what}: {tokens} tokens, cut to {length}; further ones are only counted, in data/truncated")
+    if not counter.truncated:
+        warnings.warn(
+            f"{what}: {tokens} tokens, cut to {length}; further ones are only counted, in data/truncated")
     counter.truncated += 1
 
 def _stack(counter, keys, rows, length):
@@ -141,7 +152,10 @@ def _stack(counter, keys, rows, length):
 def _is_left(counter, prompt, text):
     "Count a caption of which nothing is left, and warn of the first"
     if text.strip() or not prompt.strip(): return
-    if not counter.emptied: warnings.warn(f"prompt {prompt[:60]!r}: cleaning leaves nothing of it; further ones are only counted, in data/emptied")
+    if not counter.emptied:
+        warnings.warn(
+            f"prompt {prompt[:60]!r}: cleaning leaves nothing of it; further ones are only counted, in data/emptied"
+        )
     counter.emptied += 1
 
 class T5Features:
@@ -157,7 +171,8 @@ class T5Features:
             transformers, model = import_transformers(), _folder_or_name(model)
             tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model)
             model = transformers.T5EncoderModel.from_pretrained(model, dtype=dtype)
-        self.model, self.tokenizer, self.length, self.device, self.clean = model.eval().to(device), tokenizer, length, device, clean
+        self.model, self.tokenizer, self.length, self.device, self.clean = model.eval().to(
+            device), tokenizer, length, device, clean
         self.truncated = self.emptied = 0 # captions cut, and captions of which cleaning left nothing
 
     @torch.no_grad()
@@ -166,8 +181,10 @@ class T5Features:
         texts = [clean_prompt(p) for p in prompts] if self.clean else list(prompts)
         for p, t in zip(prompts, texts): _is_left(self, p, t)
         for p, ids in zip(prompts, self.tokenizer(texts)['input_ids']):
-            if len(ids) > self.length: _cut(self, f"prompt {p[:60]!r}{'…' if len(p) > 60 else ''}", len(ids), self.length)
-        enc = self.tokenizer(texts, max_length=self.length, padding='max_length', truncation=True, return_attention_mask=True, return_tensors='pt')
+            if len(ids) > self.length:
+                _cut(self, f"prompt {p[:60]!r}{'…' if len(p) > 60 else ''}", len(ids), self.length)
+        enc = self.tokenizer(texts, max_length=self.length, padding='max_length', truncation=True,
+                             return_attention_mask=True, return_tensors='pt')
         ids, mask = enc['input_ids'].to(self.device), enc['attention_mask'].to(self.device)
         return left_pad(self.model(input_ids=ids, attention_mask=mask)['last_hidden_state'].float(), mask)
 
@@ -179,7 +196,9 @@ class DiskFeatures:
     "Left-padded features of captions by their key, from a folder of .npy files or one .npz"
     def __init__(self, path, length:int=120):
         path = user_path(path, 'features path')
-        if not path.exists(): raise FileNotFoundError(f"features path={str(path)!r}: no such file or folder; give a folder of KEY.npy or one .npz")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"features path={str(path)!r}: no such file or folder; give a folder of KEY.npy or one .npz")
         self.path, self.length, self.truncated = path, length, 0
         if path.is_file():
             with open_npz(path): pass # raises for anything else
@@ -207,7 +226,9 @@ def check_rows(a:np.ndarray, # [n, D] or [1, n, D]
               ) -> np.ndarray: # [n, D]
     "The features of one caption, if they can be such"
     a = a[0] if a.ndim == 3 and len(a) == 1 else a
-    if a.dtype.kind not in 'fiu' or a.ndim != 2 or not a.size: raise ValueError(f"{what}: {a.dtype} {a.shape}, expected numbers [n, D] with the valid rows of one caption")
+    if a.dtype.kind not in 'fiu' or a.ndim != 2 or not a.size:
+        raise ValueError(
+            f"{what}: {a.dtype} {a.shape}, expected numbers [n, D] with the valid rows of one caption")
     with np.errstate(over='ignore'): finite = np.isfinite(a.astype(np.float32)).all()
     if not finite: raise ValueError(f"{what}: values that are not finite, or too large for float32")
     return a
@@ -231,23 +252,32 @@ def choose_caption(value, # a text, a list of texts, a record with one of CAPTIO
     "The caption that a record has this time"
     if isinstance(value, dict):
         key, found = pick(value, CAPTIONS)
-        if key is None: raise ValueError(f"no caption among {', '.join(map(str, value)) or 'no keys'}; expected one of {', '.join(CAPTIONS)}")
+        if key is None:
+            raise ValueError(
+                f"no caption among {', '.join(map(str, value)) or 'no keys'}; expected one of {', '.join(CAPTIONS)}"
+            )
         value = found
-    several = [s for s in value if s] if isinstance(value, list) else [s for s in value.splitlines() if s.strip()] if isinstance(value, str) and captions != 'whole' else [value]
-    if len(several) > 1 and captions == 'whole': raise ValueError(f"{len(several)} captions; captions='first' or 'turn' takes one of them")
+    several = [s for s in value if s] if isinstance(
+        value, list) else [s for s in value.splitlines()
+                           if s.strip()] if isinstance(value, str) and captions != 'whole' else [value]
+    if len(several) > 1 and captions == 'whole':
+        raise ValueError(f"{len(several)} captions; captions='first' or 'turn' takes one of them")
     return check_caption(several[turn % len(several) if captions == 'turn' else 0] if several else None)
 
 def check_caption(text) -> str: # without spaces around it
     "A caption, if it can be one"
     if text is None or isinstance(text, str) and not text.strip(): raise ValueError('no caption')
     if not isinstance(text, str): raise ValueError(f"a caption of type {type(text).__name__}, expected text")
-    if len(text) > MAX_CAPTION: raise ValueError(f"a caption of {len(text):,} characters, expected at most {MAX_CAPTION:,}")
-    if any('\ud800' <= c <= '\udfff' for c in text): raise ValueError('a caption with half a character (a lone surrogate)')
+    if len(text) > MAX_CAPTION:
+        raise ValueError(f"a caption of {len(text):,} characters, expected at most {MAX_CAPTION:,}")
+    if any('\ud800' <= c <= '\udfff' for c in text):
+        raise ValueError('a caption with half a character (a lone surrogate)')
     return text.strip()
 
 # %% ../../nbs/09_text_data.ipynb #b3f69ef1
 def _tar_members(path, number):
-    "The members of each record of a tar shard as (number, key, {extension: bytes}); those of unwanted records are not read"
+    ("The members of each record of a tar shard as (number, key, {extension: bytes}); those of unwanted records "
+     "are not read")
     with open_packed(path) as file, tarfile.open(fileobj=file, mode='r|') as tar:
         i, key, fields = None, None, {}
         for m in tar:
@@ -271,7 +301,9 @@ def _from_tar(path, number):
             for n in 'txt', 'caption', 'text':
                 if raw := (member(n) or b'').strip(): return decode_text(raw, path, key)
             return parse_json(decode_text(raw, path, key), path, key) if (raw := member('json')) else None
-        yield dict(index=i, key=key, image=lambda m=member: m(*(e[1:] for e in PICTURES)), text=text, feats=lambda m=member: m('npy'))
+
+        yield dict(index=i, key=key, image=lambda m=member: m(*(e[1:] for e in PICTURES)), text=text,
+                   feats=lambda m=member: m('npy'))
 
 # %% ../../nbs/09_text_data.ipynb #75323469
 def _tables(path):
@@ -289,22 +321,33 @@ def _tables(path):
 def _check_promises(meta, path):
     "Raise if a parquet file's sizes cannot be"
     size = path.stat().st_size
-    if meta.num_rows > size: raise BadFile(path, f"promises {meta.num_rows:,} rows in {size:,} bytes; make or copy it again")
+    if meta.num_rows > size:
+        raise BadFile(path, f"promises {meta.num_rows:,} rows in {size:,} bytes; make or copy it again")
     groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
     for c in (g.column(i) for g in groups for i in range(g.num_columns)):
         small, large = c.total_compressed_size, c.total_uncompressed_size
-        if small > size or large > RATIO*small + ROOM: raise BadFile(path, f"promises {large:,} bytes of {small:,} in a file of {size:,}; make or copy it again", f'column {c.path_in_schema}')
+        if small > size or large > RATIO*small + ROOM:
+            raise BadFile(
+                path, f"promises {large:,} bytes of {small:,} in a file of {size:,}; make or copy it again",
+                f'column {c.path_in_schema}')
 
 def _from_table(path, number):
     "Records of a parquet or Arrow file, a few rows at a time"
     schema, batches = _tables(path)
     names = {n.lower(): n for n in schema.names}
-    image, text = (next((names[c] for c in choice if c in names), None) for choice in (('image', 'jpg', 'img', 'png', 'jpeg', 'webp'), CAPTIONS))
-    if not (image and text): raise ValueError(f"{path}: columns {schema.names}; expected pictures in one called image, jpg, img or png, and captions in {', '.join(CAPTIONS)}")
+    image, text = (next((names[c] for c in choice if c in names),
+                        None) for choice in (('image', 'jpg', 'img', 'png', 'jpeg', 'webp'), CAPTIONS))
+    if not (image and text):
+        raise ValueError(
+            f"{path}: columns {schema.names}; expected pictures in one called image, jpg, img or png, and "
+            f"captions in {', '.join(CAPTIONS)}"
+        )
     for batch in batches([image, text]):
         batch.validate(full=True) # offsets of a damaged file lead anywhere
         for r in batch.to_pylist():
-            if (i := number()) is not None: yield dict(index=i, key=str(i), image=lambda x=r[image]: _cell_picture(x, path), text=r[text], feats=None)
+            if (i := number()) is not None:
+                yield dict(index=i, key=str(i), image=lambda x=r[image]: _cell_picture(x, path), text=r[text],
+                           feats=None)
 
 def _cell_picture(x, path):
     "The bytes of a picture in a cell, or of the file it names"
@@ -317,24 +360,34 @@ _LISTS = 'metadata.jsonl', 'metadata.json', 'metadata.csv', 'metadata.tsv'
 def _from_folder(path, number):
     "Records of a folder"
     files = folder_files(path)
-    if lists := [p for n in _LISTS for p in files if p.parent == Path(path) and p.name.lower() == n]: yield from _from_list(lists[0], number)
+    if lists := [p for n in _LISTS for p in files if p.parent == Path(path) and p.name.lower() == n]:
+        yield from _from_list(lists[0], number)
     else:
         beside = {(p.parent, p.name.lower()): p for p in files}
         for p in only_pictures(files, f'data={str(path)!r}'):
-            if (i := number()) is not None: yield dict(index=i, key=p.stem, image=lambda p=p: read_bytes(p, MAX_MEMBER), text=lambda p=p: _beside(p, beside), feats=None)
+            if (i := number()) is not None:
+                yield dict(index=i, key=p.stem, image=lambda p=p: read_bytes(p, MAX_MEMBER),
+                           text=lambda p=p: _beside(p, beside), feats=None)
 
 def _from_list(path, number):
-    "Records of a list beside its pictures; a bad line must not stop the stream, so each is read when the record is decoded"
+    ("Records of a list beside its pictures; a bad line must not stop the stream, so each is read when the "
+     "record is decoded")
     for where, read in read_records(path):
         if (i := number()) is None: continue
         read = cache(read)
         def file(read=read, where=where): return _listed_file(read(), path, where)
-        yield dict(index=i, key=lambda f=file: f().stem, image=lambda f=file: read_bytes(f(), MAX_MEMBER), text=read, feats=None, where=f'{path}, {where}')
+
+        yield dict(index=i, key=lambda f=file: f().stem, image=lambda f=file: read_bytes(f(), MAX_MEMBER),
+                   text=read, feats=None, where=f'{path}, {where}')
 
 def _listed_file(record, path, where):
     "The picture of a line of the list"
     key, name = pick(record, FILE_NAMES) if isinstance(record, dict) else (None, None)
-    if key is None: raise BadFile(path, f"no file name; expected an object with {FILE_NAMES[0]} and a caption, got {str(record)[:80]!r}", where)
+    if key is None:
+        raise BadFile(
+            path,
+            f"no file name; expected an object with {FILE_NAMES[0]} and a caption, got {str(record)[:80]!r}",
+            where)
     return inside(path.parent, name, path, where)
 
 def _beside(picture, files):
@@ -356,17 +409,27 @@ def _files(path):
 def _shards(files):
     "Pairs of a reader and its shard; tables beside tars, or beside a folder of the same name, only describe those"
     tars = [(_from_tar, p) for p in files if {'.tar', '.tgz'} & {s.lower() for s in p.suffixes}]
-    return tars or [(_from_table, p) for p in files if p.suffix.lower() in ('.parquet', '.arrow') and (len(files) == 1 or not p.with_suffix('').is_dir())]
+    return tars or [
+        (_from_table, p)
+        for p in files
+        if p.suffix.lower() in ('.parquet', '.arrow') and (len(files) == 1 or not p.with_suffix('').is_dir())
+    ]
 
 def _sources(path):
     "Pairs of a reader and what it reads"
     path = user_path(path, 'data')
     files = _files(path)
-    if not files: raise FileNotFoundError(f"data={str(path)!r}: nothing there; give a folder, a .tar, a .parquet, or a pattern like 'shards/*.tar'")
+    if not files:
+        raise FileNotFoundError(
+            f"data={str(path)!r}: nothing there; give a folder, a .tar, a .parquet, or a pattern like 'shards/*.tar'"
+        )
     below = [f for f in files if f.is_dir()]
-    shards = _shards(files) or _shards(sorted(p for f in [f for f in below if f.name == 'train'] or below for p in folder_files(f)))
-    if not shards and not path.is_dir(): raise ValueError(f"data={str(path)!r}: neither a folder nor .tar, .parquet or .arrow files")
-    if shards or any((path/n).exists() for n in _LISTS) or not (path/'train').is_dir(): return shards or [(_from_folder, path)]
+    shards = _shards(files) or _shards(
+        sorted(p for f in [f for f in below if f.name == 'train'] or below for p in folder_files(f)))
+    if not shards and not path.is_dir():
+        raise ValueError(f"data={str(path)!r}: neither a folder nor .tar, .parquet or .arrow files")
+    if shards or any((path/n).exists() for n in _LISTS) or not (path/'train').is_dir():
+        return shards or [(_from_folder, path)]
     return [(_from_folder, path/'train')]
 
 # %% ../../nbs/09_text_data.ipynb #9b6b20f3
@@ -382,14 +445,20 @@ class TextImages:
                  crop:str='adm', # key of `image_io.CROPS`
                  captions:str='whole', # which of several captions, see `choose_caption`
                 ):
-        self.sources, self.size, self.rank, self.world_size, self.start, self.shuffle = _sources(path), size, rank, world_size, start, shuffle
-        self.epoch, self.endless, self.truncated, self.skipped = start >> 40, endless, 0, Counter() # features cut, and broken records by reason
+        self.sources, self.size, self.rank, self.world_size, self.start, self.shuffle = _sources(
+            path), size, rank, world_size, start, shuffle
+        self.epoch, self.endless, self.truncated, self.skipped = start >> 40, endless, 0, Counter(
+        ) # features cut, and broken records by reason
         self.before, self.crop, self.captions = None, crop, captions # records of all earlier epochs
-        if captions not in ('whole', 'first', 'turn'): raise ValueError(f"captions={captions!r}: choose whole, first or turn")
+        if captions not in ('whole', 'first', 'turn'):
+            raise ValueError(f"captions={captions!r}: choose whole, first or turn")
 
     def skip(self, reason:str, what, why=''):
         "Count a record or shard that cannot be used, and warn of the first"
-        if not self.skipped: warnings.warn(f"data: skipped {what}: {reason}{why and f' ({why})'}; further ones are only counted, in data/skipped")
+        if not self.skipped:
+            warnings.warn(
+                f"data: skipped {what}: {reason}{why and f' ({why})'}; further ones are only counted, in data/skipped"
+            )
         self.skipped[reason] += 1
 
     def _decode(self, record):
@@ -399,7 +468,9 @@ class TextImages:
         text = choose_caption(r['text'], self.captions, r['index'] >> 40)
         feats, name = r['feats'], r.get('where') or f"record {r['key']}"
         out = dict(index=r['index'], key=r['key'], image=read_image(r['image'], self.size, name, self.crop), text=text)
-        return out if feats is None else dict(out, feats=check_rows(read_npy(io.BytesIO(feats), len(feats), name, 'features'), f'{name}, features'))
+        return out if feats is None else dict(
+            out, feats=check_rows(read_npy(io.BytesIO(feats), len(feats), name, 'features'),
+                                  f'{name}, features'))
 
     def __iter__(self):
         while True:
@@ -408,7 +479,9 @@ class TextImages:
                 found = True
                 yield record
             if not self.endless: return
-            if not found and (self.epoch - 1) << 40 >= self.start: raise ValueError(f"data: no usable record in a whole epoch; skipped {dict(self.skipped) or 'none'}")
+            if not found and (self.epoch - 1) << 40 >= self.start:
+                raise ValueError(
+                    f"data: no usable record in a whole epoch; skipped {dict(self.skipped) or 'none'}")
 
     def _one_epoch(self):
         sources, epoch, seen = list(self.sources), self.epoch, 0
@@ -452,23 +525,32 @@ def _names_columns(e, path): # a table without the columns we need is no damaged
     return type(e) is ValueError and str(e).startswith(f'{path}: columns')
 
 # %% ../../nbs/09_text_data.ipynb #1f5aff0d
-def text_batches(data:TextImages, # the stream
-                 batch_size:int, # records per batch; an incomplete last one is left out
-                 features=None, # prompts to conditions, such as `T5Features`; or `DiskFeatures`; None takes the features stored in the records
-                 seed:int=0, # of the random streams
-                 length:int=120, # rows of stored features after padding; longer ones are cut and counted in `data.truncated`
-                ): # yields `Batch`
+def text_batches(
+    data: TextImages, # the stream
+    batch_size: int, # records per batch; an incomplete last one is left out
+    # prompts to conditions, such as `T5Features`; or `DiskFeatures`; None takes the
+    # features stored in the records
+    features=None,
+    seed: int = 0, # of the random streams
+    length:
+    int = 120, # rows of stored features after padding; longer ones are cut and counted in `data.truncated`
+): # yields `Batch`
     "Batches of captioned pictures for a text-conditional policy"
     stored, held, width = features is None or isinstance(features, DiskFeatures), [], 0
     for r in data:
         try: r['rows'] = None if not stored else r.get('feats') if features is None else features.rows(r['key'])
         except (KeyError, ValueError, OSError) as e: data.skip('no features', f"record {r['key']!r}", e); continue
         if r['rows'] is None and stored: data.skip('no features', f"record {r['key']!r}"); continue
-        if stored and r['rows'].shape[1] != (width := width or r['rows'].shape[1]): data.skip('features of another width', f"record {r['key']!r}", f"{r['rows'].shape[1]} numbers, {width} before"); continue
+        if stored and r['rows'].shape[1] != (width := width or r['rows'].shape[1]):
+            data.skip('features of another width', f"record {r['key']!r}",
+                      f"{r['rows'].shape[1]} numbers, {width} before")
+            continue
         held.append(r)
         if len(held) == batch_size:
             texts = [r['text'] for r in held]
-            cond = _stack(data, [r['key'] for r in held], [r['rows'] for r in held], length) if stored else features(texts)
+            cond = _stack(data, [r['key']
+                                 for r in held], [r['rows']
+                                                  for r in held], length) if stored else features(texts)
             streams = Streams(seed, np.array([[r['index'], 0] for r in held]))
             yield Batch(tuple(cond), streams, torch.stack([r['image'] for r in held]), texts)
             held = []
@@ -486,16 +568,21 @@ class TextData:
         self.seen = dict(skipped=0, truncated=0, emptied=0)
         probe = TextImages(path, size, captions=captions)
         if next(text_batches(probe, 1, features, length=length), None) is None:
-            raise ValueError(f"data={str(path)!r}: no usable record; skipped {dict(probe.skipped) or 'none'}. A record needs a picture, a caption, and "
-                             "features stored with it unless an encoder computes them")
+            raise ValueError(
+                f"data={str(path)!r}: no usable record; skipped {dict(probe.skipped) or 'none'}. A record needs "
+                f"a picture, a caption, and "
+                "features stored with it unless an encoder computes them")
 
     def batches(self, batch_size:int, seed:int, start:int, stop:int, rank:int=0, world_size:int=1, position:int=0):
         "`Batch`es of this process, from record `position` on"
-        self.stream = TextImages(self.path, self.size, rank, world_size, position, endless=True, shuffle=seed, crop=self.crop, captions=self.captions)
-        steps, before = text_batches(self.stream, batch_size//world_size, self.features, seed, self.length), self._of_features()
+        self.stream = TextImages(self.path, self.size, rank, world_size, position, endless=True, shuffle=seed,
+                                 crop=self.crop, captions=self.captions)
+        steps, before = text_batches(self.stream, batch_size // world_size, self.features, seed,
+                                     self.length), self._of_features()
         def load():
             batch, now = next(steps), self._of_features()
-            return batch, dict(skipped=sum(self.stream.skipped.values()), truncated=self.stream.truncated + now[0] - before[0], emptied=now[1] - before[1])
+            return batch, dict(skipped=sum(self.stream.skipped.values()),
+                               truncated=self.stream.truncated + now[0] - before[0], emptied=now[1] - before[1])
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(load) if start < stop else None
             for step in range(start, stop):
@@ -513,7 +600,11 @@ class TextData:
 def read_prompts(path) -> list: # strings
     "The prompts of a text file with one a line, or of the records of a .jsonl, .json, .csv or .parquet"
     path, prompts, blank = user_path(path, 'data'), [], 0
-    if not path.is_file(): raise FileNotFoundError(f"data={str(path)!r}: expected a text file with one prompt on each line, got {'a folder' if path.is_dir() else 'nothing'}")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data={str(path)!r}: expected a text file with one prompt on each line, got "
+            f"{'a folder' if path.is_dir() else 'nothing'}"
+        )
     for where, read in _table_prompts(path) if path.suffix.lower() == '.parquet' else read_records(path):
         value = read()
         if value is None or isinstance(value, str) and not value.strip(): blank += 1
@@ -529,7 +620,9 @@ def _table_prompts(path):
         schema, batches = _tables(path)
         key, _ = pick({n: n for n in schema.names}, CAPTIONS)
         if key is None: raise BadFile(path, f"columns {schema.names}, expected one called {', '.join(CAPTIONS)}")
-        for i, r in enumerate(r for batch in batches([key]) if not batch.validate(full=True) for r in batch.to_pylist()): yield f'row {i}', lambda v=r[key]: v
+        for i, r in enumerate(r for batch in batches([key]) if not batch.validate(full=True)
+                              for r in batch.to_pylist()):
+            yield f'row {i}', lambda v=r[key]: v
 
 class PromptData:
     "Prompts without pictures, from a file, see `read_prompts`"
@@ -559,5 +652,9 @@ class NamedClasses:
     def id(self, prompt):
         "The longest name wins: ankle boot, not boot"
         found = [n for n in self.ids if re.search(rf'(?<!\w){re.escape(n)}(?!\w)', prompt.lower())]
-        if not found: raise ValueError(f"prompt {prompt!r} names no class of this model; its classes are {', '.join(list(self.ids)[:12])}{', …' if len(self.ids) > 12 else ''}")
+        if not found:
+            raise ValueError(
+                f"prompt {prompt!r} names no class of this model; its classes are "
+                f"{', '.join(list(self.ids)[:12])}{', …' if len(self.ids) > 12 else ''}"
+            )
         return self.ids[max(found, key=len)]

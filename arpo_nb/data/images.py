@@ -75,8 +75,14 @@ class Pictures:
         if len(items) <= check:
             good = [i for i, x in enumerate(self.pool.map(self._try, items)) if x is not None]
             self.items, self.labels, self.left_out = [items[i] for i in good], labels[good], len(self.skipped)
-        if not len(self): raise ValueError(f"data={self.source!r}: no readable image ({', '.join(SUFFIXES)}) in it" + (f"; {len(self.skipped)} could not be read" if self.skipped else ''))
-        if self.skipped: warnings.warn(f"data={self.source!r}: skipped {len(self.skipped)} unreadable pictures, the first is {next(iter(self.skipped))}: {next(iter(self.skipped.values()))}")
+        if not len(self):
+            raise ValueError(f"data={self.source!r}: no readable image ({', '.join(SUFFIXES)}) in it"
+                             + (f"; {len(self.skipped)} could not be read" if self.skipped else ''))
+        if self.skipped:
+            warnings.warn(
+                f"data={self.source!r}: skipped {len(self.skipped)} unreadable pictures, the first is "
+                f"{next(iter(self.skipped))}: {next(iter(self.skipped.values()))}"
+            )
 
     def __len__(self): return len(self.items)
 
@@ -90,7 +96,11 @@ class Pictures:
         for i in range(len(self)):
             r = (row + i) % len(self)
             if (image := self._try(self.items[r])) is not None: return image, self.labels[r]
-            if len(self.skipped) == self.left_out + 1: warnings.warn(f"data={self.source!r}: skipped {self.items[r]}: {self.skipped[str(self.items[r])]}; further ones are only counted, in data/skipped")
+            if len(self.skipped) == self.left_out + 1:
+                warnings.warn(
+                    f"data={self.source!r}: skipped {self.items[r]}: {self.skipped[str(self.items[r])]}; "
+                    f"further ones are only counted, in data/skipped"
+                )
         raise OSError(f"data={self.source!r}: no picture can be read any more")
 
     def load(self, rows) -> tuple:
@@ -103,7 +113,8 @@ class Pictures:
         return dict(skipped=len(self.skipped) - self.left_out)
 
 # %% ../../nbs/04_data.ipynb #45e77676
-_SYNSETS = (Path(__file__).parent.parent/'assets' if '__file__' in globals() else Path('../arpo_nb/assets'))/'imagenet_synsets.txt'
+_SYNSETS = (Path(__file__).parent.parent
+            /'assets' if '__file__' in globals() else Path('../arpo_nb/assets'))/'imagenet_synsets.txt'
 
 def imagenet_ids() -> dict: # synset, such as n02123045, to class id
     "Ids of ImageNet's 1,000 classes, which are its synsets in order"
@@ -114,9 +125,14 @@ def name_ids(names:list, # of classes, sorted
              where:str, # for messages
              what='class folders') -> dict: # name to class id
     "Class ids by name: a number, a synset of ImageNet, or else the place in alphabetical order"
-    if len(names) > num_classes: raise ValueError(f"{where}: {len(names)} {what}, but the policy knows {num_classes} classes; remove {len(names)-num_classes} or use another model")
+    if len(names) > num_classes:
+        raise ValueError(
+            f"{where}: {len(names)} {what}, but the policy knows {num_classes} classes; remove "
+            f"{len(names)-num_classes} or use another model"
+        )
     if names and all(n.isdecimal() for n in names):
-        ids, want = {n: int(n) for n in names}, f"{what} named by numbers are class ids, each once and from 0 to {num_classes-1}"
+        ids, want = {n: int(n) for n in names
+                     }, f"{what} named by numbers are class ids, each once and from 0 to {num_classes-1}"
         wrong = [n for n, i in ids.items() if i >= num_classes or [*ids.values()].count(i) > 1]
     elif num_classes == 1000 and any(re.fullmatch('n[0-9]{8}', n) for n in names):
         known, want = imagenet_ids(), "next to ImageNet's synsets only others of its 1,000 can stand"
@@ -124,12 +140,18 @@ def name_ids(names:list, # of classes, sorted
     else:
         ids, wrong = {n: i for i, n in enumerate(names)}, []
         if names and (len(names) < num_classes or num_classes == 1000): _warn_of_order(ids, num_classes, where, what)
-    if wrong: raise ValueError(f"{where}: {what} {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}; {want}. Rename or remove them")
+    if wrong:
+        raise ValueError(
+            f"{where}: {what} {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}; {want}. Rename or remove them"
+        )
     return ids
 
 def _warn_of_order(ids, num_classes, where, what):
     shown = ', '.join(f'{n} = {i}' for n, i in [*ids.items()][:20]) + (', …' if len(ids) > 20 else '')
-    warnings.warn(f"{where}: class ids of {len(ids)} {what.removeprefix('class ')} in alphabetical order, for a policy with {num_classes} classes: {shown}; if the policy was trained with others, name them by class id")
+    warnings.warn(
+        f"{where}: class ids of {len(ids)} {what.removeprefix('class ')} in alphabetical order, for a policy "
+        f"with {num_classes} classes: {shown}; if the policy was trained with others, name them by class id"
+    )
 
 # %% ../../nbs/04_data.ipynb #ef05184d
 _SPLITS = 'train', 'training', 'val', 'valid', 'validation', 'test'
@@ -137,8 +159,12 @@ _SPLITS = 'train', 'training', 'val', 'valid', 'validation', 'test'
 def class_folders(root:str|Path) -> list: # names, sorted
     "The folders of a folder that are classes: visible, and no links back upwards"
     root, up = user_path(root, 'data'), {Path(root).resolve(), *Path(root).resolve().parents}
-    with reading(root, expected='a folder of class folders'): found = sorted(d for d in root.iterdir() if d.is_dir() and not is_hidden(d.name))
-    if back := [d.name for d in found if d.resolve() in up]: warnings.warn(f"data={str(root)!r}: {len(back)} links lead back upwards and are no classes: {', '.join(back[:5])}")
+    with reading(root, expected='a folder of class folders'):
+        found = sorted(d for d in root.iterdir() if d.is_dir() and not is_hidden(d.name))
+    if back := [d.name for d in found if d.resolve() in up]:
+        warnings.warn(
+            f"data={str(root)!r}: {len(back)} links lead back upwards and are no classes: {', '.join(back[:5])}"
+        )
     return [d.name for d in found if d.name not in back]
 
 def class_ids(root:str|Path, # folder with a folder for each class
@@ -148,7 +174,10 @@ def class_ids(root:str|Path, # folder with a folder for each class
     where, names = f"data={str(root)!r}", class_folders(root)
     splits = [n for n in names if n.lower() in _SPLITS]
     if splits and (splits == names or len(splits) > 1):
-        raise ValueError(f"{where}: holds {', '.join(splits)}, which are splits and no classes; give the folder of one of them, such as {str(Path(root)/splits[0])!r}")
+        raise ValueError(
+            f"{where}: holds {', '.join(splits)}, which are splits and no classes; give the folder of one of "
+            f"them, such as {str(Path(root)/splits[0])!r}"
+        )
     return name_ids(names, num_classes, where)
 
 # %% ../../nbs/04_data.ipynb #422bf743
@@ -159,35 +188,64 @@ def folder_data(root:str|Path,
                ) -> Pictures:
     "Pictures below a folder: sub-folders are classes (see `class_ids`), no sub-folders means no classes"
     root = user_path(root, 'data')
-    if not root.is_dir(): raise FileNotFoundError(f"data={str(root)!r}: no such folder; give a folder of images, of class folders with images, or one of Hugging Face `datasets`")
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"data={str(root)!r}: no such folder; give a folder of images, of class folders with images, or one "
+            f"of Hugging Face `datasets`"
+        )
     ids, where = class_ids(root, num_classes), f"data={str(root)!r}"
     files = {n: folder_files(root/n, above=(root,)) for n in ids}
     stray = sorted(p for p in root.iterdir() if p.is_file() and not is_hidden(p.name))
     pictures = {n: only_pictures(f, f'{where}, class {n}') for n, f in files.items()}
     beside = only_pictures(stray, where)
     if ids: _warn_of_holes(where, pictures, files, beside)
-    labelled = [(p, ids[n]) for n, found in pictures.items() for p in found] if ids else [(p, num_classes) for p in beside]
+    labelled = [(p, ids[n]) for n, found in pictures.items() for p in found] if ids else [(p, num_classes)
+                                                                                          for p in beside]
     labelled.sort(key=lambda pair: pair[0])
-    return Pictures(root, [p for p, _ in labelled], torch.tensor([i for _, i in labelled], dtype=torch.long), size, **kwargs)
+    return Pictures(root, [p for p, _ in labelled], torch.tensor([i for _, i in labelled], dtype=torch.long),
+                    size, **kwargs)
 
 def _warn_of_holes(where, pictures, files, beside):
     "Say which classes have no picture, and that pictures beside class folders have no class"
-    holes = {n: ', '.join(f'{c} {s or "without ending"}' for s, c in Counter(p.suffix for p in files[n]).items()) for n, found in pictures.items() if not found}
-    if holes: warnings.warn(f"{where}: {len(holes)} of {len(pictures)} class folders hold no picture that is read ({', '.join(SUFFIXES)}): " + ', '.join(f"{n} ({what or 'empty'})" for n, what in [*holes.items()][:20]))
-    if beside: warnings.warn(f"{where}: {len(beside)} pictures lie beside the class folders and are left out, the first is {beside[0].name}; move them into the folder of their class")
+    holes = {
+        n: ', '.join(f'{c} {s or "without ending"}'
+                     for s, c in Counter(p.suffix
+                                         for p in files[n]).items())
+        for n, found in pictures.items()
+        if not found
+    }
+    if holes:
+        warnings.warn(
+            f"{where}: {len(holes)} of {len(pictures)} class folders hold no picture that is read "
+            f"({', '.join(SUFFIXES)}): "
+            + ', '.join(f"{n} ({what or 'empty'})" for n, what in [*holes.items()][:20]))
+    if beside:
+        warnings.warn(
+            f"{where}: {len(beside)} pictures lie beside the class folders and are left out, the first is "
+            f"{beside[0].name}; move them into the folder of their class"
+        )
 
 # %% ../../nbs/04_data.ipynb #8cd3064f
 def is_hub_folder(root:str|Path) -> bool:
     "Whether a folder is one of Hugging Face `datasets`"
-    return any(any(user_path(root, 'data').glob(p)) for p in ('dataset_dict.json', 'state.json', '*.parquet', 'data/*.parquet', 'train/*.parquet'))
+    return any(
+        any(user_path(root, 'data').glob(p))
+        for p in ('dataset_dict.json', 'state.json', '*.parquet', 'data/*.parquet', 'train/*.parquet'))
 
 def _hub_split(root, split):
     try: import datasets
-    except ImportError as e: raise ImportError(f"data={str(root)!r} is a folder of Hugging Face datasets: pip install datasets, or arpo_nb[datasets]") from e
+    except ImportError as e:
+        raise ImportError(
+            f"data={str(root)!r} is a folder of Hugging Face datasets: pip install datasets, or arpo_nb[datasets]"
+        ) from e
     saved = (root/'state.json').exists() or (root/'dataset_dict.json').exists()
-    with reading(root, expected='a folder of Hugging Face datasets'): found = datasets.load_from_disk(str(root)) if saved else datasets.load_dataset(str(root))
+    with reading(root, expected='a folder of Hugging Face datasets'):
+        found = datasets.load_from_disk(str(root)) if saved else datasets.load_dataset(str(root))
     if isinstance(found, datasets.Dataset): return found, datasets.Image
-    if split not in found: raise ValueError(f"data={str(root)!r}: no split {split!r}, only {', '.join(found)}; give the folder of one split, or name it")
+    if split not in found:
+        raise ValueError(
+            f"data={str(root)!r}: no split {split!r}, only {', '.join(found)}; give the folder of one split, or name it"
+        )
     return found[split], datasets.Image
 
 def hub_data(root:str|Path,
@@ -201,8 +259,14 @@ def hub_data(root:str|Path,
     rows, picture = _hub_split(root, split)
     image = next((k for k, f in rows.features.items() if isinstance(f, picture)), None)
     label = next((k for k in ('label', 'labels', 'cls', 'fine_label') if k in rows.features), None)
-    if not (image and label): raise ValueError(f"data={str(root)!r}: columns {list(rows.features)}; expected one of pictures, and class ids in label, labels, cls or fine_label")
-    with reading(root, f'column {label}', 'class ids or names'): labels = _label_ids(rows.with_format('arrow')[label][:].to_pylist(), num_classes, f"data={str(root)!r}, column {label}")
+    if not (image and label):
+        raise ValueError(
+            f"data={str(root)!r}: columns {list(rows.features)}; expected one of pictures, and class ids in "
+            f"label, labels, cls or fine_label"
+        )
+    with reading(root, f'column {label}', 'class ids or names'):
+        labels = _label_ids(
+            rows.with_format('arrow')[label][:].to_pylist(), num_classes, f"data={str(root)!r}, column {label}")
     files = rows.cast_column(image, picture(decode=False))
     def open(row):
         x = files[row][image]
@@ -212,18 +276,26 @@ def hub_data(root:str|Path,
 
 def _row_file(root, path, row):
     "The file a row names instead of holding its picture"
-    return inside(root, os.path.relpath(path, root) if os.path.isabs(path) and Path(path).is_relative_to(root) else path, where=f'row {row}')
+    return inside(
+        root,
+        os.path.relpath(path, root) if os.path.isabs(path) and Path(path).is_relative_to(root) else path,
+        where=f'row {row}')
 
 def _label_ids(labels, num_classes, where):
     "Class ids [N] of a column: whole numbers in the policy's range, or names"
     kinds = Counter(type(x).__name__ for x in labels)
     if kinds.keys() - {'int', 'str'} or len(kinds) > 1:
-        raise ValueError(f"{where}: holds {', '.join(f'{n} of {k}' for k, n in kinds.items())}; expected class ids (whole numbers) or names of classes, one for every row")
+        raise ValueError(
+            f"{where}: holds {', '.join(f'{n} of {k}' for k, n in kinds.items())}; expected class ids (whole "
+            f"numbers) or names of classes, one for every row"
+        )
     if 'str' in kinds:
         ids = name_ids(sorted({*labels}), num_classes, where, 'labels')
         return torch.tensor([ids[x] for x in labels])
     if labels and not 0 <= min(labels) <= max(labels) < num_classes:
-        raise ValueError(f"{where}: class ids from {min(labels)} to {max(labels)}, but the policy knows 0 to {num_classes-1}" + ("; -1 marks a split without labels" if min(labels) < 0 else ''))
+        raise ValueError(
+            f"{where}: class ids from {min(labels)} to {max(labels)}, but the policy knows 0 to {num_classes-1}"
+            + ("; -1 marks a split without labels" if min(labels) < 0 else ''))
     return torch.tensor(labels, dtype=torch.long)
 
 # %% ../../nbs/04_data.ipynb #b19d8372

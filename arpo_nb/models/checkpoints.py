@@ -30,13 +30,16 @@ def _damaged(path, why):
     "The error for a file that cannot be a checkpoint"
     size, known = path.stat().st_size, FILES.get(path.stem)
     expected = f', about {known.size:,} expected' if known and known.file == path.name else ''
-    return BadFile(path, f"{why} ({size:,} bytes{expected}). Delete it and download it again" + (f' from {known.address}.' if expected else '.'))
+    return BadFile(
+        path, f"{why} ({size:,} bytes{expected}). Delete it and download it again" +
+        (f' from {known.address}.' if expected else '.'))
 
 class Refused(ValueError):
     "A file that names a Python object which could run code when loaded"
     def __init__(self, path, name, why):
-        super().__init__(f"{path}: holds a Python object of type {name}, which could run code when loaded, so it is refused. "
-                         "Save its tensors alone: torch.save(obj['model'], 'weights.pt') in the program that wrote it.")
+        super().__init__(
+            f"{path}: holds a Python object of type {name}, which could run code when loaded, so it is refused. "
+            "Save its tensors alone: torch.save(obj['model'], 'weights.pt') in the program that wrote it.")
         self.name, self.why = name, why # the object's type, and what the reader said
 
 # %% ../../nbs/38_checkpoints.ipynb #4c602251
@@ -45,7 +48,8 @@ _NOT_WEIGHTS = {b'version https://git-lfs': 'a Git LFS pointer', b'<!DOCTYPE': '
 def _read_file(path):
     "The contents of one file, tensors mapped from disk where possible"
     with open_file(path) as f: head = f.read(64)
-    if what := next((w for mark, w in _NOT_WEIGHTS.items() if head.startswith(mark)), None): raise _damaged(path, f'this is {what}, not a checkpoint')
+    if what := next((w for mark, w in _NOT_WEIGHTS.items() if head.startswith(mark)), None):
+        raise _damaged(path, f'this is {what}, not a checkpoint')
     zipped = head.startswith(b'PK')
     if not zipped and (_looks_like_safetensors(head) or path.suffix == '.safetensors'): return _read_safetensors(path)
     if zipped: _check_zip(path)
@@ -56,7 +60,8 @@ def _read_file(path):
         return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as e: raise _why_not(path, zipped, e) from e
     except MemoryError as e: raise MemoryError(f"{path}: not enough memory to read it ({e})") from e
-    except Exception as e: raise _damaged(path, 'truncated or damaged download') from e # whatever the reader stumbles over
+    except Exception as e:
+        raise _damaged(path, 'truncated or damaged download') from e # whatever the reader stumbles over
 
 def _looks_like_safetensors(head): return head[8:9] == b'{' and 2 <= int.from_bytes(head[:8], 'little') <= 1 << 27
 
@@ -82,8 +87,13 @@ def _check_zip(path):
     except Exception as e: raise _damaged(path, 'truncated or damaged download') from e
     names = [i.filename.split('/', 1)[-1] for i in entries]
     if 'constants.pkl' in names: raise Refused(path, 'TorchScript program', 'TorchScript')
-    if 'data.pkl' not in names: raise BadFile(path, f"a zip archive of {', '.join(names[:4])}, but no checkpoint, which torch.save writes with a data.pkl")
-    if any(i.file_size != i.compress_size for i in entries): raise _damaged(path, 'a zip archive with packed entries, which torch.save never writes')
+    if 'data.pkl' not in names:
+        raise BadFile(
+            path,
+            f"a zip archive of {', '.join(names[:4])}, but no checkpoint, which torch.save writes with a data.pkl"
+        )
+    if any(i.file_size != i.compress_size for i in entries):
+        raise _damaged(path, 'a zip archive with packed entries, which torch.save never writes')
 
 # %% ../../nbs/38_checkpoints.ipynb #e0f9ec98
 _PLAIN = 'torch.', 'collections.OrderedDict', 'argparse.Namespace', '_codecs.encode', 'builtins.', '__builtin__.'
@@ -95,8 +105,12 @@ def _why_not(path, zipped, error):
     foreign = next((n for n in names if not n.startswith(_PLAIN)), None)
     name = said[said.lastindex] if said else foreign
     if name and not _ends_in(path, name): return Refused(path, name, str(error))
-    if not name and whole: return BadFile(path, f"a pickle (protocol {protocol}) that only Python's own reader opens, which could run code, so it is refused; "
-                                          "write it again with torch.save, without pickle_protocol, or as safetensors")
+    if not name and whole:
+        return BadFile(
+            path,
+            f"a pickle (protocol {protocol}) that only Python's own reader opens, which could run code, so it "
+            f"is refused; "
+            "write it again with torch.save, without pickle_protocol, or as safetensors")
     return _damaged(path, 'damaged pickle file')
 
 def _pickle_names(path, zipped):
@@ -121,13 +135,16 @@ def _ends_in(path, name):
         return last in f.read()
 
 # %% ../../nbs/38_checkpoints.ipynb #a44b8ce5
-def _is_state(d): return isinstance(d, dict) and len(d) > 0 and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in d.items())
+def _is_state(d):
+    return isinstance(d, dict) and len(d) > 0 and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in d.items())
 
 def _states(data):
     "The models in a file's contents by their keys, '' for the contents themselves"
     if not isinstance(data, dict): return {}
     found = {'': data} | {k: v for k, v in data.items() if isinstance(k, str)}
-    if isinstance(data.get('trainer'), dict): found |= {k: v for k, v in data['trainer'].items() if isinstance(k, str)} # VAR's training script
+    if isinstance(data.get('trainer'), dict):
+        found |= {k: v for k, v in data['trainer'].items() if isinstance(k, str)} # VAR's training script
     return {k: v for k, v in found.items() if _is_state(v)}
 
 def _unwrap(data, path, ema, key=None, wanted=(), part=None):
@@ -138,13 +155,27 @@ def _unwrap(data, path, ema, key=None, wanted=(), part=None):
     if part is not None or ema:
         chosen = part if part is not None else averaged
         if chosen in states: return states[chosen]
-        raise BadFile(path, f"there are no weights under {chosen!r} in it, only: {listed}" if part is not None else f"ema=True, but there are no `ema` weights in it, only: {listed}; use ema=False")
+        raise BadFile(
+            path, f"there are no weights under {chosen!r} in it, only: {listed}" if part is not None else
+            f"ema=True, but there are no `ema` weights in it, only: {listed}; use ema=False")
     chosen = next((k for k in ('', key, *WRAPPERS) if k in states), None) or _most_alike(states, wanted)
     if chosen is None and '' not in states:
-        if averaged: raise BadFile(path, f"holds averaged weights alone (under {averaged!r}), which are not taken without a word: pass ema=True, or {path.name}#{averaged}")
+        if averaged:
+            raise BadFile(
+                path,
+                f"holds averaged weights alone (under {averaged!r}), which are not taken without a word: pass "
+                f"ema=True, or {path.name}#{averaged}"
+            )
         found = list(data)[:8] if isinstance(data, dict) else type(data).__name__
-        raise BadFile(path, f"no weights found; expected tensors at the top level or under {', '.join(WRAPPERS)}, got {found}" + (f". {path.name}#KEY takes one of {listed}" if states else ''))
-    if averaged and chosen != averaged: warnings.warn(f"{path}: holds averaged weights too (under {averaged!r}), but those under {chosen!r} are taken; pass ema=True, or {path.name}#{averaged}, for the averaged ones")
+        raise BadFile(
+            path,
+            f"no weights found; expected tensors at the top level or under {', '.join(WRAPPERS)}, got {found}" +
+            (f". {path.name}#KEY takes one of {listed}" if states else ''))
+    if averaged and chosen != averaged:
+        warnings.warn(
+            f"{path}: holds averaged weights too (under {averaged!r}), but those under {chosen!r} are taken; "
+            f"pass ema=True, or {path.name}#{averaged}, for the averaged ones"
+        )
     return states[chosen or '']
 
 def _most_alike(states, wanted):
@@ -155,8 +186,13 @@ def _most_alike(states, wanted):
 
 def _plain_names(state):
     "Names without the prefixes of training"
-    state = {re.sub(r'^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+', '', k).replace('_fsdp_wrapped_module.', ''): v for k, v in state.items()}
-    return {k.removeprefix('model.'): v for k, v in state.items()} if all(k.startswith('model.') for k in state) else state # as the trainer saves it
+    state = {
+        re.sub(r'^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+', '', k).replace(
+            '_fsdp_wrapped_module.', ''): v for k, v in state.items()
+    }
+    return {k.removeprefix('model.'): v
+            for k, v in state.items()} if all(k.startswith('model.')
+                                              for k in state) else state # as the trainer saves it
 
 # %% ../../nbs/38_checkpoints.ipynb #fa7a55eb
 def read_state_dict(path, # file, index of shards, or folder; FILE#KEY for one of several models
@@ -166,13 +202,19 @@ def read_state_dict(path, # file, index of shards, or folder; FILE#KEY for one o
                    ) -> dict: # name → tensor
     "Open a checkpoint, whatever its wrapping"
     path, part = split_part(path)
-    if path.is_dir() and (parts := [p for p in (path, path/SHARDED) if (p/'.metadata').exists()]): return read_parts(parts[0])
+    if path.is_dir() and (parts := [p for p in (path, path/SHARDED) if (p/'.metadata').exists()]):
+        return read_parts(parts[0])
     if path.is_dir(): path = _file_of_folder(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
     if path.name.endswith('.index.json'):
         state, shards = {}, _shards_of(path)
         for s in dict.fromkeys(shards.values()): state |= _unwrap(_read_file(s), s, ema, key, wanted, part)
-        if lost := [k for k in shards if k not in state]: raise BadFile(path, f"{len(lost)} tensors are not in the shards it names, the first is {lost[0]!r} of {shards[lost[0]].name}; copy index and shards again")
+        if lost := [k for k in shards if k not in state]:
+            raise BadFile(
+                path,
+                f"{len(lost)} tensors are not in the shards it names, the first is {lost[0]!r} of "
+                f"{shards[lost[0]].name}; copy index and shards again"
+            )
     else: state = _unwrap(_read_file(path), path, ema, key, wanted, part)
     check_values(state, path)
     return _plain_names(state)
@@ -181,7 +223,11 @@ def _file_of_folder(path):
     "The one checkpoint in a folder"
     only = [p for p in sorted(path.iterdir()) if p.suffix in ('.pt', '.pth', '.ckpt', '.bin', '.safetensors')]
     whole = [path/n for n in WHOLE if (path/n).exists()] or sorted(path.glob('*.index.json')) or only*(len(only) == 1)
-    if not whole: raise FileNotFoundError(f"{path}: a folder without a checkpoint; expected {', '.join(WHOLE)}, *.index.json with its shards, a single file of weights, or the parts of a sharded run")
+    if not whole:
+        raise FileNotFoundError(
+            f"{path}: a folder without a checkpoint; expected {', '.join(WHOLE)}, *.index.json with its shards, "
+            f"a single file of weights, or the parts of a sharded run"
+        )
     return whole[0]
 
 def _shards_of(path): # tensor name → path
@@ -189,10 +235,16 @@ def _shards_of(path): # tensor name → path
     try: index = read_json(path)
     except ValueError as e: raise _damaged(path, f'not an index of shards, or cut off [{e}]') from e
     where = index.get('weight_map') if isinstance(index, dict) else None
-    if not isinstance(where, dict) or not where: raise _damaged(path, 'not an index of shards: no weight_map from names of tensors to files')
-    files = {name: inside(path.parent, name, path, f'tensor {k!r}') for k, name in where.items()} if all(isinstance(n, str) for n in where.values()) else None
+    if not isinstance(where, dict) or not where:
+        raise _damaged(path, 'not an index of shards: no weight_map from names of tensors to files')
+    files = {name: inside(path.parent, name, path, f'tensor {k!r}')
+             for k, name in where.items()} if all(isinstance(n, str) for n in where.values()) else None
     if files is None: raise _damaged(path, "not an index of shards: its weight_map names something that is no file")
-    if lost := [n for n, p in files.items() if not p.is_file()]: raise FileNotFoundError(f"{path}: {len(lost)} of {len(files)} shards are missing ({', '.join(lost[:4])}); copy them into {path.parent}")
+    if lost := [n for n, p in files.items() if not p.is_file()]:
+        raise FileNotFoundError(
+            f"{path}: {len(lost)} of {len(files)} shards are missing ({', '.join(lost[:4])}); copy them into "
+            f"{path.parent}"
+        )
     return {k: files[name] for k, name in where.items()}
 
 # %% ../../nbs/38_checkpoints.ipynb #52619ab3
@@ -202,13 +254,18 @@ def check_values(state:dict, # name → tensor
                  path): # of the file, for the message
     "Raise for tensors that no trained network has: complex, not finite, or with absurdly large numbers"
     for k, v in state.items():
-        if v.is_complex() or v.layout != torch.strided or v.is_quantized: raise BadFile(path, f"{v.dtype} numbers ({v.layout}), expected real ones", f'tensor {k}')
+        if v.is_complex() or v.layout != torch.strided or v.is_quantized:
+            raise BadFile(path, f"{v.dtype} numbers ({v.layout}), expected real ones", f'tensor {k}')
         if not v.is_floating_point() or v.is_meta or not v.numel(): continue
         low, high = (x.item() for x in torch.aminmax(v if v.element_size() > 1 else v.float()))
         if -MAX_WEIGHT <= low <= high <= MAX_WEIGHT: continue
         if high <= 0 and bool(((v == 0) | (v == -torch.inf)).all()): continue # a mask
         what = 'NaN' if low != low or high != high else f'numbers from {low:.3g} to {high:.3g}'
-        raise BadFile(path, f"holds {what}, which no trained network has; the run that wrote it broke down, or the file is damaged. Take an earlier one, or download it again", f'tensor {k}')
+        raise BadFile(
+            path,
+            f"holds {what}, which no trained network has; the run that wrote it broke down, or the file is "
+            f"damaged. Take an earlier one, or download it again",
+            f'tensor {k}')
 
 # %% ../../nbs/38_checkpoints.ipynb #f2e6a90a
 SHARDED = 'sharded' # the folder in a run's checkpoint with one part per process
@@ -226,14 +283,21 @@ def check_index(folder:Path # of `torch.distributed.checkpoint`
     index = Path(folder)/'.metadata'
     class Plain(pickle.Unpickler):
         def find_class(self, module, name):
-            if name not in _INDEX.get(module, ()) and (module != 'torch' or not isinstance(getattr(torch, name, None), (torch.dtype, type))):
+            if name not in _INDEX.get(module, ()) and (module != 'torch'
+                                                       or not isinstance(getattr(torch, name, None),
+                                                                         (torch.dtype, type))):
                 raise Refused(index, f'{module}.{name}', 'not part of an index')
             return super().find_class(module, name)
     try:
         with index.open('rb') as f: parts = {info.relative_path for info in Plain(f).load().storage_data.values()}
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError) as e: raise _damaged(index, 'not an index of parts, or cut off') from e
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError,
+            TypeError) as e:
+        raise _damaged(index, 'not an index of parts, or cut off') from e
     if lost := sorted(p for p in parts if not (index.parent/p).exists()):
-        raise FileNotFoundError(f"{folder}: {len(lost)} of {len(parts)} parts are missing ({', '.join(lost[:4])}); each machine wrote its own, copy them into one folder")
+        raise FileNotFoundError(
+            f"{folder}: {len(lost)} of {len(parts)} parts are missing ({', '.join(lost[:4])}); each machine "
+            f"wrote its own, copy them into one folder"
+        )
     return Path(folder)
 
 def read_parts(folder:Path # of a sharded run
@@ -241,7 +305,11 @@ def read_parts(folder:Path # of a sharded run
     "The weights in a sharded checkpoint, without its optimiser"
     import torch.distributed.checkpoint as dcp
     reader = dcp.FileSystemReader(check_index(folder))
-    kinds = {k: m for k, m in reader.read_metadata().state_dict_metadata.items() if k.startswith('model.') and hasattr(m, 'properties')}
+    kinds = {
+        k: m
+        for k, m in reader.read_metadata().state_dict_metadata.items()
+        if k.startswith('model.') and hasattr(m, 'properties')
+    }
     state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in kinds.items()}
     dcp.load(state, storage_reader=reader, no_dist=True)
     return {k.removeprefix('model.'): v for k, v in state.items()}
@@ -252,17 +320,23 @@ def looks_like(state:dict, # name → tensor
     "What model a state dict belongs to, judged by its shapes"
     shape = {k: tuple(v.shape) for k, v in state.items()}
     if 'tok_embeddings.weight' in shape and any(k.startswith('layers.') for k in shape):
-        layers, dim = 1 + max(int(k.split('.')[1]) for k in shape if k.startswith('layers.')), shape['tok_embeddings.weight'][1]
+        layers, dim = 1 + max(
+            int(k.split('.')[1]) for k in shape if k.startswith('layers.')), shape['tok_embeddings.weight'][1]
         names = [n for n, s in SIZES.items() if (s['n_layer'], s['dim']) == (layers, dim)]
         cond = 'text-conditional' if 'cls_embedding.uncond_embedding' in shape else 'class-conditional'
-        return f"LlamaGen GPT-{names[0]}, {cond}" if names else f"a LlamaGen transformer with {layers} layers of width {dim}, {cond}"
+        return f"LlamaGen GPT-{names[0]}, {cond}" if names else (f"a LlamaGen transformer with {layers} layers "
+                                                                 f"of width {dim}, {cond}")
     if 'pos_1LC' in shape:
-        return f"VAR-d{1 + max([int(k.split('.')[1]) for k in shape if k.startswith('blocks.')], default=-1)}, width {shape['pos_1LC'][2]}, {shape['pos_1LC'][1]} tokens in {shape['lvl_embed.weight'][0]} scales"
-    if 'quantize.ema_vocab_hit_SV' in shape: return f"a multi-scale tokenizer of VAR, {shape['quantize.ema_vocab_hit_SV'][0]} scales, {shape['quantize.embedding.weight'][0]} codes of {shape['quantize.embedding.weight'][1]}"
+        return (f"VAR-d{1 + max([int(k.split('.')[1]) for k in shape if k.startswith('blocks.')], default=-1)}, "
+                f"width {shape['pos_1LC'][2]}, {shape['pos_1LC'][1]} tokens in {shape['lvl_embed.weight'][0]} scales")
+    if 'quantize.ema_vocab_hit_SV' in shape:
+        return (f"a multi-scale tokenizer of VAR, {shape['quantize.ema_vocab_hit_SV'][0]} scales, "
+                f"{shape['quantize.embedding.weight'][0]} codes of {shape['quantize.embedding.weight'][1]}")
     if 'quantize.embedding.weight' in shape and 'encoder.conv_in.weight' in shape:
         levels = 1 + max([int(k.split('.')[2]) for k in shape if re.match(r'encoder\.conv_blocks\.\d', k)], default=0)
         codes = shape['quantize.embedding.weight']
-        return f"a LlamaGen tokenizer that shrinks {2**(levels-1)}-fold (VQ-{2**(levels-1)}), {codes[0]} codes of {codes[1]}"
+        return (f"a LlamaGen tokenizer that shrinks {2**(levels-1)}-fold (VQ-{2**(levels-1)}), {codes[0]} codes "
+                f"of {codes[1]}")
     return f"an unknown model with {len(shape)} tensors, first {', '.join(list(shape)[:3])}"
 
 def _some(names): return ', '.join(sorted(names)[:6]) + (f' and {len(names)-6} more' if len(names) > 6 else '')
@@ -276,9 +350,12 @@ def load_strict(module:nn.Module, # filled in place
     "Load a state dict whose names and shapes must all agree"
     want = module.state_dict()
     kinds = {k: (state[k].is_floating_point(), want[k].is_floating_point()) for k in want.keys() & state.keys()}
-    wrong = dict(missing=want.keys() - state.keys(), surplus=state.keys() - want.keys(),
-                 misshapen={f'{k} {tuple(state[k].shape)} instead of {tuple(want[k].shape)}' for k in want.keys() & state.keys() if state[k].shape != want[k].shape},
-                 mistyped={f'{k} {state[k].dtype} instead of {want[k].dtype}' for k, (a, b) in kinds.items() if a != b})
+    wrong = dict(
+        missing=want.keys() - state.keys(), surplus=state.keys() - want.keys(), misshapen={
+            f'{k} {tuple(state[k].shape)} instead of {tuple(want[k].shape)}' for k in want.keys()
+            & state.keys() if state[k].shape != want[k].shape
+        },
+        mistyped={f'{k} {state[k].dtype} instead of {want[k].dtype}' for k, (a, b) in kinds.items() if a != b})
     if any(wrong.values()):
         raise ValueError(f"{path} does not fit: it looks like {describe(state)}, but the model is {describe(want)}. "
                          + '; '.join(f'{len(v)} {k}: {_some(v)}' for k, v in wrong.items() if v))

@@ -244,17 +244,20 @@ def _told(start):
     except Stopped as e: print(e, file=sys.stderr); raise
 
 # %% ../../nbs/42_launch.ipynb #d830be0d
-DOORS = dict(train=('arpo_nb.training.launch', 'post-train a model: FILE | --model NAME --out_dir DIR'),
-             plan=('arpo_nb.training.launch', 'say what a run needs and costs: as train'),
-             sample=('arpo_nb.evaluation.sample_writer', 'draw pictures into a folder'),
-             models=('arpo_nb.systems', 'list the models'), weights=('arpo_nb.weights', 'find, fetch and check published files'),
-             eval=('', 'run_eval.ipynb with its parameters as --NAME VALUE; --notebook and --output name the files'))
+DOORS = dict(
+    train=('arpo_nb.training.launch', 'post-train a model: FILE | --model NAME --out_dir DIR'),
+    plan=('arpo_nb.training.launch', 'say what a run needs and costs: as train'),
+    sample=('arpo_nb.evaluation.sample_writer', 'draw pictures into a folder'),
+    models=('arpo_nb.systems', 'list the models'), weights=('arpo_nb.weights',
+                                                            'find, fetch and check published files'),
+    eval=('', 'run_eval.ipynb with its parameters as --NAME VALUE; --notebook and --output name the files'))
 
 def arpo(argv=None):
     "The console script: arpo DOOR ..."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in DOORS:
-        print('usage: arpo ' + '|'.join(DOORS) + ' ...\n' + '\n'.join(f'  {k:8}{what}' for k, (_, what) in DOORS.items()))
+        print('usage: arpo ' + '|'.join(DOORS) + ' ...\n'
+              + '\n'.join(f'  {k:8}{what}' for k, (_, what) in DOORS.items()))
         sys.exit(0 if argv and argv[0] in ('-h', '--help') else 2)
     door, rest = argv[0], argv[1:]
     if door == 'eval': return _papermill(rest)
@@ -263,11 +266,15 @@ def arpo(argv=None):
 
 def _papermill(words):
     "Run the evaluation notebook"
-    if len(words) % 2 or any(not w.startswith('--') for w in words[::2]): sys.exit('arpo eval: expected --NAME VALUE pairs, the parameters of run_eval')
+    if len(words) % 2 or any(not w.startswith('--') for w in words[::2]):
+        sys.exit('arpo eval: expected --NAME VALUE pairs, the parameters of run_eval')
     given = {w[2:]: v for w, v in zip(words[::2], words[1::2])}
     notebook, output = given.pop('notebook', 'nbs/run_eval.ipynb'), given.pop('output', 'eval.ipynb')
     if not Path(notebook).is_file(): sys.exit(f'arpo eval: no {notebook} here; give --notebook PATH')
-    return subprocess.call([sys.executable, '-m', 'papermill', notebook, output, '-k', 'python3', *(a for k, v in given.items() for a in ('-p', k, v))])
+    return subprocess.call([
+        sys.executable, '-m', 'papermill', notebook, output, '-k', 'python3',
+        *(a for k, v in given.items() for a in ('-p', k, v))
+    ])
 
 # %% ../../nbs/42_launch.ipynb #ba70459b
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -61,8 +61,10 @@ class Stopped(SystemExit):
     def __str__(self): return self.message
 
 # %% ../../nbs/41_trainer.ipynb #e15ec62e
-FOREIGN = dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=('1', 'micro_batch_size'), ACCELERATE_DYNAMO_BACKEND=('no', 'compile'),
-               ACCELERATE_MIXED_PRECISION=('no', 'mixed_precision')) # neutral values, and the fields that mean the same
+FOREIGN = dict(
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS=('1', 'micro_batch_size'),
+    ACCELERATE_DYNAMO_BACKEND=('no', 'compile'),
+    ACCELERATE_MIXED_PRECISION=('no', 'mixed_precision')) # neutral values, and the fields that mean the same
 
 def ignore_foreign(cfg:Config):
     "Take what accelerate would read past the configuration out of the environment"
