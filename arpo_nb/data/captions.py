@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .image_io import SUFFIXES, folder_files, is_hidden, only_pictures
 from .images import is_hub_folder, read_image
-from ..files import RATIO, ROOM, BadFile, decode_text, inside, open_file, open_npz, open_packed, parse_json, read_bytes, read_npy, read_npz, read_records, read_text, reading, user_path
+from ..files import (RATIO, ROOM, BadFile, decode_text, inside, open_file, open_npz, open_packed, parse_json,
+                           read_bytes, read_npy, read_npz, read_records, read_text, reading, user_path)
 from ..protocols import Batch, Streams
 from ..weights import import_transformers
 
@@ -38,7 +39,8 @@ _MIDDLE = [ # on the text without tags
     (r'@\w+\b', ''), # handles
     ('[\u31c0-\u4dff\u4e00-\u9fff]+', ''), # Chinese, Japanese and Korean signs
     # dashes
-    ('[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+',
+    ('[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58'
+     '\ufe63\uff0d]+',
      '-'),
     ('[`´«»“”¨]', '"'),
     ('[‘’]', "'"), # quotes
@@ -564,7 +566,8 @@ class TextData:
                  length:int=120, # rows of stored features
                  crop:str='adm', # key of `image_io.CROPS`
                  captions:str='whole'): # which of several captions, see `choose_caption`
-        self.path, self.size, self.features, self.length, self.crop, self.captions = path, size, features, length, crop, captions
+        self.path, self.size, self.features = path, size, features
+        self.length, self.crop, self.captions = length, crop, captions
         self.seen = dict(skipped=0, truncated=0, emptied=0)
         probe = TextImages(path, size, captions=captions)
         if next(text_batches(probe, 1, features, length=length), None) is None:
