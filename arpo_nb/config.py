@@ -87,6 +87,8 @@ class Config:
     # how captioned pictures become squares: 'adm' (LlamaGen's rule), or 'bicubic' in
     # one go
     image_crop: str = 'adm'
+    # of a picture with several captions: 'whole' text, the 'first', or each in its 'turn'
+    captions: str = 'whole'
     # what class prompts call ImageNet's classes: 'short', or 'synonyms', all of
     # WordNet's
     class_names: str = 'short'
@@ -270,7 +272,7 @@ def field_type(f) -> type:
     "int, float, str or bool, of a dataclass field that may also be None"
     return f.type if isinstance(f.type, type) else get_args(f.type)[0]
 
-_ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'), method=tuple(METHODS), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'), class_names=('short', 'synonyms'), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'), credit=('image', 'token'),
+_ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'), method=tuple(METHODS), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'), captions=('whole', 'first', 'turn'), class_names=('short', 'synonyms'), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'), credit=('image', 'token'),
                scale_rewards=('group', 'batch', 'none'), importance_sampling_level=('token', 'sequence', 'product'),
                loss_type=('dapo', 'grpo', 'bnpo', 'dr_grpo', 'cispo', 'sapo'), ste_mode=('argmax', 'gumbel'), lr_scheduler_type=('constant', 'cosine'),
                covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'), ref_policy=('frozen', 'ema'),

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from ..config import RECIPES, VARIANTS, Config, add_options, from_json, given_options, override, preset
+from ..files import plain_terminal
 from ..specs import known_models
 from ..systems import load_data, load_reward
 from .plan import check_memory, describe, make_plan
@@ -178,6 +179,7 @@ def as_process(job:Path|None, start, rank:int, pipe:bool=False) -> list:
 # %% ../../nbs/42_launch.ipynb #32d981a3
 def main(argv=None):
     "python -m arpo_nb.training.launch FILE | --model NAME [...] [--dry-run]"
+    plain_terminal()
     p = argparse.ArgumentParser(prog='python -m arpo_nb.training.launch',
                                 description='Post-train an autoregressive image '
                                 'generator.')
@@ -254,6 +256,7 @@ DOORS = dict(
 
 def arpo(argv=None):
     "The console script: arpo DOOR ..."
+    plain_terminal()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in DOORS:
         print('usage: arpo ' + '|'.join(DOORS) + ' ...\n'

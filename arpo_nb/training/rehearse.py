@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..config import FREE, Config, override, preset, uses_perceptual
+from ..files import plain_terminal
 from ..protocols import Batch, Streams, System, map_cond
 from ..systems import load_reward, load_system
 from . import trainer
@@ -435,6 +436,7 @@ def propose(cfg:Config, memory:float, # bytes of a device
 # %% ../../nbs/44_rehearse.ipynb #c1f0aff3
 def main(argv=None):
     "python -m arpo_nb.training.rehearse --model NAME [--method M] [--variant V] [--set A=1,B=2] [--device NAME]"
+    plain_terminal()
     p = argparse.ArgumentParser(prog='python -m arpo_nb.training.rehearse', description='Run two steps at full size on tensors without content.')
     p.add_argument('--model', required=True)
     p.add_argument('--method', default='vapi')

@@ -32,7 +32,7 @@ from ..protocols import System
 from .engines import load_sampler
 from .objectives import OBJECTIVES, bonus_weight
 from .rollout import Clock
-from .run_folder import MetricsLog, RunLock, claim_folder, run_hash, write_whole
+from .run_folder import MetricsLog, RunLock, check_room, claim_folder, run_hash, write_whole
 from .saving import (check_state, check_weights, find_checkpoint, load_checkpoint, save_checkpoint,
                                      settle)
 from .sharding import agree, check_layout, follow, prepare
@@ -179,9 +179,12 @@ def _train(acc, system, data, cfg, out, reward, progress, stop):
         run = load_checkpoint(acc, found, moving, (raw.model, opt))
     if acc.is_main_process: write_whole(out/'config.json', to_json(cfg))
     start = run['step']
+    need = state_bytes(raw, moving)
+    # the last checkpoint stays until the next is whole
+    on_first(acc, lambda: check_room(out, need if found else 2*need, 'this run, for its checkpoints,'))
     log = MetricsLog(out/'metrics.jsonl', start, acc.is_main_process)
     save = partial(save_checkpoint, acc, out, ref_policy=moving, trained=(raw.model, opt), config=run_hash(cfg),
-                   need=state_bytes(raw, moving))
+                   need=need)
 
     bar = tqdm(total=cfg.steps, initial=start, desc=f'{cfg.model} {cfg.method}', mininterval=1,
                disable=not (progress and acc.is_main_process))
@@ -191,7 +194,7 @@ def _train(acc, system, data, cfg, out, reward, progress, stop):
     tied = False
     for step, batch in enumerate(left, start):
         # dropout; everything else has its own stream
-        torch.manual_seed(cfg.seed*1_000_003 + step*acc.num_processes + acc.process_index)
+        torch.manual_seed((cfg.seed*1_000_003 + step*acc.num_processes + acc.process_index) % 2**63)
         t0, batch, clock.seconds, updates = time.perf_counter(), batch.to(acc.device), {}, []
         raw.model.eval()
         try:
