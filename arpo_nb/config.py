@@ -40,7 +40,7 @@ SAMPLING, FREE = ('vapi', 'grpo', 'mixed'), ('grpo', 'mixed')
 class Config:
     ("Everything that defines a run; sizes are per step over all processes unless they"
      " say otherwise")
-    # -- the run --
+    # --- The run
     model: str = 'toy' # name of a record (specs), or your own package.module:function
     method: str = 'vapi' # name in METHODS
     weights: str = 'default' # 'default' (shipped or published), 'random', or a file
@@ -48,11 +48,11 @@ class Config:
     tokenizer_weights: str = 'default'
     # 'default' (shipped with the model), a folder or file, or package.module:function
     data: str = 'default'
-    seed: int = 0
-    num_processes: int = 1
+    seed: int = 0 # with a step's number, the source of all its random numbers
+    num_processes: int = 1 # that share every batch, one GPU each
     mixed_precision: str = 'no' # 'no' or 'bf16'
 
-    # -- sizes --
+    # --- Sizes
     steps: int = 100 # rollouts
     # images (teacher forcing) or prompts (free running) per rollout
     batch_size: int = 128
@@ -70,7 +70,7 @@ class Config:
     decode_batch_size: int = 256 # images decoded and scored at a time, per process
     logps_chunk: int = 4096 # tokens whose [tokens, V] logits exist at a time
 
-    # -- teacher forcing and the reconstruction reward (VA-π) --
+    # --- Teacher forcing and the reconstruction reward (VA-π)
     noise_rate: float = 0. # ξ, chance that a context token is corrupted, in [0, 1]
     # 'others': uniform over the K-1 other codes (Eq. 28); 'all': over all K (released
     # code)
@@ -80,7 +80,7 @@ class Config:
     teacher_forcing: str = 'causal'
     prior_coef: float = .1 # VA-π's β: weight of the cross-entropy on the true tokens
     mse_coef: float = 1. # weight of the mean squared error on [-1, 1]
-    perceptual_coef: float = 1. # λ_p
+    perceptual_coef: float = 1. # λ_p, weight of the perceptual distance
     # trunk of LPIPS: 'vgg', 'alex' (the released Janus code) or 'squeeze'; or
     # package.module:name of a `Perceptual` network. The toy has its own
     perceptual_net: str = 'vgg'
@@ -99,12 +99,14 @@ class Config:
     credit: str = 'image'
     temperature: float = 1. # of the policy, in rollouts and in log-probabilities
 
-    # -- free-running samples and their rewards --
+    # --- Rewards of free-running samples
     # of free-running samples: names of `reward_factory` with weights, as in
     # 'clip+hps+0.5*loo_fid'
     rewards: str = ''
     # divide each by its std over the step before they are added
     normalize_rewards: bool = False
+
+    # --- The moments of LOO-FID
     ema_weight: float = .5 # α of LOO-FID's moments, weight of the new batch
     covariance: str = 'diag' # of LOO-FID: 'diag' or 'full'
     # real images for LOO-FID: 'default' (comes with the model), or a file of moments or
@@ -112,16 +114,20 @@ class Config:
     reference: str = 'default'
     # LOO-FID on that many principal components of the features; 0 for all features
     pca_dim: int = 0
+
+    # --- How free-running samples are drawn
     rollout_cfg_scale: float = 1. # guidance of free-running samples
     # their truncation, 0 for none; log-probabilities are never truncated
     rollout_top_k: int = 0
-    rollout_top_p: float = 1.
+    rollout_top_p: float = 1. # kept share of the probability, 1 for all of it
     # of captions: a T5 encoder's name or folder, 'stored' with the records, or a file
     # or folder of features
     text_features: str = 'google/flan-t5-xl'
     # log-probabilities of the conditional policy ('off', LOO-FID Alg. 1) or of the
     # guided one ('guided')
     logprob_cfg: str = 'off'
+
+    # --- Samples from another engine
     # free-running samples from another engine, 'module.Class' (see engines); '' for
     # the policy itself
     sampler: str = ''
@@ -133,6 +139,8 @@ class Config:
     vllm_importance_sampling_mode: str = 'token_truncate'
     vllm_importance_sampling_clip_min: float|None = None # None for no bound
     vllm_importance_sampling_clip_max: float|None = 3. # None for no bound
+
+    # --- Thresholds, prompts and classes; the mixed method
     # of the brightness and darkness rewards; 0 for the paper's 0.8 and 0.2 (toy: 0.3
     # and 0.15)
     brightness_threshold: float = 0.
@@ -144,7 +152,7 @@ class Config:
     free_generations: int = 0
     free_coef: float = 1. # method mixed: weight of the free-running part
 
-    # -- the policy gradient --
+    # --- Ratio, advantage and loss
     epsilon: float = .2 # clip range of the ratio below 1
     # clip range above 1, None for the same as below; with 'cispo' the largest ratio
     # itself
@@ -169,6 +177,8 @@ class Config:
     # policy term on this share of tokens, those with the highest entropy; still divided
     # by all
     top_entropy_quantile: float = 1.
+
+    # --- The KL to a reference policy
     beta: float = 0. # weight of the KL to the reference policy; > 0 keeps a copy of it
     # multiply each token's KL by its ratio, TRL's default; the papers don't
     use_bias_correction_kl: bool = False
@@ -178,9 +188,9 @@ class Config:
     ref_decay: float = .99 # of that average, per rollout
     ref_offload: bool = False # keep the reference on the CPU between uses
 
+    # --- The entropy bonus
     # weight of the mean entropy of the tokens that count, per nat; the peak, where it
     # is controlled
-    # -- the entropy bonus --
     entropy_coef: float = 0.
     # 'constant', 'schedule', or 'adaptive' (LOO-FID App. C)
     entropy_control: str = 'constant'
@@ -188,28 +198,29 @@ class Config:
     # entropy_margin
     normalized_entropy_target: float = 0.
     entropy_margin: float = .08 # the paper's 0.78 against the pretrained model's 0.70
-    entropy_gain: float = 3. # k
-    entropy_deadband: float = .015 # δ
-    entropy_coef_min: float = 7e-5 # c_min
-    entropy_coef_max: float = 4e-3 # c_max
+    entropy_gain: float = 3. # k, how fast the controller answers
+    entropy_deadband: float = .015 # δ, distance from Ĥ within which it does nothing
+    entropy_coef_min: float = 7e-5 # c_min, the smallest coefficient
+    entropy_coef_max: float = 4e-3 # c_max, the largest
 
-    # -- straight-through --
+    # --- The straight-through baseline
     # forward token of the straight-through baseline: 'argmax' (App. C.1) or 'gumbel'
     # (released code)
     ste_mode: str = 'argmax'
     ste_temperature: float = 1. # of its softmax
 
-    # -- the optimiser --
+    # --- The optimiser
     # 'adamw' (fused on CUDA), or package.module:Class of another
     optimizer: str = 'adamw'
-    learning_rate: float = 1e-6
+    learning_rate: float = 1e-6 # after the warm-up
     lr_scheduler_type: str = 'constant' # 'constant' or 'cosine' (to zero)
-    warmup_steps: int = 0
+    warmup_steps: int = 0 # rollouts over which it rises from 0
     weight_decay: float = 1e-4 # on tensors with two or more axes
-    adam_beta1: float = .9
-    adam_beta2: float = .999
-    max_grad_norm: float = 1.
+    adam_beta1: float = .9 # decay of the mean of gradients
+    adam_beta2: float = .999 # decay of the mean of their squares
+    max_grad_norm: float = 1. # longer gradients are cut to this norm, 0 for no cut
     update_dropout: bool = False # the released code leaves dropout on in the update
+    # compute activations again in the backward pass: less memory, more time
     gradient_checkpointing: bool = False
     save_steps: int = 25 # a checkpoint every so many rollouts
 
@@ -222,8 +233,10 @@ class Config:
 # %% ../nbs/02_config.ipynb #1024b3b3
 SCALES = {'true': 'group', 'false': 'none'} # TRL's booleans
 
-NOT_HERE = dict(luspo="; 'luspo' is T times 'grpo' with importance_sampling_level='sequence', as all images have T tokens",
-                vespo="; 'vespo' weighs sequences by a gamma density with four parameters of its own, which is not implemented")
+NOT_HERE = dict(luspo="; 'luspo' is T times 'grpo' with importance_sampling_level='sequence', as all images have T "
+                      "tokens",
+                vespo="; 'vespo' weighs sequences by a gamma density with four parameters of its own, which is not "
+                      "implemented")
 
 TRL_ONLY = dict(
     entropy_target='it is in nats in TRL; use normalized_entropy_target, a share of log K',
@@ -231,14 +244,16 @@ TRL_ONLY = dict(
     entropy_coef_delta="entropy_control='adaptive' scales by exp(entropy_gain · error) and has no step",
     mask_truncated_completions='every image has all its tokens, nothing is truncated',
     max_completion_length="the model's own number of tokens",
-    top_k='use rollout_top_k', top_p='use rollout_top_p', reward_weights="write them into rewards, as in '0.5*clip+hps'",
+    top_k='use rollout_top_k', top_p='use rollout_top_p',
+    reward_weights="write them into rewards, as in '0.5*clip+hps'",
     multi_objective_aggregation='use normalize_rewards, which divides each reward by its std over the step',
     steps_per_generation='use mini_batch_size, contexts per optimiser step',
     generation_batch_size='use batch_size and num_generations', max_steps='use steps, rollouts',
     per_device_train_batch_size='use micro_batch_size, contexts per forward pass and process',
     gradient_accumulation_steps='use micro_batch_size, contexts per forward pass and process',
     sync_ref_model="use ref_policy='ema'", ref_model_mixup_alpha='use ref_decay, which is 1 - α, every rollout',
-    ref_model_sync_steps='ref_decay acts every rollout', disable_dropout='off in sampling; update_dropout is for the update',
+    ref_model_sync_steps='ref_decay acts every rollout',
+    disable_dropout='off in sampling; update_dropout is for the update',
     bf16="use mixed_precision='bf16'", off_policy_mask_threshold='not implemented')
 
 # %% ../nbs/02_config.ipynb #50575a1c
@@ -246,14 +261,20 @@ def check_loss(cfg:'Config'):
     "What TRL would ignore or read in another way"
     high, soft = cfg.epsilon_high, cfg.loss_type in ('cispo', 'sapo')
     if cfg.loss_type == 'cispo' and not (high or 0) >= 1:
-        raise ValueError(f"epsilon_high={high}: with loss_type='cispo' it is the largest ratio itself, at least 1; ScaleRL has 5")
-    if high is not None and not high >= 0: raise ValueError(f"epsilon_high={high}: expected a finite number of at least 0, or None for epsilon")
-    if cfg.delta is not None and soft: raise ValueError(f"delta={cfg.delta}: loss_type={cfg.loss_type!r} has no minimum that it could cap; leave it None")
-    if cfg.delta is not None and not cfg.delta > 1: raise ValueError(f"delta={cfg.delta}: the largest ratio, expected a number above 1 + epsilon, or None")
+        raise ValueError(f"epsilon_high={high}: with loss_type='cispo' it is the largest ratio itself, at least 1; "
+                         "ScaleRL has 5")
+    if high is not None and not high >= 0:
+        raise ValueError(f"epsilon_high={high}: expected a finite number of at least 0, or None for epsilon")
+    if cfg.delta is not None and soft:
+        raise ValueError(f"delta={cfg.delta}: loss_type={cfg.loss_type!r} has no minimum that it could cap; leave it "
+                         "None")
+    if cfg.delta is not None and not cfg.delta > 1:
+        raise ValueError(f"delta={cfg.delta}: the largest ratio, expected a number above 1 + epsilon, or None")
     for name in ('sapo_temperature_pos', 'sapo_temperature_neg'):
         if not getattr(cfg, name) > 0: raise ValueError(f"{name}={getattr(cfg, name)}: expected a positive number")
     if cfg.use_bias_correction_kl and cfg.kl_level != 'token':
-        raise ValueError(f"use_bias_correction_kl=True: corrects a KL per token, and kl_level={cfg.kl_level!r} has one per sequence")
+        raise ValueError(f"use_bias_correction_kl=True: corrects a KL per token, and kl_level={cfg.kl_level!r} has "
+                         "one per sequence")
 
 # %% ../nbs/02_config.ipynb #148bfb13
 def check_types(cfg:Config):
@@ -266,21 +287,31 @@ def check_types(cfg:Config):
         if kind is float:
             try: object.__setattr__(cfg, f.name, float(v))
             except OverflowError as e: raise ValueError(f"{f.name}: too large a number") from e
-        if kind is int and v > (top := _AT_MOST.get(f.name, 2**31 - 1)): raise ValueError(f"{f.name}={v}: expected at most {top}")
+        if kind is int and v > (top := _AT_MOST.get(f.name, 2**31 - 1)):
+            raise ValueError(f"{f.name}={v}: expected at most {top}")
 
 def field_type(f) -> type:
     "int, float, str or bool, of a dataclass field that may also be None"
     return f.type if isinstance(f.type, type) else get_args(f.type)[0]
 
-_ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'), method=tuple(METHODS), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'), captions=('whole', 'first', 'turn'), class_names=('short', 'synonyms'), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'), credit=('image', 'token'),
+_ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'),
+               method=tuple(METHODS), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'), captions=('whole', 'first', 'turn'),
+               class_names=('short', 'synonyms'), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'),
+               credit=('image', 'token'),
                scale_rewards=('group', 'batch', 'none'), importance_sampling_level=('token', 'sequence', 'product'),
-               loss_type=('dapo', 'grpo', 'bnpo', 'dr_grpo', 'cispo', 'sapo'), ste_mode=('argmax', 'gumbel'), lr_scheduler_type=('constant', 'cosine'),
-               covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'), ref_policy=('frozen', 'ema'),
+               loss_type=('dapo', 'grpo', 'bnpo', 'dr_grpo', 'cispo', 'sapo'), ste_mode=('argmax', 'gumbel'),
+               lr_scheduler_type=('constant', 'cosine'),
+               covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'),
+               ref_policy=('frozen', 'ema'),
                entropy_control=('constant', 'schedule', 'adaptive'))
-_AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_importance_sampling_clip_max=0, seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0, micro_batch_size=0, generate_batch_size=0, decode_batch_size=1,
+_AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_importance_sampling_clip_max=0, seed=0,
+                 num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0, micro_batch_size=0,
+                 generate_batch_size=0, decode_batch_size=1,
                  logps_chunk=1, prior_coef=0, mse_coef=0, perceptual_coef=0, epsilon=0, advantage_clip=0, beta=0,
-                 learning_rate=0, warmup_steps=0, weight_decay=0, max_grad_norm=0, save_steps=1, pca_dim=0, rollout_cfg_scale=1, rollout_top_k=0,
-                 free_generations=0, free_coef=0, advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0, entropy_coef_min=0, entropy_coef_max=0)
+                 learning_rate=0, warmup_steps=0, weight_decay=0, max_grad_norm=0, save_steps=1, pca_dim=0,
+                 rollout_cfg_scale=1, rollout_top_k=0,
+                 free_generations=0, free_coef=0, advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0,
+                 entropy_coef_min=0, entropy_coef_max=0)
 _SHARES = dict(ema_weight='LOO-FID\'s α', rollout_top_p='kept probability', class_split='share of classes')
 
 _AT_MOST = dict(seed=2**63 - 1, batch_size=10**6, num_generations=10**6, num_processes=10**6)
@@ -299,8 +330,10 @@ def check_config(cfg:Config):
     if not 0 <= cfg.noise_rate <= 1:
         raise ValueError(f"noise_rate={cfg.noise_rate}: ξ is a probability, use a value from 0 to 1")
     for name in ('adam_beta1', 'adam_beta2'):
-        if not 0 <= getattr(cfg, name) < 1: raise ValueError(f"{name}={getattr(cfg, name)}: expected a value from 0 to below 1")
-    if not cfg.ste_temperature > 0: raise ValueError(f"ste_temperature={cfg.ste_temperature}: expected a positive number")
+        if not 0 <= getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)}: expected a value from 0 to below 1")
+    if not cfg.ste_temperature > 0:
+        raise ValueError(f"ste_temperature={cfg.ste_temperature}: expected a positive number")
     if not cfg.temperature > 0: raise ValueError(f"temperature={cfg.temperature}: expected a positive number")
     for name, what in _SHARES.items():
         if not 0 < getattr(cfg, name) <= 1:
@@ -380,22 +413,42 @@ def in_vain(cfg:Config) -> list:
     out, default = [], Config()
     changed = lambda *names: [k for k in names if getattr(cfg, k) != getattr(default, k)]
     if cfg.method in SAMPLING and clip_is_inert(cfg):
-        clips = changed('epsilon', 'delta', 'sapo_temperature_pos', 'sapo_temperature_neg', *(() if cfg.loss_type == 'cispo' else ('epsilon_high',)))
-        out += [f'{k}={getattr(cfg, k)!r}: the ratio is always 1, because each rollout is used for one update' for k in clips]
+        clips = changed('epsilon', 'delta', 'sapo_temperature_pos', 'sapo_temperature_neg',
+                        *(() if cfg.loss_type == 'cispo' else ('epsilon_high',)))
+        out += [f'{k}={getattr(cfg, k)!r}: the ratio is always 1, because each rollout is used for one update'
+                for k in clips]
     elif cfg.method in SAMPLING:
-        unused = dict(cispo=('epsilon', 'sapo_temperature_pos', 'sapo_temperature_neg'), sapo=('epsilon', 'epsilon_high')).get(cfg.loss_type, ('sapo_temperature_pos', 'sapo_temperature_neg'))
+        unused = dict(
+            cispo=('epsilon', 'sapo_temperature_pos', 'sapo_temperature_neg'), sapo=('epsilon', 'epsilon_high')).get(
+            cfg.loss_type, ('sapo_temperature_pos', 'sapo_temperature_neg'))
         out += [f'{k}={getattr(cfg, k)!r}: loss_type={cfg.loss_type!r} has no such number' for k in changed(*unused)]
-    else: out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no policy gradient' for k in changed('top_entropy_quantile', 'loss_type')]
+    else:
+        out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no policy gradient'
+                for k in changed('top_entropy_quantile', 'loss_type')]
     if cfg.method not in FREE:
-        out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no free-running samples' for k in changed('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg', 'sampler', 'vllm_importance_sampling_correction', 'compile')]
-    if cfg.method not in ('vapi', 'mixed'): out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no reconstruction reward' for k in changed('clamp_reward')]
-    if not cfg.sampler: out += [f'{k}={getattr(cfg, k)!r}: the policy samples itself, without an engine' for k in changed('sampler_args', 'sampler_timeout')]
-    if not cfg.vllm_importance_sampling_correction: out += [f'{k}={getattr(cfg, k)!r}: vllm_importance_sampling_correction=False' for k in changed('vllm_importance_sampling_mode', 'vllm_importance_sampling_clip_min', 'vllm_importance_sampling_clip_max')]
-    if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale == 1: out.append("logprob_cfg='guided': rollout_cfg_scale=1 is no guidance")
-    if not cfg.beta: out += [f'{k}={getattr(cfg, k)!r}: beta=0, so there is no KL' for k in changed('ref_policy', 'ref_offload', 'use_bias_correction_kl')]
+        out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no free-running samples'
+                for k in changed('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg',
+                                 'sampler', 'vllm_importance_sampling_correction', 'compile')]
+    if cfg.method not in ('vapi', 'mixed'):
+        out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no reconstruction reward'
+                for k in changed('clamp_reward')]
+    if not cfg.sampler:
+        out += [f'{k}={getattr(cfg, k)!r}: the policy samples itself, without an engine'
+                for k in changed('sampler_args', 'sampler_timeout')]
+    if not cfg.vllm_importance_sampling_correction:
+        out += [f'{k}={getattr(cfg, k)!r}: vllm_importance_sampling_correction=False'
+                for k in changed('vllm_importance_sampling_mode', 'vllm_importance_sampling_clip_min',
+                                 'vllm_importance_sampling_clip_max')]
+    if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale == 1:
+        out.append("logprob_cfg='guided': rollout_cfg_scale=1 is no guidance")
+    if not cfg.beta:
+        out += [f'{k}={getattr(cfg, k)!r}: beta=0, so there is no KL'
+                for k in changed('ref_policy', 'ref_offload', 'use_bias_correction_kl')]
     largest = (cfg.num_generations - 1)/cfg.num_generations**.5
-    if cfg.method in SAMPLING and cfg.scale_rewards == 'group' and cfg.advantage_clip not in (0., default.advantage_clip) and cfg.advantage_clip > largest:
-        out.append(f'advantage_clip={cfg.advantage_clip}: no advantage exceeds {largest:.2f} in a group of {cfg.num_generations}')
+    if (cfg.method in SAMPLING and cfg.scale_rewards == 'group'
+            and cfg.advantage_clip not in (0., default.advantage_clip) and cfg.advantage_clip > largest):
+        out.append(f'advantage_clip={cfg.advantage_clip}: no advantage exceeds {largest:.2f} in a group of '
+                   f'{cfg.num_generations}')
     return out
 
 # %% ../nbs/02_config.ipynb #c9b80647
@@ -468,7 +521,8 @@ def field_help() -> dict: # group: {field: comment}
     "The comments of the configuration, group by group"
     groups, said = {}, []
     for line in getsource(Config).splitlines():
-        head, found = re.match(r' {4}# -- (.*) --$', line), re.match(r' {4}(\w+): [^#=]+=[^#]*(?:#\s*(.*))?$', line)
+        head = re.match(r' {4}# --- (.*)$', line)
+        found = re.match(r' {4}(\w+): [^#=]+=[^#]*(?:#\s*(.*))?$', line)
         if head: group, said = groups.setdefault(head[1], {}), []
         elif found: group[found[1]], said = ' '.join([*said, found[2] or '']).strip(), []
         elif line.startswith('    # '): said.append(line.strip('# ').strip())
@@ -627,18 +681,25 @@ BASELINES = dict(mle=dict(method='mle', noise_rate=0.), # continued maximum like
                  prior_only=dict(method='mle'), # Table 4: L_prior alone, under the run's own context noise
                  ste=dict(method='ste'), # App. C.1
                  ste_gumbel=dict(method='ste', ste_mode='gumbel'), # the released code's reading of it
-                 tokenizer=dict(method='tokenizer', num_generations=1), tokenizer_longer=dict(method='tokenizer', num_generations=1, steps=10_000), # App. C.2, Table 2
-                 no_prior=dict(prior_coef=0.), perceptual_only=dict(prior_coef=0., mse_coef=0.), # Table 4, rows without L_prior; Fig. 4, β = 0
+                 # App. C.2, Table 2
+                 tokenizer=dict(method='tokenizer', num_generations=1),
+                 tokenizer_longer=dict(method='tokenizer', num_generations=1, steps=10_000),
+                 # Table 4, rows without L_prior; Fig. 4, β = 0
+                 no_prior=dict(prior_coef=0.), perceptual_only=dict(prior_coef=0., mse_coef=0.),
                  # Fig. 4: weights of the cross-entropy, and KL in its place at each of them
                  ce_001=dict(prior_coef=.01), ce_1=dict(prior_coef=1.),
-                 kl=dict(prior_coef=0., beta=.1), kl_001=dict(prior_coef=0., beta=.01), kl_1=dict(prior_coef=0., beta=1.),
-                 noise_0=dict(noise_rate=0.), noise_25=dict(noise_rate=.25), noise=dict(noise_rate=.5), noise_75=dict(noise_rate=.75), noise_95=dict(noise_rate=.95), # Table 5
+                 kl=dict(prior_coef=0., beta=.1), kl_001=dict(prior_coef=0., beta=.01),
+                 kl_1=dict(prior_coef=0., beta=1.),
+                 # Table 5
+                 noise_0=dict(noise_rate=0.), noise_25=dict(noise_rate=.25), noise=dict(noise_rate=.5),
+                 noise_75=dict(noise_rate=.75), noise_95=dict(noise_rate=.95),
                  token_credit=dict(credit='token')) # ours
 
 def choose_baselines(names:str # 'all', 'none', or names joined by commas
                     ) -> dict: # name: changed fields
     "Baselines by name"
-    picked = list(BASELINES) if names == 'all' else [] if names in ('none', '') else [n.strip() for n in names.split(',')]
+    picked = (list(BASELINES) if names == 'all' else [] if names in ('none', '')
+              else [n.strip() for n in names.split(',')])
     if bad := [n for n in picked if n not in BASELINES]:
         raise ValueError(f"baselines={names!r}: no {bad[0]!r}; choose from {', '.join(BASELINES)}, or 'all', or 'none'")
     return {n: BASELINES[n] for n in picked}
@@ -656,26 +717,34 @@ LOOFID_ABLATIONS = dict( # changed fields, by the paper's tables
     kl_3=dict(beta=3.), kl_2=dict(beta=2.), kl_1=dict(beta=1.), kl_0=dict(beta=0.), # Table 10
     entropy_4e_3={}, # Table 11: its 4e-3 is c_max, so this is the main run
     # Table 11
-    entropy_4e_4=dict(entropy_coef=2.2e-4, entropy_coef_max=4e-4, entropy_coef_min=7e-6), entropy_0=dict(entropy_coef=0.),
-    # Table 12: as many images a step as RL draws samples, with the dropout that made the null class; *_12 as many as RL has prompts
-    mle_500=dict(method='mle', steps=500, batch_size=144, update_dropout=True), mle_5000=dict(method='mle', steps=5000, batch_size=144, update_dropout=True),
-    mle_500_12=dict(method='mle', steps=500, update_dropout=True), mle_5000_12=dict(method='mle', steps=5000, update_dropout=True))
+    entropy_4e_4=dict(entropy_coef=2.2e-4, entropy_coef_max=4e-4, entropy_coef_min=7e-6),
+    entropy_0=dict(entropy_coef=0.),
+    # Table 12: as many images a step as RL draws samples, with the dropout that made the null class; *_12 as many as
+    # RL has prompts
+    mle_500=dict(method='mle', steps=500, batch_size=144, update_dropout=True),
+    mle_5000=dict(method='mle', steps=5000, batch_size=144, update_dropout=True),
+    mle_500_12=dict(method='mle', steps=500, update_dropout=True),
+    mle_5000_12=dict(method='mle', steps=5000, update_dropout=True))
 
 VAR_EXPERIMENTS = dict( # changed fields, by the VAR-GRPO paper's figures and tables
     bright=dict(rewards='brightness'), dark=dict(rewards='darkness'), # Fig. 2
     aesthetic={}, half_labels=dict(class_split=.5), # Fig. 4, Table 1
     painting=dict(rewards='clip', prompt='a painting', steps=.25), # Fig. 6, 9: 10,000 of the 40,000 steps
     # Fig. 6; §5.3
-    painting_aesthetic=dict(rewards='clip+aesthetic', prompt='a painting', steps=.25), old_picture=dict(rewards='clip', prompt='an old picture', steps=.25),
+    painting_aesthetic=dict(rewards='clip+aesthetic', prompt='a painting', steps=.25),
+    old_picture=dict(rewards='clip', prompt='an old picture', steps=.25),
     # Fig. 7; its values are not in the text
     kl_0=dict(beta=0.), kl_005=dict(beta=.05), kl_02=dict(beta=.2), kl_1=dict(beta=1.),
     # Fig. 8, up to 16 at fixed compute: 128 × 4 = 64 × 8 = 32 × 16 = 512 samples, 16 updates of 32, in every step
     groups_4=dict(batch_size=128, num_generations=4), groups_8=dict(batch_size=64, num_generations=8), groups_16={})
-TOY_VAR_ARMS = dict(dark=dict(rewards='darkness'), class_score=dict(rewards='class_score'), both=dict(rewards='brightness+class_score'), half_labels=dict(class_split=.5),
+TOY_VAR_ARMS = dict(dark=dict(rewards='darkness'), class_score=dict(rewards='class_score'),
+                    both=dict(rewards='brightness+class_score'), half_labels=dict(class_split=.5),
                     kl_0=dict(beta=0.), kl_005=dict(beta=.05), kl_02=dict(beta=.2), kl_1=dict(beta=1.),
                     # 160 samples each
-                    groups_2=dict(batch_size=80, num_generations=2), groups_4=dict(batch_size=40, num_generations=4), groups_16=dict(batch_size=10, num_generations=16))
-TOY_ARMS = dict(instance_only=dict(rewards='class_score'), fid_only=dict(rewards='loo_fid'), full=dict(covariance='full'),
+                    groups_2=dict(batch_size=80, num_generations=2), groups_4=dict(batch_size=40, num_generations=4),
+                    groups_16=dict(batch_size=10, num_generations=16))
+TOY_ARMS = dict(instance_only=dict(rewards='class_score'), fid_only=dict(rewards='loo_fid'),
+                full=dict(covariance='full'),
                 raw_sum=dict(normalize_rewards=False), kl=dict(beta=3.), entropy=dict(entropy_coef=2.2e-3))
 
 # a paper's own, and the toy's versions of them
@@ -691,5 +760,6 @@ def choose_arms(names:str, # 'all', 'none', or names joined by commas
     picked = list(known) if names == 'all' else [] if names in ('none', '') else [n.strip() for n in names.split(',')]
     if bad := [n for n in picked if n not in known]:
         raise ValueError(f"arms={names!r}: no {bad[0]!r}; choose from {', '.join(known)}, or 'all', or 'none'")
-    own = lambda changes: changes | ({'steps': max(1, round(changes['steps']*cfg.steps))} if changes.get('steps', 1) < 1 else {})
+    own = lambda changes: changes | ({'steps': max(1, round(changes['steps']*cfg.steps))}
+                                     if changes.get('steps', 1) < 1 else {})
     return {n: own(known[n]) for n in picked}

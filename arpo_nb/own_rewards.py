@@ -136,7 +136,8 @@ def reward_name(reward) -> str:
     "The text of `rewards` that describes an object: what it was made from, or where its class or function lives"
     if getattr(reward, 'text', None): return reward.text
     if isinstance(getattr(reward, 'rewards', None), dict):
-        return '+'.join(f'{w:g}*{k}' if is_ours(r) else f'{w:g}*{reward_name(r)}' for k, (r, w) in reward.rewards.items())
+        return '+'.join(f'{w:g}*{k}' if is_ours(r) else f'{w:g}*{reward_name(r)}'
+                        for k, (r, w) in reward.rewards.items())
     if isinstance(reward, FunctionReward): return reward.name
     kind = reward if hasattr(reward, '__qualname__') else type(reward)
     return f'{kind.__module__}:{kind.__qualname__}'.replace('+', '_').replace('*', '_')

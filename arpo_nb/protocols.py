@@ -36,7 +36,8 @@ NOISE, SAMPLE, GUMBEL, EPOCH, LABEL = range(5)
 class Streams:
     ("The random streams of N images: a seed, and for each image its index in the run "
      "and its number in the group")
-    seed: int
+    # --- Key and counters of the generator
+    seed: int # of the run
     # [N, 2] non-negative integers: image index, number within its group
     index: np.ndarray
 
@@ -85,8 +86,10 @@ class Streams:
 class Batch:
     ("One step's input on this process: conditions with their random streams, and for "
      "teacher forcing the images they describe")
+    # --- What is asked for
     cond: Any # [B, ...] class ids, or a tuple of tensors; None rows are not allowed
     streams: Streams # one per row
+    # --- What comes with it
     images: Tensor|None = None # [B, 3, H, W] in [0, 1]; None for free running
     prompts: list|None = None # [B] strings that text rewards read
 
@@ -108,6 +111,7 @@ class Batch:
 @dataclass(frozen=True)
 class Rollout:
     "A group of samples per image, with everything the update needs and nothing it must recompute"
+    # --- What was asked for, and what was sampled
     batch: Batch # B conditions, with their images if there are any
     tokens: Tensor # [B, G, T] int64, sampled
     old_logps: Tensor # [B, G, T] log π_old of each sampled token
@@ -115,14 +119,17 @@ class Rollout:
     context: Tensor
     # [B, T] ground-truth tokens x*; None when there is no image
     targets: Tensor|None = None
+    # --- What it is worth
     ref_logps: Tensor|None = None # [B, G, T] log π_ref, if there is a reference policy
     rewards: Tensor|None = None # [B, G], or [B, G, T] for credit per token
     advantages: Tensor|None = None # as rewards
+    # --- Entropy
     # [B, C, T] of the policy that sampled, in nats, where it was computed
     entropy: Tensor|None = None
     # [B, C, T] tokens whose entropy is among the highest: 0 elsewhere, mean 1; None for
     # all
     entropy_mask: Tensor|None = None
+    # --- Samples that an engine drew
     # [B, G, T] log-probabilities the sampler itself saw, where it tells
     sampler_logps: Tensor|None = None
     # [B, G, T] importance weights of samples that an engine drew; None for all ones
@@ -206,14 +213,17 @@ CLASS_PROMPT = 'a photo of {}'
 @dataclass
 class System:
     "A policy and the networks around it"
-    name: str
+    # --- Networks
+    name: str # of the model, as a `Config` has it
     policy: Any # `Policy`
     tokenizer: Any # `Tokenizer`
     perceptual: Any = None # `Perceptual` network of the reward
+    # --- Conditions
     num_classes: int = 0 # conditions are class ids below this; 0 for text
     class_names: list|None = None # what text rewards call the classes
     # list of prompts to conditions, where the model brings its own text encoder
     encode_prompts: Any = None
+    # --- Beside image generation
     # policy to log-probabilities of fixed answers, where the model also speaks and must
     # not forget how
     answers: Any = None
@@ -240,9 +250,11 @@ class System:
 @dataclass
 class MetricNet:
     "What measures: a network, and what real images look like to it"
+    # --- The network
     # what its Fréchet distance may be called, for example 'FID on toy features'
     name: str
     net: Any # images [N, 3, H, W] in [0, 1] to features [N, D] and logits [N, classes]
+    # --- What it says of real images
     mu: Tensor # [D] mean of real features
     sigma: Tensor # [D, D] their covariance
     features: Tensor # [M, D] real features, for precision and recall

@@ -23,7 +23,8 @@ def is_dotted(name:str) -> bool:
     return ':' in name or '.' in name.strip('.')
 
 def names_object(name:str) -> bool:
-    "Whether a text that might be a file's name is that of an object: module:name, or module.name of a module that is there"
+    ("Whether a text that might be a file's name is that of an object: module:name, or "
+     "module.name of a module that is there")
     if not re.fullmatch(r'[A-Za-z_]\w*(\.\w+)*[:.][A-Za-z_]\w*(\.\w+)*', name) or os.path.exists(name): return False
     _see_here()
     return ':' in name or importlib.util.find_spec(name.split('.')[0]) is not None

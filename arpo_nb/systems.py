@@ -50,8 +50,8 @@ def model_table(models=None, # names; None for all that are known
 def load_system(model, # name, dotted path, or `ModelSpec`
                 weights:str='default', # 'default', 'random', or a file or folder
                 seed:int=0, # of random weights
-                # trunk of LPIPS, or package.module:name of another network that compares pictures; True for the usual one,
-                # False for none. A model with a network of its own always has that
+                # trunk of LPIPS, or package.module:name of another network that compares pictures; True for the
+                # usual one, False for none. A model with a network of its own always has that
                 perceptual:bool|str=True,
                 tokenizer_weights:str='default', # the tokenizer's, where it is not the one that belongs to `weights`
                ) -> System: # in eval mode
@@ -217,7 +217,8 @@ def check_rewards(cfg:Config, system:System):
     "Raise for a reward that is not there, before anything is loaded"
     if cfg.method not in FREE: return
     names, judged = parse_rewards(cfg.rewards), ('class_score',) if spec_of(system).judge else ()
-    read_rewards({n: w for n, w in names.items() if n not in judged and find_reward(n, (*REWARDS, *judged)) is None} or 'clip')
+    read_rewards({n: w for n, w in names.items() if n not in judged and find_reward(n, (*REWARDS, *judged)) is None}
+                 or 'clip')
 
 def own_rewards(names, # of rewards
                 system:System) -> dict: # name: `Reward`
@@ -286,7 +287,9 @@ def check_hub_model(argument:str, repo:str):
             f"{argument}={repo!r}: https://huggingface.co/{repo} is not in "
             f"{hub.constants.HF_HUB_CACHE} and cannot be reached [{type(e).__name__}]. Check the "
             "name and the network, or download it elsewhere and pass its folder") from e
-    size, free = sum(f.size or 0 for f in files if f.rfilename.endswith('.safetensors')), shutil.disk_usage(next(p for p in (Path(hub.constants.HF_HUB_CACHE), *Path(hub.constants.HF_HUB_CACHE).parents) if p.exists())).free
+    cache = Path(hub.constants.HF_HUB_CACHE)
+    size = sum(f.size or 0 for f in files if f.rfilename.endswith('.safetensors'))
+    free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
     if free < 1.02*size:
         raise OSError(f"{argument}={repo!r} needs {size/1e9:.2f} GB on the disk of "
                       f"{hub.constants.HF_HUB_CACHE}, which has {free/1e9:.2f} GB free")

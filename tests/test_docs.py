@@ -1,4 +1,6 @@
 "The site without quarto: what it would refuse, spoil, cut off, or leave dead; and with it, if it is there."
+import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -175,6 +177,54 @@ def test_what_the_pages_explain_is_shown(name):
     assert owners and all(EXPORT.search(s)[1] == 'exports' for s in owners)
 
 
+@pytest.mark.parametrize('name', ['config.Config', 'protocols.Rollout', 'protocols.Batch', 'protocols.System', 'protocols.Streams'])
+def test_every_field_has_a_group_and_a_meaning(name):
+    "What is grouped in the source is grouped in the page's tables"
+    from arpo_nb.docs import field_notes, field_table
+    module, _, name = name.rpartition('.')
+    cls = getattr(importlib.import_module(f'arpo_nb.{module}'), name)
+    notes = field_notes(cls)
+    assert [n.name for n in notes] == [f.name for f in dataclasses.fields(cls)]
+    assert not [n.name for n in notes if not n.group or not n.meaning]
+    table = field_table(cls)
+    assert table.count('| field | type |') == len({n.group for n in notes}) and all(f'**{n.group}**' in table for n in notes)
+
+
+RUNS = [name for name in PAGES if name.startswith('run_')]
+
+
+def parameters(name):
+    cell, = [c for c in PAGES[name]['cells'] if 'parameters' in c['metadata'].get('tags', [])]
+    return cell
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_every_parameter_has_a_group_and_a_meaning(name):
+    from arpo_nb.docs import field_notes
+    notes, given = field_notes(source(parameters(name))), {}
+    exec(source(parameters(name)), given)
+    assert [n.name for n in notes] == [k for k in given if k != '__builtins__']
+    assert not [n.name for n in notes if not n.group or not n.meaning]
+    code = [c for c in PAGES[name]['cells'] if c['cell_type'] == 'code']
+    assert code[0] is parameters(name), 'parameters come first, so that what follows can use them'
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_parameters_are_not_told_in_paragraphs(name):
+    text = '\n\n'.join(source(c) for c in PAGES[name]['cells'] if c['cell_type'] == 'markdown')
+    section = re.search(r'^## Parameters\n(.*?)(?=^## |\Z)', text, re.M | re.S)[1]
+    assert max(len(p.split()) for p in re.split(r'\n\n|\n- ', section)) < 90
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_papermill_reads_every_parameter(name):
+    "`papermill --help-notebook`; a second `=` in a line would hide it"
+    translators = pytest.importorskip('papermill.translators')
+    read = {p.name: p.help for p in translators.PythonTranslator.inspect(parameters(name) | dict(source=source(parameters(name))))}
+    from arpo_nb.docs import field_notes
+    assert list(read) == [n.name for n in field_notes(source(parameters(name)))]
+
+
 # Pages
 
 @pytest.mark.parametrize('name', PAGES)
@@ -240,10 +290,14 @@ def test_notebooks_process_for_the_site(processed):
 
 
 def test_entries_have_fields_and_methods(processed):
+    from arpo_nb.docs import field_notes
     text = shown(processed, '01_protocols.ipynb')
     assert '#### Policy.generate' in text and '#### Reward.__call__' in text and '#### Streams.take' in text
     assert '| `old_logps` | `Tensor` |' in text and 'subtitle: arpo_nb.protocols' in text
     assert '| `noise_rate` |' in shown(processed, '02_config.ipynb')
+    for name in RUNS:
+        names = [n.name for n in field_notes(source(parameters(name)))]
+        assert not [n for n in names if f'| `{n}` |' not in shown(processed, name)]
 
 
 def test_names_lead_to_their_entries(processed):

@@ -67,7 +67,8 @@ def image_path(folder, i:int) -> Path:
 def _plain(x):
     "What JSON does not know: numbers as numbers, functions and their fixed arguments by name"
     if hasattr(x, 'item'): return x.item()
-    if isinstance(x, partial): return f"{_plain(x.func)}({', '.join([*map(repr, x.args), *(f'{k}={v!r}' for k, v in x.keywords.items())])})"
+    if isinstance(x, partial):
+        return f"{_plain(x.func)}({', '.join([*map(repr, x.args), *(f'{k}={v!r}' for k, v in x.keywords.items())])})"
     return f'{x.__module__}.{x.__qualname__}' if hasattr(x, '__qualname__') else str(x)
 
 def settle(folder, # of pictures, there already
@@ -79,11 +80,17 @@ def settle(folder, # of pictures, there already
     foreign = next(folder.glob(pattern), None) # first: another process may be writing both
     if path.exists():
         old = read_json(path)
-        if not isinstance(old, dict): raise BadFile(path, "not the settings of a folder of samples; use another folder, or move this file away")
+        if not isinstance(old, dict):
+            raise BadFile(path, "not the settings of a folder of samples; use another folder, or move this file away")
         if old != settings:
             diff = {k: (old.get(k), settings.get(k)) for k in {*old, *settings} if old.get(k) != settings.get(k)}
-            raise ValueError(f"{folder} holds samples of another run, (there, now): {diff}. Use another folder, or delete it to start anew")
-    elif foreign: raise FileExistsError(errno.EEXIST, f"{folder}: holds files such as {foreign.name}, but no samples.json that says this library wrote them, so they are not counted as samples and not replaced; give an empty folder")
+            raise ValueError(f"{folder} holds samples of another run, (there, now): {diff}. Use another folder, or "
+                             "delete it to start anew")
+    elif foreign:
+        raise FileExistsError(errno.EEXIST,
+                              f"{folder}: holds files such as {foreign.name}, but no samples.json that says this "
+                              "library wrote them, so they are not counted as samples and not replaced; give an empty "
+                              "folder")
     else: write_atomically(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
 
 @torch.no_grad()
@@ -94,7 +101,8 @@ def write_samples(policy, # see `protocols.Policy`
                   n:int=50_000, # images in all
                   batch_size:int=32, # images at a time on this process
                   seed:int=0, # of the random streams
-                  size:int|None=None, # resize to this side before rounding, 256 for ImageNet scores; None keeps the tokenizer's
+                  # resize to this side before rounding, 256 for ImageNet scores; None keeps the tokenizer's
+                  size:int|None=None,
                   rank:int=0, world_size:int=1, # this process writes images rank, rank + world_size, ...
                   progress=True, # a bar on rank 0
                   note:dict|None=None, # further settings that a restart must share, such as the checkpoint
@@ -105,7 +113,8 @@ def write_samples(policy, # see `protocols.Policy`
     folder = user_path(folder, 'folder')
     folder.mkdir(parents=True, exist_ok=True)
     side, like = size or tokenizer.image_size, next(policy.parameters())
-    settle(folder, dict(n=n, seed=seed, size=side, dtype=str(like.dtype).removeprefix('torch.'), **kwargs, **(note or {})))
+    settle(folder,
+           dict(n=n, seed=seed, size=side, dtype=str(like.dtype).removeprefix('torch.'), **kwargs, **(note or {})))
     mine = range(rank, n, world_size)
     todo = [i for i in mine if not image_path(folder, i).exists()]
     bar = _bar(len(mine), len(mine) - len(todo)) if progress and rank == 0 else None
@@ -114,7 +123,8 @@ def write_samples(policy, # see `protocols.Policy`
         streams = Streams(seed, np.stack([index, np.zeros_like(index)], 1))
         tokens = policy.generate(map_cond(lambda c: c.to(like.device), labels(index)), streams, **kwargs)
         pixels = to_uint8(resize_pixels(tokenizer.decode(tokens, clamp=False), side)).cpu().numpy()
-        for i, im in zip(index, pixels): write_atomically(image_path(folder, i), lambda f: Image.fromarray(im).save(f, 'PNG'))
+        for i, im in zip(index, pixels):
+            write_atomically(image_path(folder, i), lambda f: Image.fromarray(im).save(f, 'PNG'))
         if bar: bar.update(len(index))
     if bar: bar.close()
     return len(todo)
@@ -137,7 +147,9 @@ def write_npz(folder, # with NNNNNN.png
     "Pack a folder of samples as the ADM evaluator's archive"
     folder = user_path(folder, 'folder')
     path, gone = user_path(path or f'{folder}.npz'), missing_samples(folder, n)
-    if gone: raise FileNotFoundError(f"{folder}: {len(gone)} of {n} images are missing, the first is {image_path(folder, gone[0]).name}; run write_samples again, it draws only those")
+    if gone:
+        raise FileNotFoundError(f"{folder}: {len(gone)} of {n} images are missing, the first is "
+                                f"{image_path(folder, gone[0]).name}; run write_samples again, it draws only those")
     refuse_foreign(path, lambda p: zipfile.ZipFile(p).comment == _MARK)
     shape = _picture(folder, 0).shape
     if not compress: need_space(path, n*int(np.prod(shape)))
@@ -159,7 +171,9 @@ def _pack(f, folder, n, shape, compress):
             npy_format.write_array_header_1_0(out, dict(descr='|u1', fortran_order=False, shape=(n, *shape)))
             for i in range(n):
                 image = _picture(folder, i)
-                if image.shape != shape: raise ValueError(f"{image_path(folder, i)}: {image.shape}, but the first image is {shape}; one set needs one size")
+                if image.shape != shape:
+                    raise ValueError(f"{image_path(folder, i)}: {image.shape}, but the first image is {shape}; one "
+                                     "set needs one size")
                 out.write(image.tobytes())
 
 # %% ../../nbs/51_sample_writer.ipynb #15e3684b
@@ -182,22 +196,32 @@ def speed_options(policy, # cast in place; its tokenizer stays in float32
 # %% ../../nbs/51_sample_writer.ipynb #30b633ef
 def sampling_note(model, weights, checkpoint, part, labels='', class_split=.5, class_seed=0, prompts='') -> dict:
     "What a folder of samples was drawn from and for, besides the sampler's settings"
-    asked = dict(prompts=prompts) if prompts else dict(labels=labels) | (dict(class_split=class_split, class_seed=class_seed) if labels in ('seen', 'unseen') else {})
+    asked = (dict(prompts=prompts) if prompts else dict(labels=labels) | (
+        dict(class_split=class_split, class_seed=class_seed) if labels in ('seen', 'unseen') else {}))
     return dict(model=model, weights=str(weights), checkpoint=str(checkpoint), part=part, **asked)
 
 def _options():
-    p = argparse.ArgumentParser(prog='python -m arpo_nb.evaluation.sample_writer', description='Draw samples of a model into a folder, alone or under torchrun; a restart draws what is missing.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(prog='python -m arpo_nb.evaluation.sample_writer',
+                                description='Draw samples of a model into a folder, alone or under torchrun; a '
+                                            'restart draws what is missing.',
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('--model', required=True, help='name, as in arpo_nb.systems')
     p.add_argument('--weights', default='default', help="'default', 'random', or a file or folder")
     p.add_argument('--checkpoint', default='', help="of a run, takes the part's place")
     p.add_argument('--part', default='policy', choices=('policy', 'tokenizer'), help='what the checkpoint holds')
     p.add_argument('--out', required=True, help='folder of the pictures')
     p.add_argument('--labels', default='balanced', help='balanced, random, seen or unseen')
-    p.add_argument('--prompts', default='', help='of text models: .txt with one a line, or .jsonl, .json, .csv or .parquet')
+    p.add_argument('--prompts', default='',
+                   help='of text models: .txt with one a line, or .jsonl, .json, .csv or .parquet')
     p.add_argument('--text-features', default='google/flan-t5-xl', help='T5 encoder of a text-conditional LlamaGen')
-    p.add_argument('--images', '--n', dest='n', type=int, default=50_000, help='pictures in all (torchrun takes --n for one of its own)')
-    for name, value, what in (('batch-size', 32, 'pictures at a time on each process'), ('seed', 0, 'of the random streams'), ('class-seed', 0, 'seed of the run that dealt the classes'),
-                              ('class-split', .5, 'share of the classes that run saw'), ('size', 0, 'resize to this side; 0 keeps'), ('guidance', 0., "0 takes the model's own"), ('temperature', 1., ''), ('top-k', 0, '0 for all'), ('top-p', 1., '')):
+    p.add_argument('--images', '--n', dest='n', type=int, default=50_000,
+                   help='pictures in all (torchrun takes --n for one of its own)')
+    for name, value, what in (('batch-size', 32, 'pictures at a time on each process'),
+                              ('seed', 0, 'of the random streams'),
+                              ('class-seed', 0, 'seed of the run that dealt the classes'),
+                              ('class-split', .5, 'share of the classes that run saw'),
+                              ('size', 0, 'resize to this side; 0 keeps'), ('guidance', 0., "0 takes the model's own"),
+                              ('temperature', 1., ''), ('top-k', 0, '0 for all'), ('top-p', 1., '')):
         p.add_argument(f'--{name}', type=type(value), default=value, help=what or ' ')
     p.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help="of the policy")
     p.add_argument('--compile', action='store_true', help='compile the sampler (LlamaGen)')
@@ -220,10 +244,13 @@ def main(argv=None):
         prompts, encode = read_prompts(a.prompts), prompt_encoder(name_classes(system), a.text_features)
         conditions = lambda index: encode([prompts[i % len(prompts)] for i in index])
     else: conditions = choose_labels(a.labels, system.num_classes, a.seed, a.class_split, a.class_seed)
-    sampling = dict(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, cfg_scale=a.guidance or usual_guidance(a.model)) | speed_options(system.policy, a.dtype, a.compile)
+    sampling = dict(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
+                    cfg_scale=a.guidance or usual_guidance(a.model)) | speed_options(system.policy, a.dtype, a.compile)
     if world > 1: dist.init_process_group('gloo', timeout=timedelta(days=30)) # ranks may differ by hours
-    drawn = write_samples(system.policy, system.tokenizer, conditions, a.out, a.n, a.batch_size, a.seed, a.size or None, rank, world,
-                          note=sampling_note(a.model, a.weights, a.checkpoint, a.part, a.labels, a.class_split, a.class_seed, a.prompts), **sampling)
+    drawn = write_samples(system.policy, system.tokenizer, conditions, a.out, a.n, a.batch_size, a.seed,
+                          a.size or None, rank, world,
+                          note=sampling_note(a.model, a.weights, a.checkpoint, a.part, a.labels, a.class_split,
+                                             a.class_seed, a.prompts), **sampling)
     print(f'process {rank} of {world}: {drawn} images drawn')
     if world > 1: dist.barrier()
     if rank == 0 and a.npz: print(write_npz(a.out, n=a.n))

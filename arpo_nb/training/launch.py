@@ -246,13 +246,12 @@ def _told(start):
     except Stopped as e: print(e, file=sys.stderr); raise
 
 # %% ../../nbs/42_launch.ipynb #d830be0d
-DOORS = dict(
-    train=('arpo_nb.training.launch', 'post-train a model: FILE | --model NAME --out_dir DIR'),
-    plan=('arpo_nb.training.launch', 'say what a run needs and costs: as train'),
-    sample=('arpo_nb.evaluation.sample_writer', 'draw pictures into a folder'),
-    models=('arpo_nb.systems', 'list the models'), weights=('arpo_nb.weights',
-                                                            'find, fetch and check published files'),
-    eval=('', 'run_eval.ipynb with its parameters as --NAME VALUE; --notebook and --output name the files'))
+DOORS = dict(train=('arpo_nb.training.launch', 'post-train a model: FILE | --model NAME --out_dir DIR'),
+             plan=('arpo_nb.training.launch', 'say what a run needs and costs: as train'),
+             sample=('arpo_nb.evaluation.sample_writer', 'draw pictures into a folder'),
+             models=('arpo_nb.systems', 'list the models'),
+             weights=('arpo_nb.weights', 'find, fetch and check published files'),
+             eval=('', 'run_eval.ipynb with its parameters as --NAME VALUE; --notebook and --output name the files'))
 
 def arpo(argv=None):
     "The console script: arpo DOOR ..."
@@ -274,10 +273,8 @@ def _papermill(words):
     given = {w[2:]: v for w, v in zip(words[::2], words[1::2])}
     notebook, output = given.pop('notebook', 'nbs/run_eval.ipynb'), given.pop('output', 'eval.ipynb')
     if not Path(notebook).is_file(): sys.exit(f'arpo eval: no {notebook} here; give --notebook PATH')
-    return subprocess.call([
-        sys.executable, '-m', 'papermill', notebook, output, '-k', 'python3',
-        *(a for k, v in given.items() for a in ('-p', k, v))
-    ])
+    return subprocess.call([sys.executable, '-m', 'papermill', notebook, output, '-k', 'python3',
+                            *(a for k, v in given.items() for a in ('-p', k, v))])
 
 # %% ../../nbs/42_launch.ipynb #ba70459b
 if __name__ == '__main__' and '__file__' in globals(): main()
