@@ -295,7 +295,8 @@ def field_type(f) -> type:
     return f.type if isinstance(f.type, type) else get_args(f.type)[0]
 
 _ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'),
-               method=tuple(METHODS), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'), captions=('whole', 'first', 'turn'),
+               method=tuple(METHODS), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'),
+               captions=('whole', 'first', 'turn'),
                class_names=('short', 'synonyms'), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'),
                credit=('image', 'token'),
                scale_rewards=('group', 'batch', 'none'), importance_sampling_level=('token', 'sequence', 'product'),
