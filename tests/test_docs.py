@@ -105,6 +105,13 @@ def test_slugs_see_what_is_there():
     assert 'references' in slugs('13_grpo.ipynb') and 'grpo_loss' in slugs('13_grpo.ipynb') and 'nothing' not in slugs('13_grpo.ipynb')
 
 
+def test_home_leads_to_every_page():
+    text = source(PAGES['index.ipynb']['cells'][-1])
+    assert set(links('index.ipynb')) >= set(PAGES) - {'index.ipynb'}
+    titles = {n: re.match('# (.+)', source(nb['cells'][0]))[1] for n, nb in PAGES.items()}
+    assert not [n for n, t in titles.items() if n != 'index.ipynb' and f'[{t}]({n})' not in text]
+
+
 def test_readme_is_the_home_page_seen_from_the_root():
     spec = importlib.util.spec_from_file_location('readme', ROOT/'scripts/readme.py')
     module = importlib.util.module_from_spec(spec)
@@ -232,7 +239,7 @@ def test_first_screen(name):
     cells = PAGES[name]['cells']
     title = re.match(r'# (.+)\n\n> .+', source(cells[0]))
     assert title, 'a title and a line in quotes that says what this is'
-    assert name == 'index.ipynb' or '_' not in title[1], 'a title for people, not the name of a module'
+    assert name == 'index.ipynb' or '_' not in title[1] and title[1][0].isupper(), 'a title for people, not the name of a module'
     assert cells[1]['cell_type'] == 'markdown' and len(source(cells[1])) > 60, 'a paragraph that says why one would read it'
 
 
@@ -298,6 +305,13 @@ def test_entries_have_fields_and_methods(processed):
     for name in RUNS:
         names = [n.name for n in field_notes(source(parameters(name)))]
         assert not [n for n in names if f'| `{n}` |' not in shown(processed, name)]
+
+
+@pytest.mark.parametrize('name', sorted(set(PAGES) - {'index.ipynb'}))
+def test_first_screen_says_what_is_needed_and_what_comes_next(processed, name):
+    head, = re.findall(r'^::: \{.page-head\}\n(.*?)\n:::$', shown(processed, name), re.M | re.S)
+    assert head.startswith(('**Builds on**', '**You need**')) and '\n**Next** ' in head
+    assert re.search(r'\*\*Next\*\* .*\]\(', head), 'the next page is a link'
 
 
 def test_names_lead_to_their_entries(processed):
