@@ -174,7 +174,7 @@ def test_a_crash_anywhere_in_the_swap_resumes(tmp_path, monkeypatch, crash):
     monkeypatch.undo()
     again = tiny(); go(tmp_path/'x', system=again)
     assert same_weights(whole.policy, again.policy)
-    assert {p.name for p in (tmp_path/'x').iterdir()} == {'checkpoint', 'config.json', 'metrics.jsonl', 'run.lock'}
+    assert {p.name for p in (tmp_path/'x').iterdir()} == {'checkpoint', 'config.json', 'metrics.jsonl', 'run.lock', 'run.log'}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -280,12 +280,12 @@ def test_room_for_two_checkpoints_is_asked_for_before_the_first_step(tmp_path, m
     from arpo_nb.training.plan import make_plan
     from arpo_nb.training.trainer import state_bytes
     system = tiny()
-    n = 12*sum(p.numel() for p in system.policy.parameters())
+    n = 16*sum(p.numel() for p in system.policy.parameters())
     monkeypatch.setattr(folder, 'disk_of', lambda f: ('/disk', 2*n - 1))
     with pytest.raises(OSError, match='this run, for its checkpoints, needs .* GB on the disk at /disk'): go(tmp_path/'x', system=system)
     assert not (tmp_path/'x'/'metrics.jsonl').exists()
     toy = sum(p.numel() for p in __import__('arpo_nb.systems', fromlist=['x']).load_system('toy').policy.parameters())
-    assert sum(make_plan(preset('toy')).disk.values()) == 2*12*toy
+    assert sum(make_plan(preset('toy')).disk.values()) == 2*16*toy
 
 
 def test_two_runs_in_one_kernel(tmp_path):

@@ -47,8 +47,14 @@ def disk_estimate(cfg:Config, system) -> dict: # bytes
     trained = (system.tokenizer.decoder_parameters() if cfg.method == 'tokenizer'
                else list(system.policy.parameters()))
     moving = _count([whole])*(cfg.beta > 0 and cfg.ref_policy == 'ema' and cfg.method in SAMPLING)
-    one = 4*(_count([whole]) + moving) + 8*sum(p.numel() for p in trained)
-    return {'checkpoint': one, 'the next one, while it is written': one}
+    n = _count([whole])
+    averaged = n*(cfg.ema_decay > 0)
+    # the weights by two names
+    one = 4*(2*n + moving + averaged) + 8*sum(p.numel() for p in trained)
+    kept = cfg.steps//cfg.keep_every if cfg.keep_every else 0
+    kept = min(kept, cfg.save_total_limit or kept)
+    return ({'checkpoint': one, 'the next one, while it is written': one}
+            | ({f'{kept} snapshots': 4*kept*(n + averaged)} if kept else {}))
 
 def memory_estimate(cfg:Config, system, # `System`, may be on the meta device
                     # parts that the policy and what belongs to it is cut into
