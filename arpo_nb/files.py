@@ -23,12 +23,10 @@ def user_path(path, # as a person writes it
     "A path with `~` as the home folder"
     text = os.fsdecode(path)
     if '\0' in text:
-        raise ValueError(
-            f"{name}={text!r}: holds a NUL character, which no file's name can; check where it comes from")
+        raise ValueError(f"{name}={text!r}: holds a NUL character, which no file's name can; check where it comes from")
     try: return Path(text).expanduser()
     except RuntimeError as e:
-        raise ValueError(
-            f"{name}={text!r}: there is no home folder (HOME is not set); write the path in full") from e
+        raise ValueError(f"{name}={text!r}: there is no home folder (HOME is not set); write the path in full") from e
 
 def home_cache(*parts:str) -> Path: # below ~/.cache, or below a folder of this user's where there is no home
     "Where files of our own are kept"
@@ -71,10 +69,8 @@ def reading(path, # of the file
 def _first_line(e): return (str(e).splitlines() or [''])[0][:300]
 
 # %% ../nbs/08_files.ipynb #2eff96ba
-_KINDS = {
-    stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a FIFO', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device',
-    stat.S_IFSOCK: 'a socket'
-}
+_KINDS = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a FIFO', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device',
+          stat.S_IFSOCK: 'a socket'}
 
 def open_file(path):
     "A plain file, open for reading bytes; anything else is refused unopened"
@@ -104,17 +100,13 @@ def inside(folder, # of the list
         if '\\' in name and not (Path(folder)/name).is_file(): name = name.replace('\\', '/')
     parts = PurePosixPath(name)
     if parts.is_absolute() or '..' in parts.parts or re.match('[A-Za-z]:', name):
-        raise BadFile(
-            source,
-            f"file name {name!r} leads out of {folder}, so it is not read; write it relative to that folder",
-            where)
+        raise BadFile(source, f"file name {name!r} leads out of {folder}, so it is not read; write it relative to "
+                              "that folder", where)
     return Path(folder)/parts
 
 # %% ../nbs/08_files.ipynb #1d5c8f18
-_MARKS = {
-    codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF8: 'utf-8-sig',
-    codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'
-}
+_MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF8: 'utf-8-sig',
+          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 _LINE_END, _MAX_LINE, _MAX_TEXT = re.compile('\r\n|\n|\r'), 1 << 26, 1 << 30
 
 def decode_text(raw:bytes, path, # of the file, for messages
@@ -128,8 +120,7 @@ def decode_text(raw:bytes, path, # of the file, for messages
         at = f'line {line + len(_LINE_END.findall(raw[:e.start].decode(coding, "ignore")))}'
         raise BadFile(path, f"not {coding.removesuffix('-sig').upper()} (byte 0x{raw[e.start]:02x}); {cure}", at) from e
     if '\0' in text:
-        raise BadFile(path, f"holds NUL characters, as text in UTF-16 without its mark does; {cure}",
-                      f'line {line}')
+        raise BadFile(path, f"holds NUL characters, as text in UTF-16 without its mark does; {cure}", f'line {line}')
     return text
 
 def read_text(path) -> str:
@@ -139,8 +130,8 @@ def read_text(path) -> str:
 def read_lines(path): # yields number and line, without its end
     "The lines of a text file, one after the other"
     with open_file(path) as f, reading(path):
-        wide, number = f.peek(2)[:2] in (codecs.BOM_UTF16_LE,
-                                         codecs.BOM_UTF16_BE) or f.peek(4)[:4] == codecs.BOM_UTF32_BE, 0
+        wide = f.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or f.peek(4)[:4] == codecs.BOM_UTF32_BE
+        number = 0
         while raw := f.read(_MAX_TEXT) if wide else f.readline(_MAX_LINE):
             if len(raw) == (_MAX_TEXT if wide else _MAX_LINE):
                 raise BadFile(path, f"longer than {len(raw):,} bytes; is it text?", f'line {number + 1}')
@@ -206,11 +197,8 @@ class Bounded:
         data = self.file.read(min(n, self.most - self.seen + 1))
         self.seen += len(data)
         if self.seen > self.most:
-            raise BadFile(
-                self.path,
-                f"unfolds to more than {self.most:,} bytes, over {RATIO} times its size; an archive of this "
-                f"kind is not read"
-            )
+            raise BadFile(self.path, f"unfolds to more than {self.most:,} bytes, over {RATIO} times its size; an "
+                                     "archive of this kind is not read")
         return data
     def close(self): self.file.close()
 
@@ -219,9 +207,8 @@ def open_packed(path): # yields a stream with `read(n)`
     "A file, unpacked on the way if it is a gzip, bzip2 or xz"
     with open_file(path) as f:
         head, size = f.peek(6)[:6], os.fstat(f.fileno()).st_size
-        unpack = next(
-            (u for mark, u in {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}.items()
-             if head.startswith(mark)), None)
+        unpack = next((u for mark, u in {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}.items()
+                       if head.startswith(mark)), None)
         if head.startswith(b'\x28\xb5\x2f\xfd'):
             raise BadFile(path, "compressed with zstandard, which is not read; unpack it first")
         yield Bounded(unpack(f), path, RATIO*size + ROOM) if unpack else f
@@ -233,11 +220,10 @@ def npy_header(f, # stream at the start of an array
     with reading(path, where, 'an array of numbers as numpy.save writes it'):
         version = npy_format.read_magic(f)
         if version not in ((1, 0), (2, 0)): raise BadFile(path, f"NumPy format {version}, expected 1.0 or 2.0", where)
-        shape, fortran, dtype = (npy_format.read_array_header_1_0
-                                 if version == (1, 0) else npy_format.read_array_header_2_0)(f)
+        shape, fortran, dtype = (npy_format.read_array_header_1_0 if version == (1, 0)
+                                 else npy_format.read_array_header_2_0)(f)
     if dtype.hasobject:
-        raise BadFile(path, "an array of Python objects, which could run code when loaded; expected numbers",
-                      where)
+        raise BadFile(path, "an array of Python objects, which could run code when loaded; expected numbers", where)
     if any(n < 0 for n in shape): raise BadFile(path, f"shape {shape}, expected no negative numbers", where)
     return shape, fortran, dtype
 
@@ -249,10 +235,8 @@ def read_npy(f, # stream at the start of an array
     shape, fortran, dtype = npy_header(f, path, where)
     need, have = math.prod(shape)*dtype.itemsize, size - (f.tell() - start)
     if need != have:
-        raise BadFile(
-            path,
-            f"promises an array {list(shape)} of {dtype}, {need:,} bytes, but holds {have:,}; make or copy it again",
-            where)
+        raise BadFile(path, f"promises an array {list(shape)} of {dtype}, {need:,} bytes, but holds {have:,}; make "
+                            "or copy it again", where)
     raw = np.empty(need, np.uint8)
     with reading(path, where): got = f.readinto(raw) if need else 0
     if got != need: raise BadFile(path, f"ends after {got:,} of {need:,} bytes; make or copy it again", where)
@@ -263,10 +247,8 @@ def open_npz(path): # yields a dict: name → entry of the archive, and the arch
     "An archive of arrays, unread"
     with open_file(path) as file, reading(path, expected='an .npz archive'):
         if not zipfile.is_zipfile(file):
-            raise BadFile(
-                path,
-                f"no .npz archive, or a damaged one ({os.fstat(file.fileno()).st_size:,} bytes); make or copy it again"
-            )
+            raise BadFile(path, f"no .npz archive, or a damaged one ({os.fstat(file.fileno()).st_size:,} bytes); "
+                                "make or copy it again")
         with zipfile.ZipFile(file) as z:
             yield {i.filename.removesuffix('.npy'): i for i in z.infolist() if i.filename.endswith('.npy')}, z
 
@@ -321,11 +303,8 @@ def refuse_foreign(path, # to be written
     try: ours = is_ours(Path(path))
     except Exception: ours = False # not even readable as what we would have written
     if not ours:
-        raise FileExistsError(
-            errno.EEXIST,
-            f"{path}: already there, and nothing in it says that this library wrote it, so it is left as it is; "
-            f"give another name, or move it away"
-        )
+        raise FileExistsError(errno.EEXIST, f"{path}: already there, and nothing in it says that this library "
+                                            "wrote it, so it is left as it is; give another name, or move it away")
 
 def need_space(path, # to be written
                need:int): # bytes
@@ -335,8 +314,8 @@ def need_space(path, # to be written
 
 def _full(path, disk, free, need=0):
     wanted = f', {need/1e9:.2f} GB are needed' if need else ''
-    return (f"{path}: the disk of {disk} is full ({free/1e9:.2f} GB free{wanted}); what was there is whole. Free "
-            f"some space or write to another disk, then run again")
+    return (f"{path}: the disk of {disk} is full ({free/1e9:.2f} GB free{wanted}); what was there is whole. "
+            "Free some space or write to another disk, then run again")
 
 def write_atomically(path, write, # function of an open binary file
                     ):

@@ -12,12 +12,13 @@ from arpo_nb.training.claims import CLAIMS, MINIATURES, arms_of, judge, ledger, 
 
 def test_the_command_runs_stores_and_prints(tmp_path):
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    cmd = [sys.executable, '-m', 'arpo_nb.training.claims', '--only', 'groups_2', '--seeds', '3:4', '--results', str(tmp_path)]
+    cmd = [sys.executable, '-m', 'arpo_nb.training.claims', '--only', 'groups_2', '--seeds', '3:4', '--size', 'probe',
+           '--results', str(tmp_path)]
     done = subprocess.run(cmd, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    got = json.loads((tmp_path/'reduced'/'groups_2'/'3.json').read_text())
-    assert (got['miniature'], got['seed'], got['size']) == ('groups_2', 3, 'reduced') and got['config']['seed'] == 3
-    assert '--only groups_2 --seeds 3:4 --size reduced' in got['command'] and got['torch'] and 'commit' in got
+    got = json.loads((tmp_path/'probe'/'groups_2'/'3.json').read_text())
+    assert (got['miniature'], got['seed'], got['size']) == ('groups_2', 3, 'probe') and got['config']['seed'] == 3
+    assert '--only groups_2 --seeds 3:4 --size probe' in got['command'] and got['torch'] and 'commit' in got
     assert {'fid', 'accuracy'} < got['metrics'].keys() and {'bright_all', 'accuracy_unseen'} < got['shares'].keys()
     assert 'not run yet' in done.stdout and 'VAR-GRPO' in done.stdout
 

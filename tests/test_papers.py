@@ -199,6 +199,8 @@ def test_the_papers_rows_are_all_papers():
         assert {r['paper'] for r in rows_beside(model, guidance, theirs) if r['guided']} == {paper}, model
         assert not any(r['guided'] for r in rows_beside(model, guidance + .1, theirs))
     assert find_model('llamagen_t2i_xl').sampling['VA-π']['top_k'] == 2000
+    assert find_model('llamagen_t2i_xl').sampling['AR-GRPO'] == dict(cfg_scale=2., top_k=2000)
+    assert find_model('llamagen_xl').sampling['AR-GRPO'] == dict(cfg_scale=2.)
 
 
 def test_run_eval_takes_a_papers_sampler():

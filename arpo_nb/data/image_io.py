@@ -40,12 +40,11 @@ def _eight_bits(image):
 FORMATS = 'PNG', 'JPEG', 'WEBP', 'BMP'
 SUFFIXES = '.png', '.jpg', '.jpeg', '.webp', '.bmp'
 MAX_PIXELS = 1 << 27
-_BITS = {'1': 1, 'L': 1, 'P': 1, 'I;16': 16, 'I;16B': 16, 'LA': 16, 'RGB': 24,
-         'RGBA': 32} # at least, of a pixel in a PNG
-_TURNS = dict(
-    enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-               Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-               Image.Transpose.ROTATE_90), 2))
+# at least, of a pixel in a PNG
+_BITS = {'1': 1, 'L': 1, 'P': 1, 'I;16': 16, 'I;16B': 16, 'LA': 16, 'RGB': 24, 'RGBA': 32}
+_TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                         Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))
 
 def open_picture(source, # path, or bytes
                  name='', # of bytes, for messages
@@ -63,15 +62,13 @@ def _header(file, name):
     "A picture whose header is believable, its pixels unread"
     try: image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as e:
-        raise BadFile(
-            name, f"no picture in {', '.join(FORMATS)}, or a damaged one; convert it, or copy it again") from e
+        raise BadFile(name, f"no picture in {', '.join(FORMATS)}, or a damaged one; convert it, or copy it "
+                            "again") from e
     except Image.DecompressionBombError as e:
-        raise BadFile(name,
-                      f"more than the {MAX_PIXELS:,} pixels that a picture may have; make it smaller") from e
+        raise BadFile(name, f"more than the {MAX_PIXELS:,} pixels that a picture may have; make it smaller") from e
     (w, h), size = image.size, file.seek(0, io.SEEK_END)
     if w*h > MAX_PIXELS:
-        raise BadFile(
-            name, f"{w} × {h}, more than the {MAX_PIXELS:,} pixels that a picture may have; make it smaller")
+        raise BadFile(name, f"{w} × {h}, more than the {MAX_PIXELS:,} pixels that a picture may have; make it smaller")
     if image.format == 'PNG' and w*h*_BITS.get(image.mode, 1) > 8*1032*(size + 1024):
         raise BadFile(name, f"promises {w} × {h} pixels, which cannot be in {size:,} bytes; copy it again")
     return image
@@ -92,8 +89,8 @@ def picture_format(path) -> str: # one of FORMATS, or nothing
 
 # %% ../../nbs/07_image_io.ipynb #2ef9ff7f
 _NO_DATA = '__macosx', '@eadir', '__pycache__'
-_UNREAD = ('.tif', '.tiff', '.gif', '.heic', '.heif', '.avif', '.jp2', '.jxl', '.ppm', '.pgm', '.eps', '.psd',
-           '.tga', '.ico')
+_UNREAD = ('.tif', '.tiff', '.gif', '.heic', '.heif', '.avif', '.jp2', '.jxl', '.ppm', '.pgm', '.eps', '.psd', '.tga',
+           '.ico')
 
 def is_hidden(name:str) -> bool:
     "Whether a file or folder of that name is never data"
@@ -115,15 +112,11 @@ def folder_files(folder, # links in it are followed
         found += [Path(e.path) for e in inside if os.path.isfile(e.path)]
         lost += [Path(e.path) for e in inside if not os.path.exists(e.path)]
     if again:
-        warnings.warn(
-            f"{folder}: {len(again)} links lead to folders that are read already and are left out, the first is "
-            f"{again[0]}"
-        )
+        warnings.warn(f"{folder}: {len(again)} links lead to folders that are read already and are left out, the "
+                      f"first is {again[0]}")
     if lost:
-        warnings.warn(
-            f"{folder}: {len(lost)} links lead nowhere and are left out, the first is {lost[0]}; copy what they "
-            f"should lead to"
-        )
+        warnings.warn(f"{folder}: {len(lost)} links lead nowhere and are left out, the first is {lost[0]}; copy "
+                      "what they should lead to")
     return sorted(found)
 
 def only_pictures(files, # paths
@@ -131,10 +124,8 @@ def only_pictures(files, # paths
     "The pictures among some files; those in formats that are not read are counted in a warning"
     others = Counter(s for p in files if (s := p.suffix.lower()) in _UNREAD)
     if others:
-        warnings.warn(
-            f"{where}: {others.total()} pictures are in formats that are not read and left out "
-            f"({', '.join(f'{n} {s}' for s, n in others.items())}); convert them to PNG"
-        )
+        warnings.warn(f"{where}: {others.total()} pictures are in formats that are not read and left out "
+                      f"({', '.join(f'{n} {s}' for s, n in others.items())}); convert them to PNG")
     return [p for p in files if p.suffix.lower() in SUFFIXES]
 
 # %% ../../nbs/07_image_io.ipynb #a85a1393

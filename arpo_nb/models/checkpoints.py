@@ -30,16 +30,15 @@ def _damaged(path, why):
     "The error for a file that cannot be a checkpoint"
     size, known = path.stat().st_size, FILES.get(path.stem)
     expected = f', about {known.size:,} expected' if known and known.file == path.name else ''
-    return BadFile(
-        path, f"{why} ({size:,} bytes{expected}). Delete it and download it again" +
-        (f' from {known.address}.' if expected else '.'))
+    source = f' from {known.address}' if expected else ''
+    return BadFile(path, f"{why} ({size:,} bytes{expected}). Delete it and download it again{source}.")
 
 class Refused(ValueError):
     "A file that names a Python object which could run code when loaded"
     def __init__(self, path, name, why):
-        super().__init__(
-            f"{path}: holds a Python object of type {name}, which could run code when loaded, so it is refused. "
-            "Save its tensors alone: torch.save(obj['model'], 'weights.pt') in the program that wrote it.")
+        super().__init__(f"{path}: holds a Python object of type {name}, which could run code when loaded, so it "
+                         "is refused. "
+                         "Save its tensors alone: torch.save(obj['model'], 'weights.pt') in the program that wrote it.")
         self.name, self.why = name, why # the object's type, and what the reader said
 
 # %% ../../nbs/38_checkpoints.ipynb #4c602251
@@ -88,10 +87,8 @@ def _check_zip(path):
     names = [i.filename.split('/', 1)[-1] for i in entries]
     if 'constants.pkl' in names: raise Refused(path, 'TorchScript program', 'TorchScript')
     if 'data.pkl' not in names:
-        raise BadFile(
-            path,
-            f"a zip archive of {', '.join(names[:4])}, but no checkpoint, which torch.save writes with a data.pkl"
-        )
+        raise BadFile(path, f"a zip archive of {', '.join(names[:4])}, but no checkpoint, which torch.save writes "
+                            "with a data.pkl")
     if any(i.file_size != i.compress_size for i in entries):
         raise _damaged(path, 'a zip archive with packed entries, which torch.save never writes')
 
@@ -106,11 +103,9 @@ def _why_not(path, zipped, error):
     name = said[said.lastindex] if said else foreign
     if name and not _ends_in(path, name): return Refused(path, name, str(error))
     if not name and whole:
-        return BadFile(
-            path,
-            f"a pickle (protocol {protocol}) that only Python's own reader opens, which could run code, so it "
-            f"is refused; "
-            "write it again with torch.save, without pickle_protocol, or as safetensors")
+        return BadFile(path, f"a pickle (protocol {protocol}) that only Python's own reader opens, which could run "
+                             "code, so it is refused; "
+                                          "write it again with torch.save, without pickle_protocol, or as safetensors")
     return _damaged(path, 'damaged pickle file')
 
 def _pickle_names(path, zipped):
@@ -136,8 +131,8 @@ def _ends_in(path, name):
 
 # %% ../../nbs/38_checkpoints.ipynb #a44b8ce5
 def _is_state(d):
-    return isinstance(d, dict) and len(d) > 0 and all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in d.items())
+    if not isinstance(d, dict) or not d: return False
+    return all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in d.items())
 
 def _states(data):
     "The models in a file's contents by their keys, '' for the contents themselves"
@@ -155,27 +150,20 @@ def _unwrap(data, path, ema, key=None, wanted=(), part=None):
     if part is not None or ema:
         chosen = part if part is not None else averaged
         if chosen in states: return states[chosen]
-        raise BadFile(
-            path, f"there are no weights under {chosen!r} in it, only: {listed}" if part is not None else
-            f"ema=True, but there are no `ema` weights in it, only: {listed}; use ema=False")
+        if part is not None: raise BadFile(path, f"there are no weights under {chosen!r} in it, only: {listed}")
+        raise BadFile(path, f"ema=True, but there are no `ema` weights in it, only: {listed}; use ema=False")
     chosen = next((k for k in ('', key, *WRAPPERS) if k in states), None) or _most_alike(states, wanted)
     if chosen is None and '' not in states:
         if averaged:
-            raise BadFile(
-                path,
-                f"holds averaged weights alone (under {averaged!r}), which are not taken without a word: pass "
-                f"ema=True, or {path.name}#{averaged}"
-            )
+            raise BadFile(path, f"holds averaged weights alone (under {averaged!r}), which are not taken without a "
+                                f"word: pass ema=True, or {path.name}#{averaged}")
         found = list(data)[:8] if isinstance(data, dict) else type(data).__name__
-        raise BadFile(
-            path,
-            f"no weights found; expected tensors at the top level or under {', '.join(WRAPPERS)}, got {found}" +
-            (f". {path.name}#KEY takes one of {listed}" if states else ''))
+        choice = f". {path.name}#KEY takes one of {listed}" if states else ''
+        raise BadFile(path, "no weights found; expected tensors at the top level or under "
+                            f"{', '.join(WRAPPERS)}, got {found}{choice}")
     if averaged and chosen != averaged:
-        warnings.warn(
-            f"{path}: holds averaged weights too (under {averaged!r}), but those under {chosen!r} are taken; "
-            f"pass ema=True, or {path.name}#{averaged}, for the averaged ones"
-        )
+        warnings.warn(f"{path}: holds averaged weights too (under {averaged!r}), but those under {chosen!r} are "
+                      f"taken; pass ema=True, or {path.name}#{averaged}, for the averaged ones")
     return states[chosen or '']
 
 def _most_alike(states, wanted):
@@ -186,13 +174,11 @@ def _most_alike(states, wanted):
 
 def _plain_names(state):
     "Names without the prefixes of training"
-    state = {
-        re.sub(r'^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+', '', k).replace(
-            '_fsdp_wrapped_module.', ''): v for k, v in state.items()
-    }
-    return {k.removeprefix('model.'): v
-            for k, v in state.items()} if all(k.startswith('model.')
-                                              for k in state) else state # as the trainer saves it
+    def plain(k):
+        return re.sub(r'^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+', '', k).replace('_fsdp_wrapped_module.', '')
+    state = {plain(k): v for k, v in state.items()}
+    if not all(k.startswith('model.') for k in state): return state
+    return {k.removeprefix('model.'): v for k, v in state.items()} # as the trainer saves it
 
 # %% ../../nbs/38_checkpoints.ipynb #fa7a55eb
 def read_state_dict(path, # file, index of shards, or folder; FILE#KEY for one of several models
@@ -210,11 +196,8 @@ def read_state_dict(path, # file, index of shards, or folder; FILE#KEY for one o
         state, shards = {}, _shards_of(path)
         for s in dict.fromkeys(shards.values()): state |= _unwrap(_read_file(s), s, ema, key, wanted, part)
         if lost := [k for k in shards if k not in state]:
-            raise BadFile(
-                path,
-                f"{len(lost)} tensors are not in the shards it names, the first is {lost[0]!r} of "
-                f"{shards[lost[0]].name}; copy index and shards again"
-            )
+            raise BadFile(path, f"{len(lost)} tensors are not in the shards it names, the first is {lost[0]!r} of "
+                                f"{shards[lost[0]].name}; copy index and shards again")
     else: state = _unwrap(_read_file(path), path, ema, key, wanted, part)
     check_values(state, path)
     return _plain_names(state)
@@ -224,10 +207,8 @@ def _file_of_folder(path):
     only = [p for p in sorted(path.iterdir()) if p.suffix in ('.pt', '.pth', '.ckpt', '.bin', '.safetensors')]
     whole = [path/n for n in WHOLE if (path/n).exists()] or sorted(path.glob('*.index.json')) or only*(len(only) == 1)
     if not whole:
-        raise FileNotFoundError(
-            f"{path}: a folder without a checkpoint; expected {', '.join(WHOLE)}, *.index.json with its shards, "
-            f"a single file of weights, or the parts of a sharded run"
-        )
+        raise FileNotFoundError(f"{path}: a folder without a checkpoint; expected {', '.join(WHOLE)}, *.index.json "
+                                "with its shards, a single file of weights, or the parts of a sharded run")
     return whole[0]
 
 def _shards_of(path): # tensor name → path
@@ -237,14 +218,12 @@ def _shards_of(path): # tensor name → path
     where = index.get('weight_map') if isinstance(index, dict) else None
     if not isinstance(where, dict) or not where:
         raise _damaged(path, 'not an index of shards: no weight_map from names of tensors to files')
-    files = {name: inside(path.parent, name, path, f'tensor {k!r}')
-             for k, name in where.items()} if all(isinstance(n, str) for n in where.values()) else None
-    if files is None: raise _damaged(path, "not an index of shards: its weight_map names something that is no file")
+    if not all(isinstance(n, str) for n in where.values()):
+        raise _damaged(path, "not an index of shards: its weight_map names something that is no file")
+    files = {name: inside(path.parent, name, path, f'tensor {k!r}') for k, name in where.items()}
     if lost := [n for n, p in files.items() if not p.is_file()]:
-        raise FileNotFoundError(
-            f"{path}: {len(lost)} of {len(files)} shards are missing ({', '.join(lost[:4])}); copy them into "
-            f"{path.parent}"
-        )
+        raise FileNotFoundError(f"{path}: {len(lost)} of {len(files)} shards are missing ({', '.join(lost[:4])}); "
+                                f"copy them into {path.parent}")
     return {k: files[name] for k, name in where.items()}
 
 # %% ../../nbs/38_checkpoints.ipynb #52619ab3
@@ -261,11 +240,8 @@ def check_values(state:dict, # name → tensor
         if -MAX_WEIGHT <= low <= high <= MAX_WEIGHT: continue
         if high <= 0 and bool(((v == 0) | (v == -torch.inf)).all()): continue # a mask
         what = 'NaN' if low != low or high != high else f'numbers from {low:.3g} to {high:.3g}'
-        raise BadFile(
-            path,
-            f"holds {what}, which no trained network has; the run that wrote it broke down, or the file is "
-            f"damaged. Take an earlier one, or download it again",
-            f'tensor {k}')
+        raise BadFile(path, f"holds {what}, which no trained network has; the run that wrote it broke down, or the "
+                            "file is damaged. Take an earlier one, or download it again", f'tensor {k}')
 
 # %% ../../nbs/38_checkpoints.ipynb #f2e6a90a
 SHARDED = 'sharded' # the folder in a run's checkpoint with one part per process
@@ -283,21 +259,17 @@ def check_index(folder:Path # of `torch.distributed.checkpoint`
     index = Path(folder)/'.metadata'
     class Plain(pickle.Unpickler):
         def find_class(self, module, name):
-            if name not in _INDEX.get(module, ()) and (module != 'torch'
-                                                       or not isinstance(getattr(torch, name, None),
-                                                                         (torch.dtype, type))):
+            of_torch = module == 'torch' and isinstance(getattr(torch, name, None), (torch.dtype, type))
+            if name not in _INDEX.get(module, ()) and not of_torch:
                 raise Refused(index, f'{module}.{name}', 'not part of an index')
             return super().find_class(module, name)
     try:
         with index.open('rb') as f: parts = {info.relative_path for info in Plain(f).load().storage_data.values()}
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError,
-            TypeError) as e:
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError) as e:
         raise _damaged(index, 'not an index of parts, or cut off') from e
     if lost := sorted(p for p in parts if not (index.parent/p).exists()):
-        raise FileNotFoundError(
-            f"{folder}: {len(lost)} of {len(parts)} parts are missing ({', '.join(lost[:4])}); each machine "
-            f"wrote its own, copy them into one folder"
-        )
+        raise FileNotFoundError(f"{folder}: {len(lost)} of {len(parts)} parts are missing ({', '.join(lost[:4])}); "
+                                "each machine wrote its own, copy them into one folder")
     return Path(folder)
 
 def read_parts(folder:Path # of a sharded run
@@ -305,11 +277,8 @@ def read_parts(folder:Path # of a sharded run
     "The weights in a sharded checkpoint, without its optimiser"
     import torch.distributed.checkpoint as dcp
     reader = dcp.FileSystemReader(check_index(folder))
-    kinds = {
-        k: m
-        for k, m in reader.read_metadata().state_dict_metadata.items()
-        if k.startswith('model.') and hasattr(m, 'properties')
-    }
+    kinds = {k: m for k, m in reader.read_metadata().state_dict_metadata.items() if k.startswith('model.')
+             and hasattr(m, 'properties')}
     state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in kinds.items()}
     dcp.load(state, storage_reader=reader, no_dist=True)
     return {k.removeprefix('model.'): v for k, v in state.items()}
@@ -320,23 +289,24 @@ def looks_like(state:dict, # name → tensor
     "What model a state dict belongs to, judged by its shapes"
     shape = {k: tuple(v.shape) for k, v in state.items()}
     if 'tok_embeddings.weight' in shape and any(k.startswith('layers.') for k in shape):
-        layers, dim = 1 + max(
-            int(k.split('.')[1]) for k in shape if k.startswith('layers.')), shape['tok_embeddings.weight'][1]
+        layers = 1 + max(int(k.split('.')[1]) for k in shape if k.startswith('layers.'))
+        dim = shape['tok_embeddings.weight'][1]
         names = [n for n, s in SIZES.items() if (s['n_layer'], s['dim']) == (layers, dim)]
         cond = 'text-conditional' if 'cls_embedding.uncond_embedding' in shape else 'class-conditional'
-        return f"LlamaGen GPT-{names[0]}, {cond}" if names else (f"a LlamaGen transformer with {layers} layers "
-                                                                 f"of width {dim}, {cond}")
+        if names: return f"LlamaGen GPT-{names[0]}, {cond}"
+        return f"a LlamaGen transformer with {layers} layers of width {dim}, {cond}"
     if 'pos_1LC' in shape:
-        return (f"VAR-d{1 + max([int(k.split('.')[1]) for k in shape if k.startswith('blocks.')], default=-1)}, "
-                f"width {shape['pos_1LC'][2]}, {shape['pos_1LC'][1]} tokens in {shape['lvl_embed.weight'][0]} scales")
+        depth = 1 + max([int(k.split('.')[1]) for k in shape if k.startswith('blocks.')], default=-1)
+        _, tokens, width = shape['pos_1LC']
+        return f"VAR-d{depth}, width {width}, {tokens} tokens in {shape['lvl_embed.weight'][0]} scales"
     if 'quantize.ema_vocab_hit_SV' in shape:
-        return (f"a multi-scale tokenizer of VAR, {shape['quantize.ema_vocab_hit_SV'][0]} scales, "
-                f"{shape['quantize.embedding.weight'][0]} codes of {shape['quantize.embedding.weight'][1]}")
+        scales, codes = shape['quantize.ema_vocab_hit_SV'][0], shape['quantize.embedding.weight']
+        return f"a multi-scale tokenizer of VAR, {scales} scales, {codes[0]} codes of {codes[1]}"
     if 'quantize.embedding.weight' in shape and 'encoder.conv_in.weight' in shape:
         levels = 1 + max([int(k.split('.')[2]) for k in shape if re.match(r'encoder\.conv_blocks\.\d', k)], default=0)
         codes = shape['quantize.embedding.weight']
-        return (f"a LlamaGen tokenizer that shrinks {2**(levels-1)}-fold (VQ-{2**(levels-1)}), {codes[0]} codes "
-                f"of {codes[1]}")
+        fold = 2**(levels - 1)
+        return f"a LlamaGen tokenizer that shrinks {fold}-fold (VQ-{fold}), {codes[0]} codes of {codes[1]}"
     return f"an unknown model with {len(shape)} tensors, first {', '.join(list(shape)[:3])}"
 
 def _some(names): return ', '.join(sorted(names)[:6]) + (f' and {len(names)-6} more' if len(names) > 6 else '')
@@ -350,12 +320,10 @@ def load_strict(module:nn.Module, # filled in place
     "Load a state dict whose names and shapes must all agree"
     want = module.state_dict()
     kinds = {k: (state[k].is_floating_point(), want[k].is_floating_point()) for k in want.keys() & state.keys()}
-    wrong = dict(
-        missing=want.keys() - state.keys(), surplus=state.keys() - want.keys(), misshapen={
-            f'{k} {tuple(state[k].shape)} instead of {tuple(want[k].shape)}' for k in want.keys()
-            & state.keys() if state[k].shape != want[k].shape
-        },
-        mistyped={f'{k} {state[k].dtype} instead of {want[k].dtype}' for k, (a, b) in kinds.items() if a != b})
+    wrong = dict(missing=want.keys() - state.keys(), surplus=state.keys() - want.keys(),
+                 misshapen={f'{k} {tuple(state[k].shape)} instead of {tuple(want[k].shape)}'
+                            for k in want.keys() & state.keys() if state[k].shape != want[k].shape},
+                 mistyped={f'{k} {state[k].dtype} instead of {want[k].dtype}' for k, (a, b) in kinds.items() if a != b})
     if any(wrong.values()):
         raise ValueError(f"{path} does not fit: it looks like {describe(state)}, but the model is {describe(want)}. "
                          + '; '.join(f'{len(v)} {k}: {_some(v)}' for k, v in wrong.items() if v))
@@ -452,10 +420,10 @@ _TEXT = dict(recipes={**PAPERS, 'vapi': Recipe('arpo_nb.config:vapi_llamagen', d
                       'ar_grpo': Recipe('arpo_nb.config:ar_grpo', dict(text=True))})
 
 def _guided(size, text): # paper: its sampler where its rows are guided
-    "LOO-FID: Table 1. VA-π §5.2: 2.0 for XL and 1.75 for XXL; text as in its GenEval script"
-    if text: return {'VA-π': dict(cfg_scale=7.5, top_k=2000)}
-    ours = {'XL': 2., 'XXL': 1.75}.get(size)
-    return {'LOO-FID': dict(cfg_scale=1.5)} | ({'VA-π': dict(cfg_scale=ours)} if ours else {})
+    "LOO-FID: Table 1. VA-π §5.2: 2.0 for XL and 1.75 for XXL; text as in its GenEval script. AR-GRPO: its test scripts"
+    if text: return {'VA-π': dict(cfg_scale=7.5, top_k=2000), 'AR-GRPO': dict(cfg_scale=2., top_k=2000)}
+    theirs = {'XL': {'VA-π': dict(cfg_scale=2.), 'AR-GRPO': dict(cfg_scale=2.)}, 'XXL': {'VA-π': dict(cfg_scale=1.75)}}
+    return {'LOO-FID': dict(cfg_scale=1.5)} | theirs.get(size, {})
 
 def _spec(name, size, side, text):
     policy, vq = llamagen_files(name)

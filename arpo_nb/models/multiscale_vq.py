@@ -6,19 +6,21 @@
 __all__ = ['check_patch_nums', 'MultiScaleConfig', 'FusedAttn', 'Stage', 'Middle', 'Encoder', 'Decoder', 'phi_table', 'Phi',
            'MultiScaleQuantizer', 'MultiScaleVQ']
 
-# %% ../../nbs/32_multiscale_vq.ipynb #7553ac8a
+# %% ../../nbs/32_multiscale_vq.ipynb #5d0d8943
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..maths.scalewise import scale_sizes
 from .tokenizers import Downsample, ResBlock, Upsample
 
-# %% ../../nbs/32_multiscale_vq.ipynb #c636707a
-def check_patch_nums(patch_nums):
+# %% ../../nbs/32_multiscale_vq.ipynb #177838b4
+def check_patch_nums(patch_nums, # sides, as a config has them
+                    ):
     "Refuse what is not the sides of growing square maps"
     sides = (patch_nums if isinstance(patch_nums, (tuple, list))
              and all(type(p) is int for p in patch_nums) else ())
@@ -28,6 +30,7 @@ def check_patch_nums(patch_nums):
                          "square token maps, positive integers of which the last "
                          "is the largest, as in (1, 2, 3, 4)")
 
+# %% ../../nbs/32_multiscale_vq.ipynb #50e3b664
 @dataclass(frozen=True)
 class MultiScaleConfig:
     ("Shape of a multi-scale tokenizer; the defaults are VAR's, which serves all sizes"
@@ -48,6 +51,7 @@ class MultiScaleConfig:
     image_size: int = 256 # side in pixels
 
     def __post_init__(self):
+        "Refuse maps that do not end at the latent's own side"
         check_patch_nums(self.patch_nums)
         if type(self.share_quant_resi) is not int or self.share_quant_resi < 0:
             raise ValueError(f"share_quant_resi={self.share_quant_resi!r}: "
@@ -60,31 +64,50 @@ class MultiScaleConfig:
                              f"{self.image_size/self.downsample:g}; end patch_nums with the "
                              f"latter, or use image_size={self.patch_nums[-1]*self.downsample}")
 
-    @property
-    def downsample(self): return 2**(len(self.ch_mult)-1)
+# %% ../../nbs/32_multiscale_vq.ipynb #3194bc6f
+@patch(as_prop=True)
+def downsample(self:MultiScaleConfig):
+    "How many pixels a latent's side stands for"
+    return 2**(len(self.ch_mult)-1)
 
-    @property
-    def num_tokens(self): return sum(scale_sizes(self.patch_nums))
+@patch(as_prop=True)
+def num_tokens(self:MultiScaleConfig):
+    "T, codes of all maps"
+    return sum(scale_sizes(self.patch_nums))
 
-# %% ../../nbs/32_multiscale_vq.ipynb #5a62a8ad
+# %% ../../nbs/32_multiscale_vq.ipynb #1c7ae2de
 class FusedAttn(nn.Module):
     "Single-head self-attention over pixels, with one convolution for queries, keys and values"
-    def __init__(self, c:int, groups:int):
+    def __init__(self, c:int, # channels
+                 groups:int, # of the group norm
+                ):
         super().__init__()
         self.norm, self.qkv, self.proj_out = (nn.GroupNorm(groups, c, 1e-6),
                                               nn.Conv2d(c, 3*c, 1), nn.Conv2d(c, c, 1))
 
-    def forward(self, x):
-        # [B, 1, hw, c]
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)
-        return (x + self.proj_out(F.scaled_dot_product_attention(q, k, v)[:, 0]
-                                  .transpose(1, 2).reshape(x.shape)))
+# %% ../../nbs/32_multiscale_vq.ipynb #f46c2cdf
+@patch
+def forward(self:FusedAttn, x, # [B, c, h, w]
+           ):
+    "Every pixel looks at all others"
+    # [B, 1, hw, c]
+    q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)
+    return (x + self.proj_out(F.scaled_dot_product_attention(q, k, v)[:, 0]
+                              .transpose(1, 2).reshape(x.shape)))
 
+# %% ../../nbs/32_multiscale_vq.ipynb #5c02dc7d
 class Stage(nn.Module):
     ("Residual blocks of one resolution, each followed by attention if asked, then a "
      "change of resolution")
-    def __init__(self, c_in:int, c_out:int, n:int, groups:int, attn:bool,
-                 resize:nn.Module|None, name:str):
+
+    def __init__(self, c_in:int, # channels that come in
+                 c_out:int, # channels of all blocks
+                 n:int, # residual blocks
+                 groups:int, # of the group norms
+                 attn:bool, # attention after each block
+                 resize:nn.Module|None, # what changes the resolution at the end, or None
+                 name:str, # official name of that module
+                ):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups)
                                    for i in range(n))
@@ -93,25 +116,38 @@ class Stage(nn.Module):
         if resize: self.add_module(name, resize)
         self.resize = name if resize else None
 
-    def forward(self, x):
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn: x = self.attn[i](x)
-        return getattr(self, self.resize)(x) if self.resize else x
+# %% ../../nbs/32_multiscale_vq.ipynb #3ee06ddf
+@patch
+def forward(self:Stage, x, # [B, c_in, h, w]
+           ):
+    "Block after block, then the change of resolution"
+    for i, block in enumerate(self.block):
+        x = block(x)
+        if self.attn: x = self.attn[i](x)
+    return getattr(self, self.resize)(x) if self.resize else x
 
+# %% ../../nbs/32_multiscale_vq.ipynb #a3a8bced
 class Middle(nn.Module):
     "Residual, attention, residual"
-    def __init__(self, c:int, groups:int):
+    def __init__(self, c:int, # channels
+                 groups:int, # of the group norms
+                ):
         super().__init__()
         self.block_1, self.attn_1 = ResBlock(c, c, groups), FusedAttn(c, groups)
         self.block_2 = ResBlock(c, c, groups)
 
-    def forward(self, x): return self.block_2(self.attn_1(self.block_1(x)))
+# %% ../../nbs/32_multiscale_vq.ipynb #68017c8e
+@patch
+def forward(self:Middle, x, # [B, c, h, w]
+           ):
+    "The three in turn"
+    return self.block_2(self.attn_1(self.block_1(x)))
 
-# %% ../../nbs/32_multiscale_vq.ipynb #9f9971e6
+# %% ../../nbs/32_multiscale_vq.ipynb #5e14ca81
 class Encoder(nn.Module):
     "Pixels in [-1, 1] to latents, [B, 3, H, W] to [B, C, h, w]"
-    def __init__(self, cfg:MultiScaleConfig):
+    def __init__(self, cfg:MultiScaleConfig, # widths and depths
+                ):
         super().__init__()
         widths, g, last = ([cfg.ch*m for m in cfg.ch_mult], cfg.num_groups,
                            len(cfg.ch_mult)-1)
@@ -124,13 +160,19 @@ class Encoder(nn.Module):
                                    nn.GroupNorm(g, widths[-1], 1e-6))
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
 
-    def forward(self, x):
-        for f in (self.conv_in, *self.down, self.mid): x = f(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+# %% ../../nbs/32_multiscale_vq.ipynb #3921dc68
+@patch
+def forward(self:Encoder, x, # [B, 3, H, W] in [-1, 1]
+           ):
+    "Down through the stages, then to C channels"
+    for f in (self.conv_in, *self.down, self.mid): x = f(x)
+    return self.conv_out(F.silu(self.norm_out(x)))
 
+# %% ../../nbs/32_multiscale_vq.ipynb #31c26b01
 class Decoder(nn.Module):
     "Latents to pixels in about [-1, 1], [B, C, h, w] to [B, 3, H, W]"
-    def __init__(self, cfg:MultiScaleConfig):
+    def __init__(self, cfg:MultiScaleConfig, # widths and depths
+                ):
         super().__init__()
         widths, g, last = ([cfg.ch*m for m in cfg.ch_mult], cfg.num_groups,
                            len(cfg.ch_mult)-1)
@@ -143,9 +185,13 @@ class Decoder(nn.Module):
         self.norm_out, self.conv_out = (nn.GroupNorm(g, widths[0], 1e-6),
                                         nn.Conv2d(widths[0], 3, 3, padding=1))
 
-    def forward(self, z):
-        for f in (self.conv_in, self.mid, *reversed(self.up)): z = f(z)
-        return self.conv_out(F.silu(self.norm_out(z)))
+# %% ../../nbs/32_multiscale_vq.ipynb #aa61460c
+@patch
+def forward(self:Decoder, z, # [B, C, h, w]
+           ):
+    "Up through the stages, then to colours"
+    for f in (self.conv_in, self.mid, *reversed(self.up)): z = f(z)
+    return self.conv_out(F.silu(self.norm_out(z)))
 
 # %% ../../nbs/32_multiscale_vq.ipynb #2e38b796
 def phi_table(num_phis:int, # K
@@ -157,15 +203,23 @@ def phi_table(num_phis:int, # K
     return [int(np.abs(ticks - k/max(num_scales - 1, 1)).argmin())
             for k in range(num_scales)]
 
-# %% ../../nbs/32_multiscale_vq.ipynb #af40c22b
+# %% ../../nbs/32_multiscale_vq.ipynb #f284a33c
 class Phi(nn.Conv2d):
     "h to (1-r) h + r conv(h)"
-    def __init__(self, c:int, ratio:float):
+    def __init__(self, c:int, # channels
+                 ratio:float, # share of the convolution, r
+                ):
         super().__init__(c, c, 3, padding=1)
         self.ratio = abs(ratio)
 
-    def forward(self, h): return h*(1 - self.ratio) + super().forward(h)*self.ratio
+# %% ../../nbs/32_multiscale_vq.ipynb #a3fe7f27
+@patch
+def forward(self:Phi, h, # [N, C, h, w]
+           ):
+    "The map, partly smoothed"
+    return h*(1 - self.ratio) + super(Phi, self).forward(h)*self.ratio
 
+# %% ../../nbs/32_multiscale_vq.ipynb #b41bed3f
 def _phis(cfg):
     "The phis, in containers that give them their official names"
     make = lambda: Phi(cfg.z_channels, cfg.quant_resi)
@@ -174,9 +228,11 @@ def _phis(cfg):
     blocks = nn.ModuleList(make() for _ in range(cfg.share_quant_resi))
     return nn.ModuleDict(dict(qresi_ls=blocks))
 
+# %% ../../nbs/32_multiscale_vq.ipynb #6b0d719b
 class MultiScaleQuantizer(nn.Module):
     "Residual quantisation of a latent map at growing resolutions, with one codebook"
-    def __init__(self, cfg:MultiScaleConfig):
+    def __init__(self, cfg:MultiScaleConfig, # codebook, sides and phis
+                ):
         super().__init__()
         self.patch_nums, self.sizes = cfg.patch_nums, scale_sizes(cfg.patch_nums)
         self.znorm = cfg.using_znorm
@@ -190,81 +246,95 @@ class MultiScaleQuantizer(nn.Module):
         found = sum(isinstance(m, Phi) for m in self.quant_resi.modules())
         self.which = phi_table(found, len(self.sizes)) if found else None
 
-    @property
-    def phis(self) -> list:
-        "The phi of every scale"
-        found = [m for m in self.quant_resi.modules() if isinstance(m, Phi)]
-        return ([found[i] for i in self.which] if found
-                else [nn.Identity()]*len(self.sizes))
+# %% ../../nbs/32_multiscale_vq.ipynb #70c951ab
+@patch(as_prop=True)
+def phis(self:MultiScaleQuantizer) -> list:
+    "The phi of every scale"
+    found = [m for m in self.quant_resi.modules() if isinstance(m, Phi)]
+    return ([found[i] for i in self.which] if found
+            else [nn.Identity()]*len(self.sizes))
 
-    def nearest(self, z:Tensor) -> Tensor:
-        "[N, C] to ids [N] of the nearest codes"
-        codes = self.embedding.weight
-        if self.znorm:
-            return (F.normalize(z, dim=1) @ F.normalize(codes, dim=1).T).argmax(1)
-        return (z.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1)
-                - 2*z @ codes.T).argmin(1)
+# %% ../../nbs/32_multiscale_vq.ipynb #8148cd13
+@patch
+def nearest(self:MultiScaleQuantizer, z:Tensor, # [N, C]
+           ) -> Tensor:
+    "[N, C] to ids [N] of the nearest codes"
+    codes = self.embedding.weight
+    if self.znorm:
+        return (F.normalize(z, dim=1) @ F.normalize(codes, dim=1).T).argmax(1)
+    return (z.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1)
+            - 2*z @ codes.T).argmin(1)
 
-    def lift(self,
-             k:int, # scale
-             codes:Tensor, # [N, p_k², C]
-             side:int|None=None, # of the map to make, None for the full latent
-            ) -> Tensor: # [N, C, side, side]
-        "Codes of one scale, enlarged and smoothed"
-        p, side = self.patch_nums[k], side or self.patch_nums[-1]
-        h = codes.transpose(1, 2).unflatten(2, (p, p))
-        return self.phis[k](h if p == side
-                            else F.interpolate(h, (side, side), mode='bicubic'))
+# %% ../../nbs/32_multiscale_vq.ipynb #7e89592a
+@patch
+def lift(self:MultiScaleQuantizer, k:int, # scale
+         codes:Tensor, # [N, p_k², C]
+         side:int|None=None, # of the map to make, None for the full latent
+        ) -> Tensor: # [N, C, side, side]
+    "Codes of one scale, enlarged and smoothed"
+    p, side = self.patch_nums[k], side or self.patch_nums[-1]
+    h = codes.transpose(1, 2).unflatten(2, (p, p))
+    return self.phis[k](h if p == side
+                        else F.interpolate(h, (side, side), mode='bicubic'))
 
-    def encode(self, f:Tensor) -> Tensor:
-        "Latents [N, C, h, w] to ids [N, T]"
-        rest, ids = f, []
-        for k, p in enumerate(self.patch_nums):
-            z = (rest if p == rest.shape[-1]
-                 else F.interpolate(rest, (p, p), mode='area'))
-            pixels = z.permute(0, 2, 3, 1).flatten(0, 2)
-            ids.append(self.nearest(pixels).view(len(f), -1))
-            rest = rest - self.lift(k, self.embedding(ids[-1]))
-        return torch.cat(ids, 1)
+# %% ../../nbs/32_multiscale_vq.ipynb #62e64f22
+@patch
+def encode(self:MultiScaleQuantizer, f:Tensor, # latents
+          ) -> Tensor:
+    "Latents [N, C, h, w] to ids [N, T]"
+    rest, ids = f, []
+    for k, p in enumerate(self.patch_nums):
+        z = (rest if p == rest.shape[-1]
+             else F.interpolate(rest, (p, p), mode='area'))
+        pixels = z.permute(0, 2, 3, 1).flatten(0, 2)
+        ids.append(self.nearest(pixels).view(len(f), -1))
+        rest = rest - self.lift(k, self.embedding(ids[-1]))
+    return torch.cat(ids, 1)
 
-    def step(self,
-             k:int, # scale
-             f_hat, # [N, C, h, w] so far, or 0
-             codes:Tensor, # [N, p_k², C] of this scale
-            ) -> tuple: # f_hat, and the input at scale k+1, [N, p_{k+1}², C], or None
-        "Add one scale"
-        f_hat = f_hat + self.lift(k, codes)
-        if k + 1 == len(self.sizes): return f_hat, None
-        return f_hat, F.interpolate(f_hat, (self.patch_nums[k+1],)*2,
-                                    mode='area').flatten(2).transpose(1, 2)
+# %% ../../nbs/32_multiscale_vq.ipynb #20790121
+@patch
+def step(self:MultiScaleQuantizer, k:int, # scale
+         f_hat, # [N, C, h, w] so far, or 0
+         codes:Tensor, # [N, p_k², C] of this scale
+        ) -> tuple: # f_hat, and the input at scale k+1, [N, p_{k+1}², C], or None
+    "Add one scale"
+    f_hat = f_hat + self.lift(k, codes)
+    if k + 1 == len(self.sizes): return f_hat, None
+    return f_hat, F.interpolate(f_hat, (self.patch_nums[k+1],)*2,
+                                mode='area').flatten(2).transpose(1, 2)
 
-    def inputs(self, tokens:Tensor) -> Tensor:
-        "Ids [N, T] to the transformer's teacher-forcing inputs [N, T - p_0², C]"
-        f_hat, seen = 0., []
-        for k, ids in enumerate(tokens.split(self.sizes, 1)[:-1]):
-            f_hat, x = self.step(k, f_hat, self.embedding(ids))
-            seen.append(x)
-        return torch.cat(seen, 1)
+# %% ../../nbs/32_multiscale_vq.ipynb #2431b01d
+@patch
+def inputs(self:MultiScaleQuantizer, tokens:Tensor, # of all maps
+          ) -> Tensor:
+    "Ids [N, T] to the transformer's teacher-forcing inputs [N, T - p_0², C]"
+    f_hat, seen = 0., []
+    for k, ids in enumerate(tokens.split(self.sizes, 1)[:-1]):
+        f_hat, x = self.step(k, f_hat, self.embedding(ids))
+        seen.append(x)
+    return torch.cat(seen, 1)
 
-    def f_hats(self,
-               codes:Tensor, # [N, T, C] of all scales
-               # keep f_hat at the scale's own side; an experiment of the official code,
-               # used by no published model
-               grow:bool=False,
-              ) -> list: # [N, C, h, w] after every scale
-        "The reconstruction after every scale"
-        out = []
-        for k, h in enumerate(codes.split(self.sizes, 1)):
-            p = self.patch_nums[k] if grow else None
-            before = out[-1] if out else 0.
-            if grow and k: before = F.interpolate(before, (p, p), mode='bicubic')
-            out.append(before + self.lift(k, h, p))
-        return out
+# %% ../../nbs/32_multiscale_vq.ipynb #e38c972c
+@patch
+def f_hats(self:MultiScaleQuantizer, codes:Tensor, # [N, T, C] of all scales
+           # keep f_hat at the scale's own side; an experiment of the official code,
+           # used by no published model
+           grow:bool=False,
+          ) -> list: # [N, C, h, w] after every scale
+    "The reconstruction after every scale"
+    out = []
+    for k, h in enumerate(codes.split(self.sizes, 1)):
+        p = self.patch_nums[k] if grow else None
+        before = out[-1] if out else 0.
+        if grow and k: before = F.interpolate(before, (p, p), mode='bicubic')
+        out.append(before + self.lift(k, h, p))
+    return out
 
-# %% ../../nbs/32_multiscale_vq.ipynb #f4c1381f
+# %% ../../nbs/32_multiscale_vq.ipynb #bb66010a
 class MultiScaleVQ(nn.Module):
     "VAR's image tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
-    def __init__(self, cfg:MultiScaleConfig):
+    def __init__(self, cfg:MultiScaleConfig, # its shape
+                ):
         super().__init__()
         self.cfg, self.image_size = cfg, cfg.image_size
         self.codebook_size, self.num_tokens = cfg.codebook_size, cfg.num_tokens
@@ -274,58 +344,85 @@ class MultiScaleVQ(nn.Module):
         self.quant_conv, self.post_quant_conv = (
             nn.Conv2d(cfg.z_channels, cfg.z_channels, 3, padding=1) for _ in range(2))
 
-    def latents(self, images:Tensor) -> Tensor:
-        "[N, 3, H, W] in [0, 1] to latents f [N, C, h, w]"
-        side = self.image_size
-        if (images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side)
-                or not images.is_floating_point()):
-            raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, expected floats in [0, 1] of shape [N, 3, {side}, {side}]; image_io.to_tensor(image_io.center_crop(picture, {side})) gives one. The maps of a scale have fixed sides, so other sizes need other patch_nums")
-        return self.quant_conv(self.encoder(2*images - 1))
+# %% ../../nbs/32_multiscale_vq.ipynb #f1318aa3
+@patch
+def latents(self:MultiScaleVQ, images:Tensor, # in [0, 1], of the config's size
+           ) -> Tensor:
+    "[N, 3, H, W] in [0, 1] to latents f [N, C, h, w]"
+    side = self.image_size
+    if (images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side)
+            or not images.is_floating_point()):
+        raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, "
+                         f"expected floats in [0, 1] of shape [N, 3, {side}, {side}]; "
+                         f"image_io.to_tensor(image_io.center_crop(picture, {side})) "
+                         "gives one. The maps of a scale have fixed sides, "
+                         "so other sizes need other patch_nums")
+    return self.quant_conv(self.encoder(2*images - 1))
 
-    def encode(self, images:Tensor) -> Tensor:
-        "[N, 3, H, W] in [0, 1] to ids [N, T], scale after scale"
-        return self.quantize.encode(self.latents(images))
+@patch
+def encode(self:MultiScaleVQ, images:Tensor, # in [0, 1]
+          ) -> Tensor:
+    "[N, 3, H, W] in [0, 1] to ids [N, T], scale after scale"
+    return self.quantize.encode(self.latents(images))
 
-    def decode_latents(self, f_hat:Tensor, clamp:bool=True) -> Tensor:
-        "Latents [N, C, h, w] to pixels [N, 3, H, W]"
-        pixels = (
-            self.decoder(
-                self.post_quant_conv(
-                    f_hat.contiguous(memory_format=torch.channels_last))) + 1)/2
-        return pixels.clamp(0, 1) if clamp else pixels
+# %% ../../nbs/32_multiscale_vq.ipynb #1fa9c2fa
+@patch
+def decode_latents(self:MultiScaleVQ, f_hat:Tensor, # a sum of lifted maps
+                   clamp:bool=True, # to [0, 1]
+                  ) -> Tensor:
+    "Latents [N, C, h, w] to pixels [N, 3, H, W]"
+    pixels = (
+        self.decoder(
+            self.post_quant_conv(
+                f_hat.contiguous(memory_format=torch.channels_last))) + 1)/2
+    return pixels.clamp(0, 1) if clamp else pixels
 
-    def decode(self, tokens:Tensor, clamp:bool=True) -> Tensor:
-        "Ids [N, T] to pixels [N, 3, H, W], in [0, 1] unless unclamped"
-        if tokens.shape[1:] != (self.num_tokens,):
-            raise ValueError(f"tokens: shape {list(tokens.shape)}, expected "
-                             f"[N, {self.num_tokens}], "
-                             f"the maps of sides {self.cfg.patch_nums} "
-                             "one after the other")
-        if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
-            raise ValueError(f"tokens: ids from {tokens.min().item()} to "
-                             f"{tokens.max().item()}, "
-                             f"expected 0 ... {self.codebook_size-1} (codebook_size)")
-        return self.decode_latents(
-            self.quantize.f_hats(self.quantize.embedding(tokens))[-1], clamp)
+# %% ../../nbs/32_multiscale_vq.ipynb #5600a527
+@patch
+def decode(self:MultiScaleVQ, tokens:Tensor, # of all maps, scale after scale
+           clamp:bool=True, # to [0, 1]
+          ) -> Tensor:
+    "Ids [N, T] to pixels [N, 3, H, W], in [0, 1] unless unclamped"
+    if tokens.shape[1:] != (self.num_tokens,):
+        raise ValueError(f"tokens: shape {list(tokens.shape)}, expected "
+                         f"[N, {self.num_tokens}], "
+                         f"the maps of sides {self.cfg.patch_nums} "
+                         "one after the other")
+    if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
+        raise ValueError(f"tokens: ids from {tokens.min().item()} to "
+                         f"{tokens.max().item()}, "
+                         f"expected 0 ... {self.codebook_size-1} (codebook_size)")
+    return self.decode_latents(
+        self.quantize.f_hats(self.quantize.embedding(tokens))[-1], clamp)
 
-    def decode_probs(self, probs:Tensor, clamp:bool=True) -> Tensor:
-        "(Relaxed) one-hot rows [N, T, K] to pixels, differentiable in `probs`"
-        return self.decode_latents(
-            self.quantize.f_hats(probs @ self.quantize.embedding.weight)[-1], clamp)
+# %% ../../nbs/32_multiscale_vq.ipynb #765ebe90
+@patch
+def decode_probs(self:MultiScaleVQ, probs:Tensor, # rows that sum to 1
+                 clamp:bool=True, # to [0, 1]
+                ) -> Tensor:
+    "(Relaxed) one-hot rows [N, T, K] to pixels, differentiable in `probs`"
+    return self.decode_latents(
+        self.quantize.f_hats(probs @ self.quantize.embedding.weight)[-1], clamp)
 
-    def decoder_parameters(self):
-        ("What tokenizer post-training moves: everything after the codebook and the "
-         "phis (VA-π App. C.2)")
-        return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
+# %% ../../nbs/32_multiscale_vq.ipynb #dc63c4ad
+@patch
+def decoder_parameters(self:MultiScaleVQ): # list of parameters
+    ("What tokenizer post-training moves: everything after the codebook and the "
+     "phis (VA-π App. C.2)")
+    return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
-    def forward(self, images:Tensor, beta:float=.25):
-        ("Straight-through reconstruction of `images`, VQ losses averaged over scales,"
-         " and ids: for training a tokenizer")
-        f = self.latents(images)
-        ids = self.quantize.encode(f.detach())
-        f_hats = self.quantize.f_hats(self.quantize.embedding(ids))
-        vq, commit = (sum(F.mse_loss(*pair) for pair in pairs)/len(f_hats)
-                      for pairs in ([(h, f.detach()) for h in f_hats],
-                                    [(h.detach(), f) for h in f_hats]))
-        return self.decode_latents(f + (f_hats[-1] - f).detach(),
-                                   clamp=False), dict(vq=vq, commit=beta*commit), ids
+# %% ../../nbs/32_multiscale_vq.ipynb #e924b74e
+@patch
+def forward(self:MultiScaleVQ, images:Tensor, # [N, 3, H, W] in [0, 1]
+            beta:float=.25, # weight of the commitment
+           ): # pixels, {'vq', 'commit'}, ids [N, T]
+    ("Straight-through reconstruction of `images`, VQ losses averaged over scales,"
+     " and ids: for training a tokenizer")
+    f = self.latents(images)
+    ids = self.quantize.encode(f.detach())
+    f_hats = self.quantize.f_hats(self.quantize.embedding(ids))
+    vq, commit = (sum(F.mse_loss(*pair) for pair in pairs)/len(f_hats)
+                  for pairs in ([(h, f.detach()) for h in f_hats],
+                                [(h.detach(), f) for h in f_hats]))
+    return self.decode_latents(f + (f_hats[-1] - f).detach(),
+                               clamp=False), dict(vq=vq, commit=beta*commit), ids

@@ -112,16 +112,19 @@ def revive_codes(vq:MultiScaleVQ, # changed in place
     "Move unused codes to random residuals of a batch"
     q, f = vq.quantize, vq.latents(images)
     f_hats = [torch.zeros_like(f), *q.f_hats(q.embedding(q.encode(f)))]
-    rest = torch.cat([F.interpolate(f - h, (p, p), mode='area').flatten(2) for h, p in zip(f_hats, q.patch_nums)], 2).transpose(1, 2).flatten(0, 1)
+    maps = [F.interpolate(f - h, (p, p), mode='area').flatten(2) for h, p in zip(f_hats, q.patch_nums)]
+    rest = torch.cat(maps, 2).transpose(1, 2).flatten(0, 1)
     q.embedding.weight[unused] = rest[torch.randint(len(rest), (int(unused.sum()),), generator=generator)]
 
 def train_multiscale(images:Tensor, # [N, 28, 28] uint8
                      cfg:MultiScaleConfig,
                      perceptual, # network A
-                     *, perceptual_coef:float=.1, epochs:float=1., batch_size:int=64, learning_rate:float=2e-3, seed:int=0, window:int=50, **kwargs):
+                     *, perceptual_coef:float=.1, epochs:float=1., batch_size:int=64, learning_rate:float=2e-3,
+                     seed:int=0, window:int=50, **kwargs):
     "Train a `MultiScaleVQ`, reviving codes unused for `window` steps; returns it with its losses"
     torch.manual_seed(seed)
-    vq, look, g = MultiScaleVQ(cfg).to(memory_format=FAST), perceptual.requires_grad_(False).to(memory_format=FAST), torch.Generator().manual_seed(seed)
+    vq, look = MultiScaleVQ(cfg).to(memory_format=FAST), perceptual.requires_grad_(False).to(memory_format=FAST)
+    g = torch.Generator().manual_seed(seed)
     step, steps, used = 0, epochs*len(images)/batch_size, torch.zeros(cfg.codebook_size)
     def loss(rows):
         nonlocal step
@@ -133,13 +136,15 @@ def train_multiscale(images:Tensor, # [N, 28, 28] uint8
         used.add_(ids.flatten().bincount(minlength=len(used)))
         step += 1
         return _pixel_loss(recon, x, look, perceptual_coef) + l['vq'] + l['commit']
-    return vq, fit(vq, loss, len(images), epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed, weight_decay=0., **kwargs)
+    return vq, fit(vq, loss, len(images), epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+                   seed=seed, weight_decay=0., **kwargs)
 
 def train_next_scale(tokens:Tensor, # [N, T] token ids of all scales
                      labels:Tensor, # [N]
                      cfg:VARConfig,
                      quantizer, # of the tokenizer
-                     *, cond_dropout:float=.1, epochs:float=5, batch_size:int=128, learning_rate:float=3e-3, seed:int=0, **kwargs):
+                     *, cond_dropout:float=.1, epochs:float=5, batch_size:int=128, learning_rate:float=3e-3,
+                     seed:int=0, **kwargs):
     "Train a `VAR` by maximum likelihood; returns it with its losses"
     torch.manual_seed(seed)
     policy, g = VAR(cfg, quantizer), torch.Generator().manual_seed(seed)
@@ -148,4 +153,5 @@ def train_next_scale(tokens:Tensor, # [N, T] token ids of all scales
         drop = torch.rand(len(rows), generator=g) < cond_dropout
         cond = torch.where(drop, cfg.num_classes, labels[rows])
         return F.cross_entropy(policy(tokens[rows], cond).flatten(0, 1), tokens[rows].flatten())
-    return policy, fit(policy, loss, len(tokens), epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed, weight_decay=.05, **kwargs)
+    return policy, fit(policy, loss, len(tokens), epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+                       seed=seed, weight_decay=.05, **kwargs)

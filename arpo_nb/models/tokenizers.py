@@ -215,7 +215,10 @@ class VQModel(nn.Module):
         "[B, 3, H, W] in [0, 1] to normalised latents [B, C, h, w]"
         if (images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % self.cfg.downsample
                 or images.shape[3] % self.cfg.downsample or not images.is_floating_point()):
-            raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, expected floats in [0, 1] of shape [B, 3, H, W] with sides divisible by {self.cfg.downsample}; image_io.to_tensor(image_io.center_crop(picture, {self.image_size})) gives one")
+            raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, "
+                             "expected floats in [0, 1] of shape [B, 3, H, W] with "
+                             f"sides divisible by {self.cfg.downsample}; "
+                             f"image_io.to_tensor(image_io.center_crop(picture, {self.image_size})) gives one")
         return self.quantize.normalize(self.quant_conv(self.encoder(2*images - 1)),
                                        dim=1)
 

@@ -36,12 +36,15 @@ def read_idx(path:str|Path, # an IDX file of unsigned bytes, gzipped or not
     "Read an IDX file"
     with open_packed(path := user_path(path)) as f, reading(path, expected='an IDX file of unsigned bytes'):
         head = f.read(4)
-        if head[:3] != b'\0\0\x08' or len(head) < 4: raise BadFile(path, f"not an IDX file of unsigned bytes (starts with {head!r})")
+        if head[:3] != b'\0\0\x08' or len(head) < 4:
+            raise BadFile(path, f"not an IDX file of unsigned bytes (starts with {head!r})")
         sides = f.read(4*head[3])
         if len(sides) < 4*head[3] or not head[3]: raise BadFile(path, f"ends within its header; copy it again")
         shape = [int(n) for n in np.frombuffer(sides, '>u4')]
         raw = f.read(min(math.prod(shape) + 1, 1 << 31))
-    if len(raw) != math.prod(shape): raise BadFile(path, f"promises {' × '.join(map(str, shape))} bytes and holds {'more' if len(raw) > math.prod(shape) else f'{len(raw):,}'}; copy it again")
+    if len(raw) != math.prod(shape):
+        raise BadFile(path, f"promises {' × '.join(map(str, shape))} bytes and holds "
+                            f"{'more' if len(raw) > math.prod(shape) else f'{len(raw):,}'}; copy it again")
     return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape).copy())
 
 def read_fashion_mnist(folder:str|Path, # holds train-images-idx3-ubyte and the other three, gzipped or not
@@ -49,10 +52,14 @@ def read_fashion_mnist(folder:str|Path, # holds train-images-idx3-ubyte and the 
                       ) -> tuple: # images [N, 28, 28] uint8, labels [N] int64
     "The full Fashion-MNIST from a local folder"
     split = 'train' if train else 't10k'
-    found = [sorted(user_path(folder, 'folder').rglob(f'{split}-{kind}-ubyte*')) for kind in ('images-idx3', 'labels-idx1')]
-    if not all(found): raise FileNotFoundError(f"folder={str(folder)!r}: no {split}-images-idx3-ubyte(.gz) with its labels below it")
+    found = [sorted(user_path(folder, 'folder').rglob(f'{split}-{kind}-ubyte*'))
+             for kind in ('images-idx3', 'labels-idx1')]
+    if not all(found):
+        raise FileNotFoundError(f"folder={str(folder)!r}: no {split}-images-idx3-ubyte(.gz) with its labels below it")
     images, labels = (read_idx(f[0]) for f in found)
-    if images.ndim != 3 or labels.shape != images.shape[:1]: raise BadFile(found[0][0], f"pictures {list(images.shape)} and labels {list(labels.shape)}, expected [N, 28, 28] and [N]")
+    if images.ndim != 3 or labels.shape != images.shape[:1]:
+        raise BadFile(found[0][0], f"pictures {list(images.shape)} and labels {list(labels.shape)}, expected [N, "
+                                   "28, 28] and [N]")
     return images, labels.long()
 
 def to_pixels(images:Tensor, # [N, 28, 28] uint8

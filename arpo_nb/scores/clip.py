@@ -137,7 +137,8 @@ def tokenize(prompts:list, # N strings
     return tokens
 
 # %% ../../nbs/23_clip.ipynb #f38649d0
-CLIPS = dict(clip_l14=('ViT-L-14', True), clip_b32=('ViT-B-32', True), clip_l14_openai=('ViT-L-14', True), clip_b32_openai=('ViT-B-32', True))
+CLIPS = dict(clip_l14=('ViT-L-14', True), clip_b32=('ViT-B-32', True), clip_l14_openai=('ViT-L-14', True),
+             clip_b32_openai=('ViT-B-32', True))
 CLIPS |= {f'hps_v{v}': ('ViT-H-14', False) for v in ('2.1', '2.0')} # architecture, quick-GELU
 
 def _archive_state(path):
@@ -146,7 +147,9 @@ def _archive_state(path):
     if not path.is_file() or not is_torchscript(path): return None
     raw, known = read_bytes(path, 1 << 32), {f.sha256 for n, f in FILES.items() if n.endswith('_openai')}
     if sha256(raw).hexdigest() not in known:
-        raise BadFile(path, "a TorchScript archive, a program that runs when it is loaded, and not one of OpenAI's published files (its SHA-256 differs), so it is refused; save its tensors alone, with safetensors")
+        raise BadFile(path, "a TorchScript archive, a program that runs when it is loaded, and not one of OpenAI's "
+                            "published files (its SHA-256 differs), so it is refused; save its tensors alone, with "
+                            "safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # torch.jit is on its way out, reading it still works
         state = dict(torch.jit.load(io.BytesIO(raw), map_location='cpu').state_dict())
@@ -167,7 +170,9 @@ def check_arch(arch) -> dict|None: # the config, None for None
     open_clip = import_open_clip()
     if arch in (known := open_clip.list_models()): return open_clip.get_model_config(arch)
     near = difflib.get_close_matches(str(arch), known, 1)
-    raise ValueError(f"arch={arch!r}: open_clip has no model of that name{f', did you mean {near[0]!r}?' if near else ''}; open_clip.list_models() lists them, or pass a config as a dict")
+    raise ValueError(f"arch={arch!r}: open_clip has no model of that "
+                     f"name{f', did you mean {near[0]!r}?' if near else ''}; open_clip.list_models() lists them, "
+                     "or pass a config as a dict")
 
 def build_clip(name:str='clip_l14', # key of `CLIPS`
                weights=None, # None for the published file, 'random', or a local file

@@ -19,7 +19,8 @@ from ..files import BadFile, read_moments, refuse_foreign, user_path
 from ..maths.moments import Reference, as_reference
 from ..rewards import BrightnessReward, LOOFIDReward, WeightedSum, check_chunk_size
 from ..models.checkpoints import read_state_dict
-from .clip import CLIPReward, CLIPScorer, aesthetic_reward, build_clip, check_arch, check_precision, clip_preprocess, hps_preprocess
+from .clip import (CLIPReward, CLIPScorer, aesthetic_reward, build_clip, check_arch, check_precision,
+                                 clip_preprocess, hps_preprocess)
 from .maniqa import maniqa_reward
 from ..weights import FILES, require
 
@@ -139,7 +140,8 @@ def load_reference(reference, # anything `as_reference` takes: pair, features, f
     return ref
 
 def make_loo_fid(extractor,
-                 # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`, if it has one, must be that of the reference's network
+                 # images [N, 3, H, W] in [0, 1] to features [N, D];
+                 # its `name`, if it has one, must be that of the reference's network
                  reference=None, # as above; not needed with a stored `pca`
                  # number of directions, a stored basis (file or `PCA`), or 0 for the
                  # features themselves
@@ -172,7 +174,8 @@ def _extractor(weights):
 def needed_files(rewards:dict, # name → weight
                  reference=None, pca=0, extractor=None) -> list: # keys of `weights.FILES`
     "Which published files some rewards need"
-    files = [CLIP_OF[n] for n in rewards if n in CLIP_OF] + ['aesthetic_v2']*('aesthetic' in rewards) + ['maniqa']*('maniqa' in rewards)
+    files = [CLIP_OF[n] for n in rewards if n in CLIP_OF]
+    files += ['aesthetic_v2']*('aesthetic' in rewards) + ['maniqa']*('maniqa' in rewards)
     if 'loo_fid' in rewards:
         files += ['inception']*(extractor is None)
         files += ['imagenet256_reference']*(reference is None and not isinstance(pca, (str, Path, PCA)))
@@ -195,11 +198,16 @@ def make_rewards(spec, # 'clip+hps+0.5*loo_fid', 'clip:1,hps:1,loo_fid:0.5', or 
     "A composite reward from its description"
     names = read_rewards(spec)
     files = needed_files(names, reference, pca, extractor)
-    if isinstance(weights, str) and weights != 'random': raise ValueError(f"weights={weights!r}: expected 'random', or a dict from names of files to local files")
-    if isinstance(weights, dict) and (alias := {n: CLIP_OF[n] for n in weights if n not in FILES and n in CLIP_OF}): raise ValueError(f"weights: {', '.join(alias)} is a reward; name the file it reads, {', '.join(alias.values())}")
+    if isinstance(weights, str) and weights != 'random':
+        raise ValueError(f"weights={weights!r}: expected 'random', or a dict from names of files to local files")
+    if isinstance(weights, dict) and (alias := {n: CLIP_OF[n] for n in weights if n not in FILES and n in CLIP_OF}):
+        raise ValueError(f"weights: {', '.join(alias)} is a reward; name the file it reads, "
+                         f"{', '.join(alias.values())}")
     check_arch(arch), check_precision(precision), check_chunk_size(chunk_size)
-    LOOFIDReward(None, (torch.zeros(2), torch.eye(2)), **(loo_fid or {})) # raises for options and values it does not know
-    if weights == 'random' and 'imagenet256_reference' in files: raise ValueError("reference: random networks have no published reference; give moments of their own features")
+    # raises for options and values it does not know
+    LOOFIDReward(None, (torch.zeros(2), torch.eye(2)), **(loo_fid or {}))
+    if weights == 'random' and 'imagenet256_reference' in files:
+        raise ValueError("reference: random networks have no published reference; give moments of their own features")
     paths = dict.fromkeys(files, 'random') if weights == 'random' else require(files, weights, cache_dir, offline)
     scorers, parts = {}, {}
     def scorer(clip):
@@ -213,7 +221,9 @@ def make_rewards(spec, # 'clip+hps+0.5*loo_fid', 'clip:1,hps:1,loo_fid:0.5', or 
         elif n == 'maniqa': parts[n] = maniqa_reward(paths[n])
         elif n == 'loo_fid':
             moments = reference if reference is not None else paths.get('imagenet256_reference')
-            parts[n] = make_loo_fid(extractor or _extractor(paths['inception']), moments, pca, **dict(chunk_size=chunk_size, gather=gather) | (loo_fid or {}))
+            parts[n] = make_loo_fid(extractor or _extractor(paths['inception']), moments, pca,
+                                    **dict(chunk_size=chunk_size, gather=gather) | (loo_fid or {}))
         else: parts[n] = BrightnessReward() if n == 'brightness' else BrightnessReward(.2, bright=False)
-    constant = allow_constant if allow_constant is True else {*allow_constant, *({'brightness', 'darkness'} & set(names))}
+    constant = allow_constant
+    if constant is not True: constant = {*allow_constant, *({'brightness', 'darkness'} & set(names))}
     return WeightedSum({n: (parts[n], w) for n, w in names.items()}, normalise, gather, constant, chunk_size)

@@ -41,8 +41,10 @@ def vapi_update(size:str='B', # LlamaGen size
     torch.manual_seed(0)
     policy = GPT(gpt_config(size, image_size)).eval()
     torch.nn.init.normal_(policy.output.weight, std=.02)
-    objective = PolicyGradient(System('bench', policy, torch.nn.Identity()), Config(prior_coef=prior_coef, logps_chunk=chunk))
-    batch, targets = Batch(torch.arange(images), Streams.range(0, 0, images)), torch.randint(policy.vocab_size, (images, policy.num_tokens))
+    objective = PolicyGradient(System('bench', policy, torch.nn.Identity()),
+                               Config(prior_coef=prior_coef, logps_chunk=chunk))
+    batch = Batch(torch.arange(images), Streams.range(0, 0, images))
+    targets = torch.randint(policy.vocab_size, (images, policy.num_tokens))
     r = teacher_forced(policy, batch, targets, num_generations=num_generations, chunk=chunk)
     r = replace(r, advantages=torch.linspace(-1.5, 1.5, num_generations).expand(images, -1))
     return objective, replace(r, context=r.context.expand(-1, num_generations, -1), targets=None) if repeated else r
@@ -62,24 +64,29 @@ def time_update(repeats:int=3, **kwargs) -> dict: # seconds (median), peak memor
         gradient(objective, r)
         times.append(time.perf_counter() - start)
     seconds = sorted(times[1:])[repeats//2]
-    return dict(seconds=seconds, peak_mb=peak_mb(), start_mb=before, sampled_tokens_per_s=r.tokens.numel()/seconds, threads=torch.get_num_threads())
+    return dict(seconds=seconds, peak_mb=peak_mb(), start_mb=before, sampled_tokens_per_s=r.tokens.numel()/seconds,
+                threads=torch.get_num_threads())
 
 def peak_mb() -> float:
     "Peak resident memory of this process so far"
     status = Path('/proc/self/status')
-    if status.exists(): return int(status.read_text().split('VmHWM:')[1].split()[0])/1024 # getrusage would count the parent's peak too
+    if status.exists():
+        return int(status.read_text().split('VmHWM:')[1].split()[0])/1024 # getrusage would count the parent's peak too
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
 
 def in_child(**kwargs) -> dict:
     "Run `time_update` in a process of its own"
-    out = subprocess.run([sys.executable, '-m', 'arpo_nb.training.bench', json.dumps(kwargs)], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, '-m', 'arpo_nb.training.bench', json.dumps(kwargs)], capture_output=True,
+                         text=True)
     if out.returncode: raise RuntimeError(out.stderr[-2000:])
     return json.loads(out.stdout.splitlines()[-1])
 
 def main(argv=None):
     "python -m arpo_nb.training.bench JSON: time one update and print the result as JSON"
-    p = argparse.ArgumentParser(prog='python -m arpo_nb.training.bench', description="Time VA-π's update on random weights.")
-    p.add_argument('settings', nargs='?', default='{}', help='arguments of time_update as JSON, e.g. {"size": "B", "repeated": true}')
+    p = argparse.ArgumentParser(prog='python -m arpo_nb.training.bench',
+                                description="Time VA-π's update on random weights.")
+    p.add_argument('settings', nargs='?', default='{}', help='arguments of time_update as JSON, e.g. {"size": "B", '
+                                                             '"repeated": true}')
     print(json.dumps(time_update(**json.loads(p.parse_args(argv).settings))))
 
 if __name__ == '__main__' and '__file__' in globals(): main()
@@ -102,7 +109,8 @@ def _median(f, device, repeats):
 def limits(device, dtype=torch.float32, side:int=2048, megabytes:int=256) -> tuple: # operations and bytes per second
     "What a device manages: a matrix product of `side`, and a copy (read and written)"
     device = torch.device(device)
-    x, big = torch.randn(side, side, device=device, dtype=dtype), torch.empty(megabytes*2**20, dtype=torch.uint8, device=device)
+    x = torch.randn(side, side, device=device, dtype=dtype)
+    big = torch.empty(megabytes*2**20, dtype=torch.uint8, device=device)
     return 2*side**3/_median(lambda: x @ x, device, 7), 2*big.numel()/_median(big.clone, device, 7)
 
 @torch.no_grad()
@@ -112,10 +120,12 @@ def sampling_cost(policy, cond, machine:tuple, # of `limits`
     rows, p = len(cond[0] if isinstance(cond, tuple) else cond), next(policy.parameters())
     seconds = _median(lambda: policy.generate(cond, Streams.range(0, 0, rows), **settings), p.device, repeats)
     cfg, both = policy.cfg, rows*(2 if settings.get('cfg_scale', 1) > 1 else 1)
-    weights, passes = sum(q.numel() for q in policy.parameters()), len(getattr(cfg, 'patch_nums', ())) or policy.num_tokens
+    weights = sum(q.numel() for q in policy.parameters())
+    passes = len(getattr(cfg, 'patch_nums', ())) or policy.num_tokens
     width = next(m.in_features for m in policy.modules() if isinstance(m, torch.nn.Linear))
     layers = len(next(m for m in policy.modules() if isinstance(m, torch.nn.ModuleList)))
-    moved = p.element_size()*(passes*weights + both*layers*width*policy.num_tokens*passes) # the cache is half full on average, and has two sides
+    # the cache is half full on average, and has two sides
+    moved = p.element_size()*(passes*weights + both*layers*width*policy.num_tokens*passes)
     limit = max(2*weights*both*policy.num_tokens/machine[0], moved/machine[1])
     return dict(images=rows, seconds=seconds, limit_s=limit, share=limit/seconds)
 
@@ -125,16 +135,20 @@ class RandomPictures:
     def __len__(self): return self.n
     def load(self, rows) -> tuple:
         side, c = self.system.tokenizer.image_size, self.system.num_classes
-        return torch.rand(len(rows), 3, side, side), torch.as_tensor(rows) % c if c else self.system.policy.example_cond(len(rows))
+        cond = torch.as_tensor(rows) % c if c else self.system.policy.example_cond(len(rows))
+        return torch.rand(len(rows), 3, side, side), cond
 
 def step_cost(cfg:Config, machine:tuple, # of `limits`
               steps:int=3) -> dict: # seconds, limit_s, share, estimate_gb, and on a GPU peak_gb
-    "Median seconds of a training step on random weights and pictures after the first one, and its memory against the plan's"
+    "Median seconds of a step on random weights and pictures after the first, and its memory by the plan"
     cfg = override(cfg, '', steps=steps, weights='random', save_steps=steps)
     plan, system = make_plan(cfg, missing_ok=True), load_system(cfg.model, 'random', cfg.seed, uses_perceptual(cfg))
     gpu = torch.cuda.is_available()
     if gpu: torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as out: rows = train(system, RandomPictures(system, cfg.batch_size), cfg, out, reward=load_reward(cfg, system), progress=False)
+    with tempfile.TemporaryDirectory() as out:
+        rows = train(system, RandomPictures(system, cfg.batch_size), cfg, out, reward=load_reward(cfg, system),
+                     progress=False)
     seconds = sorted(r['time/rollout'] + r['time/update'] for r in rows[1:])[(steps - 1)//2]
     limit = sum(plan.flops.values())/cfg.num_processes/machine[0]
-    return dict(seconds=seconds, limit_s=limit, share=limit/seconds, estimate_gb=plan.peak/1e9) | (dict(peak_gb=torch.cuda.max_memory_allocated()/1e9) if gpu else {})
+    return dict(seconds=seconds, limit_s=limit, share=limit/seconds,
+                estimate_gb=plan.peak/1e9) | (dict(peak_gb=torch.cuda.max_memory_allocated()/1e9) if gpu else {})

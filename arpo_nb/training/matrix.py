@@ -30,13 +30,18 @@ _LABELS, _MASK = torch.tensor([0, 3, 4, 3]), torch.tensor([[0, 1, 1, 1], [1]*4, 
 _CAPTIONS = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0)), _MASK
 _PROMPTS = torch.tensor([[5, 1, 20, 3], [1, 30, 31, 3], [5, 5, 1, 3], [5, 1, 22, 3]]), _MASK
 
-def _vq16(): return VQModel(VQConfig(ch=8, encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=24, codebook_embed_dim=4, num_groups=4, image_size=8))
-def _gpt(**kind): return GPT(GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=24, block_size=16, multiple_of=32, **kind))
+def _vq16():
+    return VQModel(VQConfig(ch=8, encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2), num_res_blocks=1, z_channels=8,
+                            codebook_size=24, codebook_embed_dim=4, num_groups=4, image_size=8))
+def _gpt(**kind):
+    return GPT(GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=24, block_size=16, multiple_of=32, **kind))
 
 def _var():
-    vq = MultiScaleVQ(MultiScaleConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=24, patch_nums=(1, 2, 4), num_groups=4, image_size=8))
+    vq = MultiScaleVQ(MultiScaleConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=24,
+                                       patch_nums=(1, 2, 4), num_groups=4, image_size=8))
     torch.nn.init.normal_(vq.quantize.embedding.weight)
-    return VAR(VARConfig(depth=2, embed_dim=32, num_heads=2, z_channels=8, patch_nums=(1, 2, 4), **_FEW), vq.quantize), vq
+    return VAR(VARConfig(depth=2, embed_dim=32, num_heads=2, z_channels=8, patch_nums=(1, 2, 4), **_FEW),
+               vq.quantize), vq
 
 def _toy():
     toy = load_system('toy')
@@ -47,8 +52,12 @@ BACKBONES = { # name: what makes the policy and its tokenizer, and four conditio
     'LlamaGen c2i': (lambda: (_gpt(num_classes=5), _vq16()), _LABELS),
     'LlamaGen t2i': (lambda: (_gpt(cond='text', cond_len=4, caption_dim=8), _vq16()), _CAPTIONS),
     'VQGAN c-IN': (lambda: (CINTransformer(CINConfig(block_size=16, n_layer=2, n_head=2, n_embd=32, **_FEW)),
-                            VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), resolution=8, z_channels=8, codebook_size=24, embed_dim=6, image_size=8))), _LABELS),
-    'Janus-Pro': (lambda: (JanusPolicy(JanusConfig(dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=48, text_vocab_size=60, max_positions=64, vocab_size=24, num_tokens=16, ids=SpecialIds(1, 2, 3, 4, 5))), _vq16()), _PROMPTS),
+                            VQGAN(VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,),
+                                              resolution=8, z_channels=8, codebook_size=24, embed_dim=6,
+                                              image_size=8))), _LABELS),
+    'Janus-Pro': (lambda: (JanusPolicy(JanusConfig(dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=48,
+                                                   text_vocab_size=60, max_positions=64, vocab_size=24,
+                                                   num_tokens=16, ids=SpecialIds(1, 2, 3, 4, 5))), _vq16()), _PROMPTS),
     'VAR': (_var, _LABELS)}
 
 def build_tiny(name:str # in BACKBONES
@@ -63,7 +72,8 @@ def build_tiny(name:str # in BACKBONES
 
 class _Pictures:
     "Eight random pictures with the conditions of a backbone"
-    def __init__(self, cond, side): self.cond, self.images = cond, torch.rand(8, 3, side, side, generator=torch.Generator().manual_seed(1))
+    def __init__(self, cond, side):
+        self.cond, self.images = cond, torch.rand(8, 3, side, side, generator=torch.Generator().manual_seed(1))
     def __len__(self): return 8
     def load(self, rows):
         rows = torch.as_tensor(rows)
@@ -79,10 +89,14 @@ def _rewards(names):
     return WeightedSum({n: ({'bright': _Bright(), 'loo_fid': loo}[n], 1.) for n in names}, normalise=True)
 
 _BOTH = dict(rewards='bright+loo_fid')
-_SEQUENCE = dict(importance_sampling_level='sequence', kl_level='sequence', beta=.1, entropy_coef=1e-3, entropy_control='adaptive')
+_SEQUENCE = dict(importance_sampling_level='sequence', kl_level='sequence', beta=.1, entropy_coef=1e-3,
+                 entropy_control='adaptive')
 CELLS = { # a method: changed fields of `BASE`
-       'VA-π': dict(method='vapi'), 'straight-through': dict(method='ste'), 'tokenizer': dict(method='tokenizer'), 'cross-entropy': dict(method='mle'),
-       'AR-GRPO': dict(method='grpo', rewards='bright', beta=.1), 'LOO-FID': dict(method='grpo', **_BOTH, **_SEQUENCE), 'VA-π + LOO-FID': dict(method='mixed', **_BOTH)}
+       'VA-π': dict(method='vapi'), 'straight-through': dict(method='ste'),
+       'tokenizer': dict(method='tokenizer'), 'cross-entropy': dict(method='mle'),
+       'AR-GRPO': dict(method='grpo', rewards='bright', beta=.1),
+       'LOO-FID': dict(method='grpo', **_BOTH, **_SEQUENCE),
+       'VA-π + LOO-FID': dict(method='mixed', **_BOTH)}
 
 # %% ../../nbs/61_matrix.ipynb #ece08900
 BASE = Config(model='tiny', steps=2, batch_size=4, num_generations=4,

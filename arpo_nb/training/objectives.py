@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'choose_forcing', 'Objective', 'prior', 'reconstruction', 'scored_policy', 'PolicyGradient',
-           'MaximumLikelihood', 'StraightThrough', 'TokenizerPostTraining', 'bonus_weight']
+           'MaximumLikelihood', 'StraightThrough', 'TokenizerPostTraining', 'entropy_target', 'bonus_weight']
 
 # %% ../../nbs/45_objectives.ipynb #b421d41c
 from torch import Tensor, autocast, nn
@@ -165,6 +165,12 @@ OBJECTIVES = dict(vapi=PolicyGradient, grpo=PolicyGradient, mixed=PolicyGradient
                   tokenizer=TokenizerPostTraining)
 
 # %% ../../nbs/45_objectives.ipynb #0078d376
+def entropy_target(cfg:Config,
+                   start:float, # Ĥ of the first step's samples
+                  ) -> float: # Ĥ in [0, 1]
+    "Where the adaptive bonus wants the normalised entropy (LOO-FID App. C)"
+    return cfg.normalized_entropy_target or min(1., start + cfg.entropy_margin)
+
 def bonus_weight(cfg:Config, step:int,
                  entropy:float, # Ĥ in [0, 1] of this step's samples
                  start:float, # Ĥ of the first step's
@@ -176,6 +182,5 @@ def bonus_weight(cfg:Config, step:int,
                    dict(peak=cfg.entropy_coef,
                         end=min(cfg.entropy_coef_min, cfg.entropy_coef)))
     if cfg.entropy_control == 'schedule': return entropy_schedule(p, **schedule)
-    target = cfg.normalized_entropy_target or min(1., start + cfg.entropy_margin)
-    return entropy_coef(p, entropy, target, cfg.entropy_gain, cfg.entropy_deadband,
+    return entropy_coef(p, entropy, entropy_target(cfg, start), cfg.entropy_gain, cfg.entropy_deadband,
                         cfg.entropy_coef_min, cfg.entropy_coef_max, **schedule)

@@ -30,7 +30,7 @@ from ..maths.entropy import normalized_entropy
 from ..own_rewards import reward_name
 from ..protocols import System
 from .engines import load_sampler
-from .objectives import OBJECTIVES, bonus_weight
+from .objectives import OBJECTIVES, bonus_weight, entropy_target
 from .rollout import Clock
 from .run_folder import MetricsLog, RunLock, check_room, claim_folder, run_hash, write_whole
 from .saving import (begin_at, check_state, check_weights, find_checkpoint, keep_snapshot,
@@ -288,6 +288,7 @@ def _train(acc, system, data, cfg, out, reward, progress, stop, diary, callbacks
                 if run['entropy'] is None: run['entropy'] = entropy
                 raw.entropy_coef = bonus_weight(cfg, step, entropy, run['entropy'])
                 stats['policy/entropy_coef'] = raw.entropy_coef
+                stats['policy/entropy_error'] = entropy_target(cfg, run['entropy']) - entropy
             for g in opt.param_groups: g['lr'] = learning_rate(cfg, step)
             if cfg.update_dropout: raw.model.train()
             stats |= update(acc, objective, opt, rollouts, cfg, updates)

@@ -1,0 +1,64 @@
+"The notebooks as a book: cells of one thought, each used at once, everything documented, pictures; and what `@patch` must not hide."
+import ast
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT/'scripts'))
+import book
+
+PAGES = {n: nb for n, nb in book.exporting(sorted((ROOT/'nbs').glob('*.ipynb'))).items()}
+CHAPTERS = ['32_multiscale_vq', '33_var'] # what is written as chapters; the list grows
+MODULES = sorted(p for p in (ROOT/'arpo_nb').rglob('*.py') if not p.stem.startswith('_'))
+
+
+@pytest.mark.parametrize('name', CHAPTERS)
+def test_a_chapter_reads_like_one(name):
+    m = book.measure(PAGES[name])
+    sizes = sorted(m['sizes'])
+    assert sizes[len(sizes)//2] <= 9 and sizes[int(.9*len(sizes))] <= 22 and sizes[-1] <= 40
+    assert book.share(m['used']) >= 95 and book.share(m['follows']) >= 85
+    assert m['checks'] >= 3*len(m['own']) and m['pictures'] >= 2
+    assert book.share(m['docments']) >= 95
+    assert all(m['functions']) and all(m['methods'])
+
+
+def test_what_is_counted():
+    cell = lambda text: dict(cell_type='code', source=text)
+    nb = dict(cells=[cell('#| export\nimport os'), cell('#| exports\nclass A:\n    "What"\n    def __init__(self, x): self.x = x'),
+                     cell('#| exports\n@patch\ndef f(self:A,\n      n # how many\n     ):\n    return n'), cell('assert A(1).f(2) == 2'),
+                     cell('#| export\ndef _h(): pass\ndef g(a, b): pass'), cell('#| hide\ng(1, 2)')])
+    m = book.measure(nb)
+    assert m['sizes'] == [3, 5, 2] and m['own'] == ['A', 'g'] and m['used'] == [True, False]
+    assert m['follows'] == [True, True, False] and m['checks'] == 1
+    assert m['docments'] == [False, True, False, False] and m['functions'] == [False] and m['methods'] == [False]
+
+
+def patched(tree): return [n for n in tree.body if book.is_patch(n)]
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
+def test_patch_hides_no_name_of_the_module(path):
+    "`@patch` leaves a name in the module that is not the method, so no import, function or class may have that name"
+    tree = ast.parse(path.read_text())
+    bound = [a.asname or a.name.partition('.')[0] for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
+    bound += [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not book.is_patch(n)]
+    bound += [t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+    assert not {n.name for n in patched(tree)} & {*bound}
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
+def test_patched_methods_name_their_class(path):
+    "In a patched method the bare `super()` fails when it is called, long after the import"
+    for n in patched(ast.parse(path.read_text())):
+        assert n.args.args[0].annotation is not None, n.name
+        bare = [c for c in ast.walk(n) if isinstance(c, ast.Call) and getattr(c.func, 'id', '') == 'super' and not c.args]
+        assert not bare, f'{n.name}: write super(Class, self)'
+
+
+def test_the_book_as_a_whole():
+    "Floors that rise with every chapter"
+    m = book.total([book.measure(nb) for nb in PAGES.values()])
+    assert book.share(m['docments']) >= 59 and book.share(m['used']) >= 60 and book.share(m['follows']) >= 62
+    assert book.share(m['functions']) >= 98 and book.share(m['methods']) >= 69
