@@ -92,6 +92,7 @@ class ModelSpec:
     image_size: int = 0 # side in pixels
     files: dict = field(default_factory=dict) # policy, tokenizer (if apart from it) and text: keys of `weights.FILES`
     layout: str = '' # of the policy's file, as its authors store it
+    export: Any = None # function of a system, the trained part and the base file to what that file holds
     text_beside: Any = None # function of local weights to the text tokenizer beside them, or None
     encoder: Any = None # function of `weights` to what turns prompts into conditions
     answers: Any = None # function of `weights` and that encoder to log-probabilities of answers, see `System`

@@ -8,11 +8,15 @@ import pytest
 import torch
 from PIL import Image
 from accelerate.tracking import GeneralTracker
+from conftest import ROOT
 from safetensors.torch import load_file
 from test_run_life import CFG, DATA, FREE, Bright, go, same_weights, tiny
 
 from arpo_nb.config import Config, preset
 from arpo_nb.rewards import WeightedSum
+from arpo_nb.specs import find_model, resolve
+from arpo_nb.systems import load_shapes, load_system
+from arpo_nb.training.export import export, push
 from arpo_nb.training.launch import launch, run
 from arpo_nb.training.run_folder import read_rows
 from arpo_nb.training.saving import find_checkpoint, read_run, snapshots
@@ -196,3 +200,68 @@ def test_a_policy_that_comes_partly_frozen_stays_so(tmp_path):
     assert moved == {'output.weight'}
     go(tmp_path/'again', replace(CFG, method='tokenizer', num_generations=1), system)
     assert not any(p.requires_grad for p in system.policy.parameters())
+
+
+# --- handed on
+
+def recorded(name):
+    data = json.loads((ROOT/'tests'/'golden'/name).read_text())['state_dict']
+    return {k: list(v['shape'] if isinstance(v, dict) else v) for k, v in data.items()}
+
+
+def shapes(state): return {k: list(v.shape) for k, v in state.items()}
+
+
+@pytest.mark.parametrize('model, manifest, unwrap', [
+    ('llamagen_b', 'llamagen/manifests/GPT-B_c2i_256.json', lambda c: c['model']), ('llamagen_xxl', 'llamagen/manifests/GPT-XXL_c2i_384.json', lambda c: c['model']),
+    ('llamagen_t2i_xl', 'llamagen/manifests/GPT-XL_t2i_256.json', lambda c: c['model']), ('var_d16', 'var/manifests/var_d16.json', lambda c: c),
+    ('vqgan_cin', 'vqgan/manifests/cin_transformer.json', lambda c: c['state_dict'])])
+def test_exports_have_the_official_names_and_shapes(model, manifest, unwrap):
+    "At the published sizes, on the meta device: the official class loads them strictly"
+    system = load_shapes(model, perceptual=False)
+    contents = resolve(find_model(model).export)(system)
+    assert shapes(unwrap(contents)) == recorded(manifest)
+
+
+@pytest.mark.parametrize('layout', ['official', 'transformers'])
+def test_janus_is_whole_in_both_layouts(layout):
+    pytest.importorskip('transformers')
+    base = {k: torch.empty(s, device='meta') for k, s in recorded(f'janus/manifests/Janus-Pro-1B_{layout}.json').items()}
+    system = load_shapes('janus_pro_1b', perceptual=False)
+    made = resolve(find_model('janus_pro_1b').export)(system, base=base, layout=layout)
+    assert shapes(made) == shapes(base)
+    ours = sum(p.numel() for p in system.policy.state_dict().values())
+    replaced = [k for k in made if made[k] is not base[k]]
+    assert sum(made[k].numel() for k in replaced) == ours
+
+
+def test_export_and_back(tmp_path):
+    cfg = replace(preset('toy'), steps=1, batch_size=8, num_generations=2)
+    run(cfg, tmp_path/'run', progress=False)
+    tuned = load_file(tmp_path/'run'/'checkpoint'/'policy.safetensors')
+    for name in 'a.pt', 'a.safetensors', 'a':
+        policy = load_system('toy', str(export(tmp_path/'run', tmp_path/name)), perceptual=False).policy
+        assert all(torch.equal(v, tuned[k]) for k, v in policy.state_dict().items())
+    with pytest.raises(FileExistsError, match='already there'): export(tmp_path/'run', tmp_path/'a.pt')
+    loaded = load_system('toy', str(tmp_path/'run'), perceptual=False).policy.state_dict()
+    assert all(torch.equal(v, tuned[k]) for k, v in loaded.items())
+
+
+def test_push_and_pull(tmp_path, monkeypatch):
+    import shutil
+    import arpo_nb.weights as weights
+    class Hub:
+        def create_repo(self, repo, private=True, exist_ok=True): self.made = repo, private
+        def upload_folder(self, repo_id, folder_path, commit_message): shutil.copytree(folder_path, tmp_path/'hub'/repo_id)
+    hub = Hub()
+    run(replace(preset('toy'), steps=1, batch_size=8, num_generations=2, sample_every=1, data='default'), tmp_path/'run', progress=False)
+    assert push(tmp_path/'run', 'me/toy', client=hub) == 'https://huggingface.co/me/toy' and hub.made == ('me/toy', True)
+    assert sorted(p.name for p in (tmp_path/'hub'/'me'/'toy').rglob('*') if p.is_file()) == ['000001.png', 'README.md', 'policy.safetensors', 'run.json']
+    card = (tmp_path/'run'/'README.md').read_text()
+    assert card.startswith('---') and "weights='hf://me/toy'" in card and str(tmp_path) not in card and 'samples/000001.png' in card
+    real = weights._hub()
+    monkeypatch.setattr(real, 'snapshot_download', lambda repo, **kw: str(tmp_path/'hub'/repo), raising=False)
+    with pytest.warns(UserWarning, match='taken as it is now'): pulled = load_system('toy', 'hf://me/toy', perceptual=False)
+    tuned = load_file(tmp_path/'run'/'checkpoint'/'policy.safetensors')
+    assert all(torch.equal(v, tuned[k]) for k, v in pulled.policy.state_dict().items())
+    with pytest.raises(ValueError, match='expected user/name'): push(tmp_path/'run', 'toy', client=hub)

@@ -631,6 +631,7 @@ def _spec(name):
                      image_size=384, files=dict(policy=name, text=f'{name}_text'), text_beside=text_tokenizer_file,
                      encoder=partial(load_prompt_encoder, name), answers=answers, guidance=CFG_SCALE,
                      sampling={'VA-π': dict(cfg_scale=CFG_SCALE)},
+                     export='arpo_nb.models.layouts:janus_file',
                      layout="DeepSeek's: a torch file of tensors, or its folder", reference='imagenet256_reference',
                      recipes={**PAPERS, **_OWN})
 

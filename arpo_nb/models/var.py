@@ -579,7 +579,8 @@ def _spec(name):
     side = 16*var_config(name).patch_nums[-1]
     return ModelSpec(name, partial(build_var, name), f'VAR-{name[4:]}, classes, {side} px', num_classes=1000,
                      class_names='arpo_nb.systems:imagenet_classes', image_size=side, reference='imagenet256_reference',
-                     files=dict(policy=name, tokenizer='var_vae'), layout="VAR's: a torch file of tensors",
+                     files=dict(policy=name, tokenizer='var_vae'), export='arpo_nb.models.layouts:var_file',
+                     layout="VAR's: a torch file of tensors",
                      # VAR's own sampler, whose cfg of 1.5 is a guidance of 2.5 here
                      sampling={'VAR-GRPO': dict(cfg_scale=2.5, top_k=900, top_p=.96)},
                      recipes={**PAPERS, 'grpo': 'var_grpo'})

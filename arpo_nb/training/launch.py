@@ -274,6 +274,8 @@ def _told(start):
 DOORS = dict(train=('arpo_nb.training.launch', 'post-train a model: FILE | --model NAME --out_dir DIR'),
              plan=('arpo_nb.training.launch', 'say what a run needs and costs: as train'),
              sample=('arpo_nb.evaluation.sample_writer', 'draw pictures into a folder'),
+             export=('arpo_nb.training.export', "write tuned weights for the authors' code: RUN --to FILE"),
+             push=('arpo_nb.training.export', 'publish tuned weights on the hub: RUN user/repo'),
              models=('arpo_nb.systems', 'list the models'),
              weights=('arpo_nb.weights', 'find, fetch and check published files'),
              eval=('', 'run_eval.ipynb with its parameters as --NAME VALUE; --notebook and --output name the files'))
@@ -288,7 +290,8 @@ def arpo(argv=None):
         sys.exit(0 if argv and argv[0] in ('-h', '--help') else 2)
     door, rest = argv[0], argv[1:]
     if door == 'eval': return _papermill(rest)
-    made = import_module(DOORS[door][0]).main([*rest, *['--dry-run']*(door == 'plan')])
+    first = [door]*(door in ('export', 'push'))
+    made = import_module(DOORS[door][0]).main([*first, *rest, *['--dry-run']*(door == 'plan')])
     return made if made is None or isinstance(made, int) else None
 
 def _papermill(words):

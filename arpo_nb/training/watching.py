@@ -64,7 +64,7 @@ def _tracker(name):
     if is_dotted(name):
         made = resolve(name, 'log_with')()
         if isinstance(made, GeneralTracker): return made
-        raise ValueError(f"log_with={name!r}: made a {type(made).__name__}, expected an accelerate.tracking.GeneralTracker")
+        raise ValueError(f"log_with={name!r}: made a {type(made).__name__}, expected a GeneralTracker of accelerate")
     if name not in known:
         raise ValueError(f"log_with={name!r}: no such tracker; choose from {', '.join(known)}, or package.module:Class")
     if name not in map(str, get_available_trackers()):
