@@ -76,7 +76,8 @@ def field_table(cls) -> str: # Markdown: one table per group
     "The fields of a dataclass, a named tuple or a protocol; or parameters"
     notes, lines, group = field_notes(cls), [], None
     typed = any(f.type for f in notes)
-    head = 'field | type | default | meaning' if typed else 'parameter | default | meaning'
+    head = ('field | type | default | meaning' if typed
+            else 'parameter | default | meaning')
     for f in notes:
         if f.group != group:
             title = [f'**{f.group}**', ''] if f.group else []
@@ -95,7 +96,8 @@ def has_fields(cls) -> bool: # whether a table of fields says more than a signat
 
 # %% ../nbs/62_docs.ipynb #e357daad
 def public_methods(cls) -> list: # names, in the order of the source
-    "Methods of a class that are meant to be called; `__call__` is one where it is explained"
+    ("Methods of a class that are meant to be called; `__call__` is one where it is "
+     "explained")
     def shown(name, f):
         f = getattr(f, '__func__', getattr(f, 'fget', f))
         explained = name == '__call__' and f.__doc__
@@ -294,12 +296,14 @@ def framed_table(cls) -> str: # Markdown
 
 @patch_to(SitePage)
 def rewrite_entry(self, cell, visible:bool): # whether the source follows on the page
-    "Fields as a table, methods as entries; no signature where the source itself follows"
+    ("Fields as a table, methods as entries; no signature where the source itself "
+     "follows")
     obj = self.find(shown_name(cell))
     for out in cell.get('outputs', []):
         text = out.get('data', {}).get('text/markdown')
         if text is None: continue
-        text = (text if isinstance(text, str) else ''.join(text)).removeprefix('---\n\n')
+        text = (text if isinstance(text, str)
+                else ''.join(text)).removeprefix('---\n\n')
         fields = inspect.isclass(obj) and has_fields(obj)
         if visible or fields: text = SIGNATURE.sub('', text, count=1)
         if fields: text += '\n\n' + framed_table(obj)

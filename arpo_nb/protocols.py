@@ -59,7 +59,8 @@ class Streams:
             [index[:, 0], index[:, 1]*n + np.tile(np.arange(n), len(self))], 1))
 
     def _generators(self, purpose):
-        return (np.random.Generator(np.random.Philox(key=self.seed, counter=[0, purpose, g, i]))
+        return (np.random.Generator(np.random.Philox(key=self.seed,
+                                                     counter=[0, purpose, g, i]))
                 for i, g in self.index.tolist())
 
     def uniform(self,
@@ -67,7 +68,8 @@ class Streams:
                 purpose:int=SAMPLE, # which use they are for
                 device=None, # where the result goes
                ) -> Tensor: # [N, *shape] float32 in [0, 1)
-        "Uniform numbers for every image, the same wherever and in whatever company they are drawn"
+        ("Uniform numbers for every image, the same wherever and in whatever company "
+         "they are drawn")
         draws = [g.random(shape, np.float32) for g in self._generators(purpose)]
         return torch.from_numpy(np.stack(draws) if draws
                                 else np.empty((0, *shape), np.float32)).to(device)
@@ -110,7 +112,8 @@ class Batch:
 # %% ../nbs/01_protocols.ipynb #358bbedf
 @dataclass(frozen=True)
 class Rollout:
-    "A group of samples per image, with everything the update needs and nothing it must recompute"
+    ("A group of samples per image, with everything the update needs and nothing it "
+     "must recompute")
     # --- What was asked for, and what was sampled
     batch: Batch # B conditions, with their images if there are any
     tokens: Tensor # [B, G, T] int64, sampled
@@ -149,8 +152,9 @@ class Rollout:
          "condition once")
         b, g = self.tokens.shape[:2]
         if self.context.shape[1] != g:
-            raise ValueError(f"flat: {g} samples share {self.context.shape[1]} contexts; "
-                             "only samples with contexts of their own can stand alone")
+            raise ValueError(f"flat: {g} samples share {self.context.shape[1]} "
+                             "contexts; only samples with contexts of their own can "
+                             "stand alone")
         rows = np.tile(np.arange(b), g)
         batch = Batch(map_cond(lambda c: c.repeat(g, *[1]*(c.ndim-1)), self.batch.cond),
                       self.batch.streams.take(rows))
@@ -167,7 +171,8 @@ class Policy(Protocol):
     vocab_size: int # V
 
     def hidden(self, context:Tensor, cond) -> Tensor:
-        "[N, T] context tokens and N conditions to [N, T, D] states; state t predicts token t"
+        ("[N, T] context tokens and N conditions to [N, T, D] states; state t predicts "
+         "token t")
     def head(self, hidden:Tensor) -> Tensor:
         "[..., D] states to [..., V] float32 logits"
     def generate(self, cond, streams:Streams, *, temperature:float=1.,
@@ -185,7 +190,8 @@ class Tokenizer(Protocol):
     def encode(self, images:Tensor) -> Tensor:
         "[N, 3, H, W] in [0, 1] to [N, T] ids"
     def decode(self, tokens:Tensor, clamp:bool=True) -> Tensor:
-        "[N, T] ids to [N, 3, H, W] in [0, 1]; unclamped keeps gradients alive everywhere"
+        ("[N, T] ids to [N, 3, H, W] in [0, 1]; unclamped keeps gradients alive "
+         "everywhere")
     def decode_probs(self, probs:Tensor, clamp:bool=True) -> Tensor:
         "[N, T, K] (relaxed) one-hot rows to pixels, differentiable in `probs`"
     def decoder_parameters(self) -> list:

@@ -82,7 +82,8 @@ def pool_to_grid(maps:list, # error maps [B, G, h, w]
                       for g in grids], -1)
 
 class ReconstructionReward:
-    "−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or per token"
+    ("−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or "
+     "per token")
     def __init__(self,
                  perceptual=None, # `Perceptual` network, None for pixels only
                  mse_coef:float=1., perceptual_coef:float=1.,
@@ -104,9 +105,10 @@ class ReconstructionReward:
         check_images(batch.images, 'batch.images')
         if self.clamp: images = images.clamp(0, 1)
         if images.shape[:1] + images.shape[2:] != batch.images.shape:
-            raise ValueError(f"images: {list(images.shape)} do not belong to batch.images "
-                             f"{list(batch.images.shape)}; expected [B, G, 3, H, W] and "
-                             "[B, 3, H, W] with the same B, H, W; resize one of them")
+            raise ValueError(f"images: {list(images.shape)} do not belong to "
+                             f"batch.images {list(batch.images.shape)}; expected [B, "
+                             "G, 3, H, W] and [B, 3, H, W] with the same B, H, W; "
+                             "resize one of them")
         maps = error_maps(images, batch.images, self.perceptual, self.mse_coef,
                           self.perceptual_coef)
         return -(pool_to_grid(maps, self.grid) if self.grid
@@ -150,7 +152,8 @@ def _rows(name, reward, images, batch, state, chunk_size, straight):
     whole, out = getattr(reward, 'together', False) or not chunk_size, []
     n = 0 if whole else max(1, chunk_size//images.shape[1])
     parts = ([(images, batch)] if whole else
-             [(images[i:i+n], batch.take(slice(i, i+n))) for i in range(0, len(images), n)])
+             [(images[i:i+n], batch.take(slice(i, i+n)))
+              for i in range(0, len(images), n)])
     for x, b in parts:
         r, new = ask_reward(reward, x, b, state, name)
         if not straight: check_orientation(reward, x, b, state, r, name)

@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb: prose as it is, code and printed output fenced, links from the repository's root."
+"Write the table of all pages into nbs/index.ipynb, and README.md from it: prose as it is, code and output fenced."
 import json
 import re
 from pathlib import Path
@@ -10,6 +10,26 @@ def from_root(text: str) -> str:
     "The text of a notebook with its links to notebooks and pictures as seen from the repository's root"
     text = re.sub(r'(!\[[^]]*\]\([^)]*\))\{[^}]*\}', r'\1', text) # what only quarto reads
     return re.sub(r'(\]\(|src=")((?:images/)?[\w.-]+\.(?:ipynb|png|svg|jpg)(?:#[\w.-]*)?)(?=[)"])', r'\1nbs/\2', text)
+
+
+def page_table() -> str:
+    "A row for each section of the sidebar, with its pages by title"
+    title = lambda f: re.match('# (.+)', ''.join(json.loads((ROOT/'nbs'/f).read_text(encoding='utf-8'))['cells'][0]['source']))[1]
+    rows, sections = ['| | |', '|--|--------|'], (ROOT/'nbs/sidebar.yml').read_text().split('- section: ')[1:]
+    for section in sections:
+        links = [f'[{title(f)}]({f})' for f in re.findall(r'[\w-]+\.ipynb', section)]
+        rows.append(f"| {section.splitlines()[0].strip()} | {', '.join(links)} |")
+    return '\n'.join(rows)
+
+
+def write_pages():
+    "The table of all pages on the home page, as the sidebar and the titles have it"
+    index = ROOT/'nbs/index.ipynb'
+    home = json.loads(index.read_text(encoding='utf-8'))
+    cell = home['cells'][-1]
+    text = re.sub(r'(## All pages\n\n).*?(?=\n\n)', lambda m: m[1] + page_table(), ''.join(cell['source']), flags=re.S)
+    cell['source'] = text.splitlines(keepends=True)
+    index.write_text(json.dumps(home, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
 def readme() -> str:
@@ -29,4 +49,6 @@ def readme() -> str:
     return '\n\n'.join(parts) + '\n'
 
 
-if __name__ == '__main__': (ROOT/'README.md').write_text(readme(), encoding='utf-8')
+if __name__ == '__main__':
+    write_pages()
+    (ROOT/'README.md').write_text(readme(), encoding='utf-8')

@@ -76,7 +76,8 @@ def _apply(rules, text):
     return text
 
 class _Text(HTMLParser):
-    "Collects the text between tags; an unknown &name; loses its semicolon, a known one may lack it"
+    ("Collects the text between tags; an unknown &name; loses its semicolon, a known "
+     "one may lack it")
     def __init__(self):
         super().__init__(convert_charrefs=False)
         self.parts, self.inside = [], 0
@@ -125,7 +126,8 @@ def left_pad(feats:Tensor, # [B, L, D] features, valid rows first
 def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each caption
                    length:int=120, # rows after padding
               ) -> tuple: # features [B, length, D], mask [B, length], how many too long
-    "Right-align features of different lengths; longer ones lose their tail, as LlamaGen truncates"
+    ("Right-align features of different lengths; longer ones lose their tail, as "
+     "LlamaGen truncates")
     rows = [torch.as_tensor(np.asarray(r, np.float32)) for r in rows]
     feats, mask = (torch.zeros(len(rows), length, rows[0].shape[-1]),
                    torch.zeros(len(rows), length, dtype=torch.long))

@@ -176,8 +176,9 @@ def ten_crop(image:Image.Image, # at least size × size
     "Four corners, the centre, and the same from the mirror image"
     w, h = image.size
     if min(w, h) < size:
-        raise ValueError(f"ten_crop: the picture is {w}×{h}, smaller than size={size}; crop it "
-                         "to size*1.1 first, as in center_crop(image, int(size*1.1))")
+        raise ValueError(f"ten_crop: the picture is {w}×{h}, smaller than size={size}; "
+                         "crop it to size*1.1 first, as in center_crop(image, "
+                         "int(size*1.1))")
     corners = [(0, 0), (w-size, 0), (0, h-size), (w-size, h-size),
                (round((w-size)/2), round((h-size)/2))]
     return [im.crop((x, y, x+size, y+size))
@@ -193,7 +194,8 @@ def to_uint8(pixels:Tensor, # [N, 3, H, W], nominally in [0, 1]
 def resize_pixels(pixels:Tensor, # [N, 3, H, W], unclamped
                   size:int, # new side
                  ) -> Tensor: # [N, 3, size, size]
-    "Bicubic resize without antialiasing, as between a 384-pixel model and the 256-pixel evaluation"
+    ("Bicubic resize without antialiasing, as between a 384-pixel model and the "
+     "256-pixel evaluation")
     return (pixels if pixels.shape[-1] == size
             else F.interpolate(pixels.float(), (size, size), mode='bicubic',
                                align_corners=False))

@@ -29,7 +29,8 @@ def step_rows(n:int, # images in the data set
     "The rows of one step"
     at = np.arange(step*batch_size, (step+1)*batch_size)
     stream = lambda epoch: np.random.Philox(key=seed, counter=[0, EPOCH, 0, epoch])
-    perms = {e: np.random.Generator(stream(int(e))).permutation(n) for e in np.unique(at//n)}
+    perms = {e: np.random.Generator(stream(int(e))).permutation(n)
+             for e in np.unique(at//n)}
     return np.array([perms[e][i] for e, i in zip(at//n, at%n)])
 
 # %% ../../nbs/04_data.ipynb #0dcc2d3f
@@ -276,7 +277,8 @@ class LabelData:
                  split:float=1., # share of the classes that is used, chosen by `seed`
                  seed:int=0):
         n = max(1, round(split*num_classes))
-        random = np.random.Generator(np.random.Philox(key=seed, counter=[1, EPOCH, 0, 0]))
+        random = np.random.Generator(np.random.Philox(key=seed,
+                                                      counter=[1, EPOCH, 0, 0]))
         self.labels = torch.from_numpy(np.sort(random.permutation(num_classes)[:n]))
 
     def __len__(self): return len(self.labels)

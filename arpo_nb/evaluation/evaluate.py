@@ -15,7 +15,8 @@ from ..protocols import MetricNet, Streams
 
 # %% ../../nbs/50_evaluate.ipynb #8e7b0898
 def root_factor(sigma:Tensor) -> Tensor: # L with L Lᵀ = sigma, [D, rank]
-    "Cholesky factor of a covariance, or its eigenvectors times their roots where it is singular"
+    ("Cholesky factor of a covariance, or its eigenvectors times their roots where it "
+     "is singular")
     L, failed = torch.linalg.cholesky_ex(sigma)
     if not failed: return L
     values, vectors = torch.linalg.eigh(sigma)
@@ -160,7 +161,8 @@ def evaluate(policy, tokenizer, # `Policy`, `Tokenizer`
     "fid, inception_score, precision, recall and class accuracy of `n` generated images"
     outs = [(*metric_net.net(x), y)
             for x, y in generate_images(
-                policy, tokenizer, torch.arange(n) % num_classes, seed, batch_size=batch_size,
+                policy, tokenizer, torch.arange(n) % num_classes, seed,
+                batch_size=batch_size,
                 progress=progress, device=device, **sampling)]
     feats, logits, labels = (torch.cat(x).cpu() for x in zip(*outs))
     precision, recall = precision_recall(metric_net.features, feats)

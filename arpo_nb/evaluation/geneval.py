@@ -323,7 +323,8 @@ class StandInDetector:
                                         "are neither in such a folder nor in the "
                                         "cache of the hub, and could not be had from "
                                         "there. Where there is a network: hf download "
-                                        f"{self.hub} --local-dir FOLDER; then pass the folder") from e
+                                        f"{self.hub} --local-dir FOLDER; then pass the "
+                                        "folder") from e
         if model.config.num_labels != 80:
             raise ValueError(f"the detector has {model.config.num_labels} "
                              "classes, expected " "COCO's 80 of instance segmentation")

@@ -268,7 +268,8 @@ def _stored_features(path, dim):
 def looks_sorted(classes:Tensor,
                  # [N] labels, or predicted classes, in the order of the files
                 ) -> bool:
-    "Whether neighbours share their class far more often than they would in random order"
+    ("Whether neighbours share their class far more often than they would in random "
+     "order")
     share = classes.unique(return_counts=True)[1].double()/len(classes)
     chance, agree = share.square().sum(), (classes[1:] == classes[:-1]).double().mean()
     return len(classes) > 20 and bool(agree - chance > .25*(1 - chance))

@@ -23,7 +23,8 @@ def show_images(images:Tensor, # [N, 3, H, W] in [0, 1]
     n, c, h, w = images.shape
     cols = -(-n//rows)
     grid = np.ones((rows*(h+1)-1, cols*(w+1)-1, 3))
-    for i, im in enumerate(images.detach().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()):
+    for i, im in enumerate(
+            images.detach().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()):
         y, x = (i//cols)*(h+1), (i%cols)*(w+1)
         grid[y:y+h, x:x+w] = im
     if ax is None:
@@ -82,7 +83,8 @@ def plot_density(features:dict, # name: [N, D]; the first set spans the plane
                  share:float=.5, # of each set that its contour encloses
                  ax=None, # axes to draw on
                 ): # the axes
-    "Contours of kernel densities of sets of images on the first set's main axes (as VA-π Fig. 1 b)"
+    ("Contours of kernel densities of sets of images on the first set's main axes (as "
+     "VA-π Fig. 1 b)")
     from scipy.stats import gaussian_kde
     if ax is None: ax = plt.subplots(figsize=(3.4, 3), constrained_layout=True)[1]
     flat = principal_plane(next(iter(features.values())))

@@ -59,7 +59,8 @@ def entropy_coef(progress:float, # p in [0, 1]
                  clamp_inside:bool=False, # apply the bounds inside the deadband too
                  **schedule, # of `entropy_schedule`
                 ) -> float:
-    "Effective entropy coefficient: the schedule times exponential feedback (LOO-FID Eq. 33)"
+    ("Effective entropy coefficient: the schedule times exponential feedback (LOO-FID "
+     "Eq. 33)")
     check_unit('entropy', entropy)
     coef, error = entropy_schedule(progress, **schedule), target - entropy
     if abs(error) > deadband: return min(max(coef*math.exp(gain*error), low), high)

@@ -22,7 +22,8 @@ def all_sequences(vocab_size:int, # V
     if vocab_size**num_tokens > 2**20:
         raise ValueError(f"{vocab_size}^{num_tokens} sequences can't be listed; keep "
                          "vocab_size**num_tokens below 2^20")
-    return torch.cartesian_prod(*[torch.arange(vocab_size)]*num_tokens).view(-1, num_tokens)
+    return torch.cartesian_prod(
+        *[torch.arange(vocab_size)]*num_tokens).view(-1, num_tokens)
 
 # %% ../../nbs/03_enumerable.ipynb #0d8631de
 class TablePolicy(nn.Module):
@@ -115,8 +116,10 @@ class PatchTokenizer(nn.Module):
         return (grey.flatten(1)[..., None] - self.levels).abs().argmin(-1)
 
     def log_likelihood(self, images:Tensor, tokens:Tensor) -> Tensor:
-        "log p(I | x) of [N, 3, H, W] images under [S, T] sequences, [N, S]; grey pixels count once"
-        error = (images[:, None, 0] - self.decode(tokens)[None, :, 0]).square().sum((-2, -1))
+        ("log p(I | x) of [N, 3, H, W] images under [S, T] sequences, [N, S]; grey "
+         "pixels count once")
+        error = (images[:, None, 0]
+                 - self.decode(tokens)[None, :, 0]).square().sum((-2, -1))
         return (-error/(2*self.noise**2)
                 - self.image_size**2/2*math.log(2*math.pi*self.noise**2))
 

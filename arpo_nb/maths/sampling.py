@@ -18,8 +18,8 @@ def filter_logits(logits:Tensor, # [..., V] scores
                  ) -> Tensor: # [..., V], dropped codes at -inf
     "Temperature, then top-k, then top-p on what is left"
     if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
-        raise ValueError(f"{temperature=}, {top_k=}, {top_p=}: expected temperature >= 0, "
-                         "top_k >= 0 (0 is off) and top_p in [0, 1] (1 is off)")
+        raise ValueError(f"{temperature=}, {top_k=}, {top_p=}: expected temperature >= "
+                         "0, top_k >= 0 (0 is off) and top_p in [0, 1] (1 is off)")
     logits = logits / max(temperature, 1e-5)
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:],

@@ -67,7 +67,8 @@ def check_policy(policy, # `Policy`, in eval mode
         _check_distribution(policy, repeat_cond(cond, -(-samples//n)), seed, kw)
 
 def _check_distribution(policy, cond, seed, kw):
-    "Drawn tokens must have the log-probability that their distribution gives them on average"
+    ("Drawn tokens must have the log-probability that their distribution gives them on "
+     "average")
     streams = Streams.range(seed, 1000,
                             len(cond[0] if isinstance(cond, (tuple, list)) else cond))
     drawn = policy.generate(cond, streams, **kw)
@@ -82,9 +83,10 @@ def _check_distribution(policy, cond, seed, kw):
     gap = torch.where(outside, 0., got + entropy).sum(1)
     error = gap.std()/len(gap)**.5 + 1e-3
     _must(gap.mean().abs() < 6*error,
-          f"{name}: sequences have {gap.mean():+.2f} nats more than hidden's distribution gives "
-          f"them on average, {gap.mean().abs()/error:.0f} standard errors; generate and hidden "
-          "describe different distributions, or a setting is ignored")
+          f"{name}: sequences have {gap.mean():+.2f} nats more than hidden's "
+          f"distribution gives them on average, {gap.mean().abs()/error:.0f} standard "
+          "errors; generate and hidden describe different distributions, or a setting "
+          "is ignored")
 
 def check_tokenizer(tokenizer, # `Tokenizer`, in eval mode
                     images:Tensor): # [N, 3, H, W] in [0, 1]
@@ -107,7 +109,8 @@ def check_tokenizer(tokenizer, # `Tokenizer`, in eval mode
           f"{pixels.max():.2f}], expected {list(images.shape)} in [0, 1]")
     _must(torch.allclose(pixels, soft, atol=1e-4),
           "decode_probs: one-hot rows give other pixels than decode")
-    grad, = torch.autograd.grad(tokenizer.decode_probs(onehot, clamp=False).sum(), onehot)
+    grad, = torch.autograd.grad(tokenizer.decode_probs(onehot, clamp=False).sum(),
+                                onehot)
     _must(grad.abs().sum() > 0,
           "decode_probs: no gradient reaches the probabilities; clamp=False "
           "must not clamp, and nothing may be detached")

@@ -59,10 +59,11 @@ class MultiScaleConfig:
         latent = self.image_size//self.downsample
         if self.patch_nums[-1] != latent or self.image_size % self.downsample:
             raise ValueError(f"patch_nums={self.patch_nums}: the last map has side "
-                             f"{self.patch_nums[-1]}, but image_size={self.image_size} shrunk "
-                             f"{self.downsample}-fold has a latent of side "
-                             f"{self.image_size/self.downsample:g}; end patch_nums with the "
-                             f"latter, or use image_size={self.patch_nums[-1]*self.downsample}")
+                             f"{self.patch_nums[-1]}, but image_size={self.image_size} "
+                             f"shrunk {self.downsample}-fold has a latent of side "
+                             f"{self.image_size/self.downsample:g}; end patch_nums "
+                             f"with the latter, or use "
+                             f"image_size={self.patch_nums[-1]*self.downsample}")
 
 # %% ../../nbs/32_multiscale_vq.ipynb #3194bc6f
 @patch(as_prop=True)
@@ -77,7 +78,8 @@ def num_tokens(self:MultiScaleConfig):
 
 # %% ../../nbs/32_multiscale_vq.ipynb #1c7ae2de
 class FusedAttn(nn.Module):
-    "Single-head self-attention over pixels, with one convolution for queries, keys and values"
+    ("Single-head self-attention over pixels, with one convolution for queries, keys "
+     "and values")
     def __init__(self, c:int, # channels
                  groups:int, # of the group norm
                 ):
@@ -105,7 +107,8 @@ class Stage(nn.Module):
                  n:int, # residual blocks
                  groups:int, # of the group norms
                  attn:bool, # attention after each block
-                 resize:nn.Module|None, # what changes the resolution at the end, or None
+                 # what changes the resolution at the end, or None
+                 resize:nn.Module|None,
                  name:str, # official name of that module
                 ):
         super().__init__()
@@ -332,7 +335,8 @@ def f_hats(self:MultiScaleQuantizer, codes:Tensor, # [N, T, C] of all scales
 
 # %% ../../nbs/32_multiscale_vq.ipynb #bb66010a
 class MultiScaleVQ(nn.Module):
-    "VAR's image tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
+    ("VAR's image tokenizer behind the `Tokenizer` protocol; parameter names are the "
+     "official ones")
     def __init__(self, cfg:MultiScaleConfig, # its shape
                 ):
         super().__init__()
@@ -388,7 +392,8 @@ def decode(self:MultiScaleVQ, tokens:Tensor, # of all maps, scale after scale
                          f"[N, {self.num_tokens}], "
                          f"the maps of sides {self.cfg.patch_nums} "
                          "one after the other")
-    if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
+    if (tokens.numel() and not tokens.is_meta
+            and not 0 <= tokens.min() <= tokens.max() < self.codebook_size):
         raise ValueError(f"tokens: ids from {tokens.min().item()} to "
                          f"{tokens.max().item()}, "
                          f"expected 0 ... {self.codebook_size-1} (codebook_size)")

@@ -78,7 +78,8 @@ def train_tokenizer(images:Tensor, # [N, 28, 28] uint8
                     *, perceptual_coef:float=.1, entropy_ratio:float=.02,
                     epochs:float=1., batch_size:int=64, learning_rate:float=2e-3,
                     seed:int=0, **kwargs):
-    "Train a `VQModel` on MSE + perceptual + VQ losses (VA-π Eq. 2); returns it with its losses"
+    ("Train a `VQModel` on MSE + perceptual + VQ losses (VA-π Eq. 2); returns it with "
+     "its losses")
     torch.manual_seed(seed)
     vq, look = (VQModel(cfg).to(memory_format=FAST),
                 perceptual.requires_grad_(False).to(memory_format=FAST))

@@ -64,7 +64,8 @@ class AttnBlock(nn.Module):
         # [B, 1, hw, c]
         q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None]
                    for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        h = F.scaled_dot_product_attention(
+            q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
 
 class Downsample(nn.Module):
@@ -204,21 +205,26 @@ class VQModel(nn.Module):
      "the official ones")
     def __init__(self, cfg:VQConfig):
         super().__init__()
-        self.cfg, self.image_size, self.codebook_size = cfg, cfg.image_size, cfg.codebook_size
+        self.cfg, self.image_size, self.codebook_size = (
+            cfg, cfg.image_size, cfg.codebook_size)
         side = cfg.image_size//cfg.downsample
         self.token_grid, self.num_tokens = (side, side), side*side
-        self.encoder, self.decoder, self.quantize = Encoder(cfg), Decoder(cfg), Quantizer(cfg)
+        self.encoder, self.decoder, self.quantize = (
+            Encoder(cfg), Decoder(cfg), Quantizer(cfg))
         self.quant_conv = nn.Conv2d(cfg.z_channels, cfg.codebook_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(cfg.codebook_embed_dim, cfg.z_channels, 1)
 
     def latents(self, images:Tensor) -> Tensor:
         "[B, 3, H, W] in [0, 1] to normalised latents [B, C, h, w]"
-        if (images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % self.cfg.downsample
-                or images.shape[3] % self.cfg.downsample or not images.is_floating_point()):
+        if (images.dim() != 4 or images.shape[1] != 3
+                or images.shape[2] % self.cfg.downsample
+                or images.shape[3] % self.cfg.downsample
+                or not images.is_floating_point()):
             raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, "
                              "expected floats in [0, 1] of shape [B, 3, H, W] with "
                              f"sides divisible by {self.cfg.downsample}; "
-                             f"image_io.to_tensor(image_io.center_crop(picture, {self.image_size})) gives one")
+                             f"image_io.to_tensor(image_io.center_crop(picture, "
+                             f"{self.image_size})) gives one")
         return self.quantize.normalize(self.quant_conv(self.encoder(2*images - 1)),
                                        dim=1)
 
@@ -229,7 +235,8 @@ class VQModel(nn.Module):
                 .argmin(1).view(len(images), -1))
 
     def decode_latents(self, z:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
-        "Code vectors [B, T, C] to pixels [B, 3, H, W]; `grid` (h, w) where it is not square"
+        ("Code vectors [B, T, C] to pixels [B, 3, H, W]; `grid` (h, w) where it is not "
+         "square")
         h, w = grid or [int(z.shape[1]**.5)]*2
         if h*w != z.shape[1]:
             raise ValueError(f"tokens: {z.shape[1]} per image, expected "
@@ -241,7 +248,8 @@ class VQModel(nn.Module):
 
     def decode(self, tokens:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
         "Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped"
-        if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
+        if (tokens.numel() and not tokens.is_meta
+                and not 0 <= tokens.min() <= tokens.max() < self.codebook_size):
             raise ValueError(f"tokens: ids from {tokens.min().item()} to "
                              f"{tokens.max().item()}, "
                              f"expected 0 ... {self.codebook_size-1} (codebook_size)")
@@ -253,11 +261,13 @@ class VQModel(nn.Module):
         return self.decode_latents(probs @ self.quantize.codes, clamp, grid)
 
     def decoder_parameters(self):
-        "What tokenizer post-training moves: everything after the codebook (VA-π App. C.2)"
+        ("What tokenizer post-training moves: everything after the codebook (VA-π App. "
+         "C.2)")
         return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
     def forward(self, images:Tensor, beta:float=0.25, entropy_ratio:float=0.):
-        "Straight-through reconstruction of `images` and the VQ losses, for training a tokenizer"
+        ("Straight-through reconstruction of `images` and the VQ losses, for training "
+         "a tokenizer")
         z = self.latents(images).permute(0, 2, 3, 1)
         ids = self.quantize.distances(z.reshape(-1, z.shape[-1])).argmin(1)
         codes = self.quantize.codes[ids].view_as(z)

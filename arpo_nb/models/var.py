@@ -91,7 +91,8 @@ class SelfAttention(nn.Module):
                                     nn.Parameter(torch.zeros(c)))
         self.register_buffer('zero_k_bias', torch.zeros(c))
         if cfg.attn_l2_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4)))
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1),
+                                                          math.log(4)))
         self.l2, self.scale = (cfg.attn_l2_norm, 1. if cfg.attn_l2_norm
                                else .25/(c//self.heads)**.5)
 
@@ -147,7 +148,7 @@ def _norm(x, scale, shift, eps):
 # %% ../../nbs/33_var.ipynb #49dd6d7d
 class Block(nn.Module):
     "Attention and MLP under adaptive layer norm"
-    def __init__(self, cfg:VARConfig, # width, heads, whether blocks share their modulation
+    def __init__(self, cfg:VARConfig, # width, heads, shared modulation or not
                 ):
         super().__init__()
         c, self.eps = cfg.width, cfg.norm_eps
@@ -234,7 +235,8 @@ def _check_quantizer(cfg, quantizer):
 
 # %% ../../nbs/33_var.ipynb #4c724bb1
 class VAR(nn.Module):
-    "VAR's transformer behind the `Policy` protocol; parameter names are the official ones"
+    ("VAR's transformer behind the `Policy` protocol; parameter names are the official "
+     "ones")
     has_sampler_logps = True # `generate` can return them
     def __init__(self, cfg:VARConfig, # its shape
                  # of the tokenizer; borrowed, neither trained nor saved
@@ -354,7 +356,8 @@ def seen(self:VAR, context:Tensor, # [N, T] codes
 def embed(self:VAR, context:Tensor, # [N, T] codes
           cond:Tensor, # [N, C] embedded labels
          ) -> Tensor:
-    "Tokens [N, T] and embedded labels [N, C] to the input of the first block, [N, T, C]"
+    ("Tokens [N, T] and embedded labels [N, C] to the input of the first block, [N, T, "
+     "C]")
     return (torch.cat([cond[:, None] + self.pos_start,
                        self.word_embed(self.seen(context))], 1) + self.positions())
 
@@ -449,7 +452,7 @@ def generate(policy:VAR, # whose tokens are drawn
              greedy:bool=False, # most probable tokens, no randomness
              # also log π of the drawn tokens as the sampler saw it, without truncation
              return_logps:bool=False,
-            ) -> Tensor: # [N, T] int64; with `return_logps` a pair, the second [N, T] in nats
+            ) -> Tensor: # [N, T] int64; with `return_logps` and [N, T] in nats
     "Draw token maps free-running, a scale at a time"
     policy.check_cond(cond)
     if len(cond) != len(streams):
@@ -505,7 +508,7 @@ def generate_smooth(policy:VAR, # whose pictures are drawn
                     top_k:int=0, # see `generate`
                     top_p:float=1., # see `generate`
                     cfg_scale:float=1., # see `generate`
-                   ) -> Tensor: # latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
+                   ) -> Tensor: # [N, z, h, w], for `MultiScaleVQ.decode_latents`
     "Smooth pictures: latents instead of tokens; arguments as in `generate`"
     policy.check_cond(cond)
     noise = -streams.bulk_uniform(policy.num_tokens, policy.vocab_size,

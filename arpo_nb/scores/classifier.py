@@ -43,10 +43,11 @@ def top_k_accuracy(logits:Tensor, # [N, classes]
 
 # %% ../../nbs/54_classifier.ipynb #719d5e6e
 def load_resnet50(weights:str|None=None,
-                  # None for the published file as `weights` finds it, 'random', or a path
+                  # None for the published file, 'random', or a path
                  ): # in eval mode
     "ResNet-50 with its V2 weights"
-    net = import_torchvision().models.resnet50(weights=None).eval().requires_grad_(False)
+    net = import_torchvision().models.resnet50(
+        weights=None).eval().requires_grad_(False)
     if weights == 'random': return net
     path = locate('resnet50_v2', weights)
     return load_strict(net, read_state_dict(path), path, describe=lambda s: 'ResNet-50'

@@ -260,7 +260,8 @@ class CLIPScorer(nn.Module):
         if len(images) != len(prompts):
             raise ValueError(f"prompts: expected one per image, got {len(prompts)} "
                              f"for {len(images)} images")
-        images, texts = self.embed_images(images), self.embed_texts(prompts, images.device)
+        images, texts = (self.embed_images(images),
+                         self.embed_texts(prompts, images.device))
         return (images*texts).sum(-1)
 
 # %% ../../nbs/23_clip.ipynb #6c4a128a
@@ -276,7 +277,8 @@ def cosine_scores(image_features:Tensor, text_features:Tensor, # [..., D], any l
     "The score of paired features, by its name in the literature"
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r}: choose one of {', '.join(SCALES)}")
-    image, text = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+    image, text = (F.normalize(image_features, dim=-1),
+                   F.normalize(text_features, dim=-1))
     return SCALES[scale]((image*text).sum(-1))
 
 # %% ../../nbs/23_clip.ipynb #eea42356
@@ -325,14 +327,16 @@ class CLIPReward:
         if len(batch.prompts) != len(images):
             raise ValueError(f"batch.prompts: expected {len(images)}, one per row of "
                              f"images, got {len(batch.prompts)}")
-        e = self.scorer.embed_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        e = self.scorer.embed_images(
+            images.flatten(0, 1)).unflatten(0, images.shape[:2])
         texts = self.scorer.embed_texts(batch.prompts, images.device)
         return (e*texts[:, None]).sum(-1), state
 
 class AestheticReward:
     "LAION's aesthetic score V2 of every image"
     def __init__(self, scorer:CLIPScorer, # of ViT-L/14
-                 head:AestheticHead): self.scorer, self.head = scorer, head.eval().requires_grad_(False)
+                 head:AestheticHead):
+        self.scorer, self.head = scorer, head.eval().requires_grad_(False)
 
     def score(self, images:Tensor) -> Tensor: # [N, 3, H, W] to [N]
         return self.head.to(images.device)(self.scorer.embed_images(images))
@@ -356,7 +360,7 @@ def clip_reward(name:str='clip_l14',
                                  **{'preprocess': pre, **options}))
 
 def aesthetic_reward(weights=None,
-                     # of the head: None for the published file, 'random', or a local file
+                     # of the head: None for the published one, 'random', or a file
                      # share the one of a `clip_l14` reward; None builds it
                      scorer:CLIPScorer|None=None,
                      clip_weights=None, # of ViT-L/14, if it is built

@@ -60,9 +60,9 @@ class LPIPSFeatures(nn.Module):
             raise ValueError("images: expected floats in [0, 1], got "
                              f"{images.dtype}; divide by 255")
         if min(images.shape[2:]) < self.side:
-            raise ValueError(f"images: {images.shape[2]} × {images.shape[3]} pixels are too few "
-                             f"for {self.published}, which needs sides of {self.side}; "
-                             "enlarge them or set perceptual_coef=0")
+            raise ValueError(f"images: {images.shape[2]} × {images.shape[3]} pixels "
+                             f"are too few for {self.published}, which needs sides of "
+                             f"{self.side}; enlarge them or set perceptual_coef=0")
         maps = self.lpips.net(self.lpips.scaling_layer(2*images - 1))
         heads = [lin.model[-1].weight.clamp(min=0).sqrt() for lin in self.lpips.lins]
         return [m/(m.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)*w

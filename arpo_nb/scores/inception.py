@@ -146,7 +146,8 @@ class Inception(nn.Module):
         x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x))))
         for name in self.blocks:
             if name == 'Mixed_6d':
-                spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+                spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(
+                    0, 2, 3, 1).flatten(1)
             x = getattr(self, name)(x)
         pool = x.mean((2, 3))
         return Features(pool, spatial, pool@self.fc.weight.T)
@@ -172,7 +173,7 @@ class Inception(nn.Module):
 
 # %% ../../nbs/26_inception.ipynb #6645d8f0
 def load_inception(weights:str|None=None,
-                   # None for the published file as `weights` finds it, 'random', or a path
+                   # None for the published file, 'random', or a path
                    seed:int=0, # of random weights
                   ) -> Inception: # in eval mode
     "The FID Inception with its weights"

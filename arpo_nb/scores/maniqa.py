@@ -65,7 +65,8 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads, self.qkv, self.proj = (heads, nn.Linear(dim, 3*dim),
                                            nn.Linear(dim, dim))
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2*size - 1)**2, heads))
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2*size - 1)**2, heads))
         self.register_buffer('relative_position_index', relative_positions(size))
 
     def forward(self, x:Tensor, # [B*windows, size², C]
@@ -108,7 +109,8 @@ class SwinLayer(nn.Module):
     def __init__(self, dim:int, side:int, depth:int, heads:int, size:int, hidden:int):
         super().__init__()
         self.side = side
-        self.blocks = nn.ModuleList(SwinBlock(dim, side, heads, size, size//2*(i % 2), hidden)
+        self.blocks = nn.ModuleList(SwinBlock(dim, side, heads, size, size//2*(i % 2),
+                                              hidden)
                                     for i in range(depth))
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
@@ -155,7 +157,8 @@ class MANIQA(nn.Module):
                                        dim_mlp, scale)
         tabs = lambda: nn.Sequential(*(ChannelAttention(side**2)
                                        for _ in range(num_tab)))
-        self.tablock1, self.conv1 = tabs(), nn.Conv2d(len(blocks)*embed_dim, embed_dim, 1)
+        self.tablock1, self.conv1 = (
+            tabs(), nn.Conv2d(len(blocks)*embed_dim, embed_dim, 1))
         self.swintransformer1 = stage(embed_dim)
         self.tablock2, self.conv2 = tabs(), nn.Conv2d(embed_dim, embed_dim//2, 1)
         self.swintransformer2 = stage(embed_dim//2)
@@ -218,7 +221,8 @@ class MANIQAReward:
         self.net.to(images.device)
         corners = (random_corners(h, w, self.num_crops, self.seed, size)
                    if self.num_crops else grid_corners(h, w, size))
-        crops = torch.stack([images[..., t:t + size, l:l + size] for t, l in corners], 1)
+        crops = torch.stack(
+            [images[..., t:t + size, l:l + size] for t, l in corners], 1)
         return torch.cat([self.net(c) for c in crops.flatten(0, 1).float()
                           .split(self.chunk_size or crops.shape[:2]
                                  .numel())]).unflatten(0, (len(images), -1)).mean(1)

@@ -30,7 +30,7 @@ CLIP_OF = dict(clip='clip_l14', clip_b32='clip_b32', hps='hps_v2.1',
 REWARDS = *CLIP_OF, 'maniqa', 'brightness', 'darkness', 'loo_fid'
 
 def read_rewards(spec,
-                 # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict name → weight
+                 # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict of weights
                 ) -> dict: # name → weight
     "Names and weights, checked"
     text = spec

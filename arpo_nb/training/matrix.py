@@ -105,7 +105,8 @@ BASE = Config(model='tiny', steps=2, batch_size=4, num_generations=4,
 
 def _same(a, b):
     return all(torch.equal(x, y)
-               for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+               for x, y in zip(a.state_dict().values(), b.state_dict().values(),
+                               strict=True))
 
 def run_cell(backbone:str, # in BACKBONES
              changes:dict, # fields of `BASE`, such as those in CELLS

@@ -75,7 +75,8 @@ def reconstruction(pixels:Tensor, # [B, G, 3, H, W], not clamped
 # %% ../../nbs/45_objectives.ipynb #09e88180
 def scored_policy(policy, # `Policy`
                   cfg:Config):
-    "What free-running samples are scored under: the policy, or the policy under guidance"
+    ("What free-running samples are scored under: the policy, or the policy under "
+     "guidance")
     if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale != 1:
         return Guided(policy, cfg.rollout_cfg_scale)
     return policy
@@ -118,19 +119,22 @@ class MaximumLikelihood(Objective):
     "Cross-entropy of the true tokens"
     def forward(self, rollout:Rollout):
         stats = {}
-        _, target_logps, entropy = rollout_logps(self.model, rollout, 1., self.cfg.logps_chunk)
+        _, target_logps, entropy = rollout_logps(self.model, rollout, 1.,
+                                                 self.cfg.logps_chunk)
         stats['policy/entropy'] = entropy.mean()
         return prior(target_logps, stats), stats
 
 # %% ../../nbs/45_objectives.ipynb #ff7d379e
 class StraightThrough(Objective):
-    "Reconstruction loss through straight-through tokens, with the same prior (VA-π App. C.1)"
+    ("Reconstruction loss through straight-through tokens, with the same prior (VA-π "
+     "App. C.1)")
     def forward(self, rollout:Rollout):
         states = self.model.hidden(rollout.context[:, 0], rollout.batch.cond)
         stats, logits = {}, self.model.head(states)
         recon = self.through_pixels(logits, rollout)
         stats['reward/mean'] = -recon.detach()
-        target_logps = logits.log_softmax(-1).gather(-1, rollout.targets[..., None])[..., 0]
+        target_logps = logits.log_softmax(-1).gather(
+            -1, rollout.targets[..., None])[..., 0]
         return recon + self.cfg.prior_coef*prior(target_logps, stats), stats
 
     def through_pixels(self, logits:Tensor, # [B, T, V]
@@ -138,7 +142,8 @@ class StraightThrough(Objective):
         "Reconstruction loss of the tokens that the logits stand for"
         c, noise = self.cfg, None
         if c.ste_mode == 'gumbel':
-            u = rollout.batch.streams.bulk_uniform(*logits.shape[1:], device=logits.device)
+            u = rollout.batch.streams.bulk_uniform(*logits.shape[1:],
+                                                   device=logits.device)
             noise = gumbel_noise(u)
         probs = straight_through(logits, c.ste_temperature, noise)
         with autocast(logits.device.type, enabled=False):

@@ -71,7 +71,8 @@ def teacher_forced(policy, # `Policy`, in eval mode
                    chunk:int=4096, # states whose logits exist at a time
                    entropy:bool=False, # compute the entropies too
                   ) -> Rollout: # tokens [B, G, T], context [B, 1, T], targets [B, T]
-    "Corrupt the tokens of the images and sample every position from one forward pass (VA-π Eq. 7)"
+    ("Corrupt the tokens of the images and sample every position from one forward pass "
+     "(VA-π Eq. 7)")
     context = targets
     if noise_rate:
         u = batch.streams.uniform(targets.shape[1], 2, purpose=NOISE,
@@ -162,7 +163,8 @@ def free_running(policy, # `Policy`, in eval mode
     with clock('score'):
         for s in _slices(len(streams), micro_batch_size):
             scored.append(token_logps(
-                view, view.hidden(tokens[s], map_cond(lambda x: x[s], cond)), tokens[s, None],
+                view, view.hidden(tokens[s], map_cond(lambda x: x[s], cond)),
+                tokens[s, None],
                 temperature, chunk))
     group = lambda x: x.unflatten(0, (len(batch), num_generations))
     logps, entropy = (group(torch.cat(x))
@@ -192,7 +194,8 @@ def sampling_gap(rollout:Rollout, # with `sampler_logps`
     "Distance between the sampler's and the scorer's log-probabilities"
     d = gather((rollout.old_logps - rollout.sampler_logps).contiguous())
     return {f'sampling/sampling_logp_difference/{k}': v
-            for k, v in dict(mean=d.abs().mean(), std=d.std(), max=d.abs().max()).items()}
+            for k, v in dict(mean=d.abs().mean(), std=d.std(),
+                             max=d.abs().max()).items()}
 
 # %% ../../nbs/40_rollout.ipynb #a23f3aa2
 def rollout_logps(policy, # `Policy`
@@ -208,7 +211,8 @@ def rollout_logps(policy, # `Policy`
     tokens = rollout.tokens.reshape(b*c, -1, t)
     if rollout.targets is not None:
         tokens = torch.cat([tokens, rollout.targets[:, None]], 1)
-    logps, entropy = token_logps(policy, hidden, tokens, temperature, chunk, entropy_grad)
+    logps, entropy = token_logps(policy, hidden, tokens, temperature, chunk,
+                                 entropy_grad)
     target = None
     if rollout.targets is not None: logps, target = logps[:, :-1], logps[:, -1]
     return logps.reshape(b, -1, t), target, entropy.view(b, c, t)
