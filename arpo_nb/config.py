@@ -342,15 +342,15 @@ _ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 's
                covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'),
                ref_policy=('frozen', 'ema'),
                entropy_control=('constant', 'schedule', 'adaptive'))
-_AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_importance_sampling_clip_max=0, seed=0,
-                 num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0, micro_batch_size=0,
-                 generate_batch_size=0, decode_batch_size=1,
-                 logps_chunk=1, prior_coef=0, mse_coef=0, perceptual_coef=0, epsilon=0, advantage_clip=0, beta=0,
-                 learning_rate=0, warmup_steps=0, weight_decay=0, max_grad_norm=0, save_steps=1,
-                 keep_every=0, save_total_limit=0, sample_every=0, eval_every=0, eval_images=2, early_stopping_patience=0, pca_dim=0,
-                 rollout_cfg_scale=1, rollout_top_k=0,
-                 free_generations=0, free_coef=0, advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0,
-                 entropy_coef_min=0, entropy_coef_max=0)
+_AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_importance_sampling_clip_max=0,
+                 seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0,
+                 micro_batch_size=0, generate_batch_size=0, decode_batch_size=1, logps_chunk=1, prior_coef=0,
+                 mse_coef=0, perceptual_coef=0, epsilon=0, advantage_clip=0, beta=0, learning_rate=0,
+                 warmup_steps=0, weight_decay=0, max_grad_norm=0, save_steps=1, keep_every=0,
+                 save_total_limit=0, sample_every=0, eval_every=0, eval_images=2, early_stopping_patience=0,
+                 pca_dim=0, rollout_cfg_scale=1, rollout_top_k=0, free_generations=0, free_coef=0,
+                 advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0, entropy_coef_min=0,
+                 entropy_coef_max=0)
 _SHARES = dict(ema_weight='LOO-FID\'s α', rollout_top_p='kept probability', class_split='share of classes')
 
 _AT_MOST = dict(seed=2**63 - 1, batch_size=10**6, num_generations=10**6, num_processes=10**6)

@@ -24,7 +24,8 @@ from ..weights import FILES, Published, fetch_repo, file_sha256, locate, plan_fi
 # %% ../../nbs/38_checkpoints.ipynb #e53acec0
 WRAPPERS = 'model', 'module', 'state_dict'
 AVERAGED = 'ema', 'model_ema', 'ema_model', 'ema_state_dict', 'state_dict_ema'
-WHOLE = 'policy.safetensors', 'tokenizer.safetensors', 'consolidated.pth', 'consolidated.pt', 'model.safetensors', 'pytorch_model.bin', 'model.pt'
+WHOLE = ('policy.safetensors', 'tokenizer.safetensors', 'consolidated.pth', 'consolidated.pt', 'model.safetensors',
+         'pytorch_model.bin', 'model.pt')
 
 def _damaged(path, why):
     "The error for a file that cannot be a checkpoint"

@@ -14,9 +14,14 @@ from .janus import is_official, merge_policy, to_transformers
 from ..protocols import System
 
 # %% ../../nbs/38_layouts.ipynb #9de2757d
-def whole(state:dict) -> dict: # as it was, on the CPU, without a second name for any tensor
+def whole(
+    state: dict
+) -> dict: # as it was, on the CPU, without a second name for any tensor
     "Tensors that stand on their own"
-    return {k: v.detach().cpu().clone() if v.device.type != 'meta' else v for k, v in state.items()}
+    return {
+        k: v.detach().cpu().clone() if v.device.type != 'meta' else v
+        for k, v in state.items()
+    }
 
 def llamagen_file(system:System, part:str='policy', # or 'tokenizer'
                   base=None, # file that the system was loaded from; not needed
@@ -30,12 +35,16 @@ def var_file(system:System, part:str='policy', base=None, layout:str='authors') 
     return whole(getattr(system, part).state_dict())
 
 # %% ../../nbs/38_layouts.ipynb #faf13d62
-def taming_file(system:System, part:str='policy', base=None, layout:str='authors') -> dict:
+def taming_file(system: System, part: str = 'policy', base=None,
+                layout: str = 'authors') -> dict:
     "`torch.load(FILE)['state_dict']` of a Net2NetTransformer"
     policy, vq = whole(system.policy.state_dict()), whole(system.tokenizer.state_dict())
     t, like = system.policy.cfg.block_size, next(iter(policy.values()))
     mask = torch.ones(t, t, device=like.device).tril()[None, None]
-    masks = {f'transformer.blocks.{i}.attn.mask': mask for i in range(system.policy.cfg.n_layer)}
+    masks = {
+        f'transformer.blocks.{i}.attn.mask': mask
+        for i in range(system.policy.cfg.n_layer)
+    }
     state = {f'transformer.{k}': v for k, v in policy.items()} | masks
     return {'state_dict': state | {f'first_stage_model.{k}': v for k, v in vq.items()}}
 
@@ -48,13 +57,17 @@ def janus_file(system:System, part:str='policy',
     if layout not in ('authors', 'official', 'transformers'):
         raise ValueError(f"layout={layout!r}: choose official or transformers")
     if base is None:
-        raise ValueError("base=None: a whole Janus-Pro has a vision tower and a text head that the policy lacks; "
-                         "export a run that started from a file, not from random weights")
+        raise ValueError(
+            "base=None: a whole Janus-Pro has a vision tower and a text head that "
+            "the policy lacks; "
+            "export a run that started from a file, not from random weights")
     state = base if isinstance(base, dict) else read_state_dict(base)
     if layout == 'transformers': return whole(merge_policy(system.policy, state))
     if not is_official(state):
-        raise ValueError(f"layout='official': {base} has transformers' layout, which lacks parts of the official "
-                         "vision tower; use layout='transformers'")
+        raise ValueError(
+            f"layout='official': {base} has transformers' layout, which lacks parts "
+            f"of the official "
+            "vision tower; use layout='transformers'")
     ours, out = system.policy.state_dict(), {}
     for name, value in state.items():
         new = [n.removeprefix('model.') for n in to_transformers({name: value})]

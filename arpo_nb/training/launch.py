@@ -93,8 +93,9 @@ def launch(cfg:Config, # what to run
     if cfg.num_processes == 1 and not launcher:
         return run(cfg, out_dir, resume, progress, callbacks)
     if callbacks:
-        raise ValueError(f"callbacks={callbacks!r}: objects stay in this process, and num_processes={cfg.num_processes} "
-                         "trains in others; name them in the configuration, callbacks='package.module:name'")
+        raise ValueError(
+            f"callbacks={callbacks!r}: objects stay in this process, and num_processes={cfg.num_processes} "
+            "trains in others; name them in the configuration, callbacks='package.module:name'")
     if launcher: check_launcher(launcher, cfg)
     out = claim_folder(out_dir, cfg, resume)
     for left in out.glob(f'{JOB}*'): shutil.rmtree(left) # of a launcher that was killed
