@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED = 1
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	test -f README.md
 	$(PIP) install -q "$(TORCH)"
-	$(PIP) install -q -e . "$(TORCH)"
+	$(PIP) install -q -e ".[notebooks]" "$(TORCH)"
 	touch $@
 
 .venv/dev: .venv/run

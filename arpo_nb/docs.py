@@ -192,10 +192,14 @@ def page_head(path) -> str: # Markdown
     lines += [f'**Next** {link(pages[n])}' for n in after]
     return framed_head(' '.join(lines))
 
-OWN_HEAD = re.compile(r'\A> (\*\*You need\*\* .+)\n*')
+# a quote, or a note
+OWN_HEAD = re.compile(r'\A(?:> |::: \{\.callout-note[^\n]*\n)(\*\*You need\*\* .+)'
+                      r'(?:\n:::)?\n*')
 
 def framed_head(text:str) -> str: # Markdown
     "What is needed, what is gained and what comes next, a line each"
+    text = text.replace('**You will get**', '**You get**').replace('**Next:**',
+                                                                   '**Next**')
     text = re.sub(r' (\*\*(?:You get|Read first|Next)\*\*)', r' \\\n\1', text)
     return f'::: {{.page-head}}\n{text}\n:::'
 

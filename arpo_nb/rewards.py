@@ -31,7 +31,7 @@ def check_images(images:Tensor, # [..., 3, H, W]
         raise ValueError(f"{name}: expected floats in [0, 1], got "
                          f"{images.dtype}; divide by 255")
     if images.numel() == 0: raise ValueError(f"{name}: empty, {list(images.shape)}")
-    low, high = (v.item() for v in images.aminmax())
+    low, high = torch.stack(images.aminmax()).tolist() # one wait for a GPU
     if not math.isfinite(low + high):
         bad = (~images.isfinite()).flatten(-3).any(-1).nonzero()[0].tolist()
         raise ValueError(f"{name}: pixels of image {bad} are not finite; "
@@ -162,15 +162,13 @@ def _rows(name, reward, images, batch, state, chunk_size, straight):
 
 def _check_scores(name, scores, allow_constant):
     "Raise for scores of a whole step that cannot teach anything"
-    finite = scores.isfinite()
-    if not finite.all():
-        i = (~finite).nonzero()[0].item()
+    low, high, size = torch.stack([*scores.aminmax(), scores.abs().max()]).tolist()
+    if not math.isfinite(size):
+        i = (~scores.isfinite()).nonzero()[0].item()
         raise ValueError(f"reward {name!r}: the score of image {i} of {len(scores)} is "
                          f"{scores[i].item()}; look at that image, or at the "
                          "reward's weights and precision")
-    spread = (scores.max() - scores.min()).item()
-    if len(
-        scores) > 1 and not allow_constant and spread <= 1e-6*scores.abs().max().item():
+    if len(scores) > 1 and not allow_constant and high - low <= 1e-6*size:
         raise ValueError(f"reward {name!r}: all {len(scores)} images "
                          "of this step score "
                          f"{scores[0].item():.6g}, so it teaches nothing. "
@@ -254,10 +252,10 @@ class WeightedSum:
             self._straight.add(name)
             scores = self.gather(r.detach().flatten())
             _check_scores(name, scores, name in self.allow_constant)
-            std = scores.std().item() if len(scores) > 1 else 0.
+            mean, std = (torch.stack([scores.mean(), scores.std()]).tolist()
+                         if len(scores) > 1 else (scores.mean().item(), 0.))
             # of the last step, for the log
-            self.stats |= {f'reward/{name}': scores.mean().item(),
-                           f'reward/{name}_std': std,
+            self.stats |= {f'reward/{name}': mean, f'reward/{name}_std': std,
                            f'time/reward/{name}': time.perf_counter() - start}
             terms.append(weight*r/(std or 1.) if self.normalise else weight*r)
             says[name] = weight*(bool(std) if self.normalise else std)

@@ -194,26 +194,36 @@ def speed_options(policy, # cast in place; its tokenizer stays in float32
             if compile else {})
 
 # %% ../../nbs/51_sample_writer.ipynb #30b633ef
-def sampling_note(model, weights, checkpoint, part, labels='', class_split=.5, class_seed=0, prompts='') -> dict:
+def sampling_note(model, weights, checkpoint, part, labels='', class_split=.5, class_seed=0, prompts='',
+                  **start, # further files, as `systems.settle_start` has them
+                 ) -> dict:
     "What a folder of samples was drawn from and for, besides the sampler's settings"
     asked = (dict(prompts=prompts) if prompts else dict(labels=labels) | (
         dict(class_split=class_split, class_seed=class_seed) if labels in ('seen', 'unseen') else {}))
-    return dict(model=model, weights=str(weights), checkpoint=str(checkpoint), part=part, **asked)
+    usual = dict(tokenizer_weights='default', files='', model_args='')
+    more = {k: start[k] for k in usual if start.get(k, usual[k]) != usual[k]}
+    return dict(model=model, weights=str(weights), checkpoint=str(checkpoint), part=part, **asked, **more)
 
 def _options():
     p = argparse.ArgumentParser(prog='python -m arpo_nb.evaluation.sample_writer',
                                 description='Draw samples of a model into a folder, alone or under torchrun; a '
                                             'restart draws what is missing.',
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument('--model', required=True, help='name, as in arpo_nb.systems')
-    p.add_argument('--weights', default='default', help="'default', 'random', or a file or folder")
+    p.add_argument('--model', default='', help="name, as in arpo models; the checkpoint's if left out")
     p.add_argument('--checkpoint', default='', help="of a run, takes the part's place")
+    p.add_argument('--weights', default='default', help="'random', a file or a folder; 'default' for what the "
+                   "checkpoint's run started from, or the published ones")
+    p.add_argument('--tokenizer_weights', '--tokenizer-weights', default='default', help="the tokenizer's, where "
+                   "weights do not bring it")
+    p.add_argument('--files', default='', help='your copies of published files: NAME=FILE,NAME=FILE, or a folder')
+    p.add_argument('--model_args', '--model-args', default='', help='shape of the model where no file shows it')
     p.add_argument('--part', default='policy', choices=('policy', 'tokenizer'), help='what the checkpoint holds')
     p.add_argument('--out', required=True, help='folder of the pictures')
     p.add_argument('--labels', default='balanced', help='balanced, random, seen or unseen')
     p.add_argument('--prompts', default='',
                    help='of text models: .txt with one a line, or .jsonl, .json, .csv or .parquet')
-    p.add_argument('--text-features', default='google/flan-t5-xl', help='T5 encoder of a text-conditional LlamaGen')
+    p.add_argument('--text-features', '--text_features', default='google/flan-t5-xl',
+                   help='T5 encoder of a text-conditional LlamaGen')
     p.add_argument('--images', '--n', dest='n', type=int, default=50_000,
                    help='pictures in all (torchrun takes --n for one of its own)')
     for name, value, what in (('batch-size', 32, 'pictures at a time on each process'),
@@ -222,7 +232,8 @@ def _options():
                               ('class-split', .5, 'share of the classes that run saw'),
                               ('size', 0, 'resize to this side; 0 keeps'), ('guidance', 0., "0 takes the model's own"),
                               ('temperature', 1., ''), ('top-k', 0, '0 for all'), ('top-p', 1., '')):
-        p.add_argument(f'--{name}', type=type(value), default=value, help=what or ' ')
+        p.add_argument(*dict.fromkeys((f'--{name}', f"--{name.replace('-', '_')}")), type=type(value), default=value,
+                       help=what or ' ')
     p.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help="of the policy")
     p.add_argument('--compile', action='store_true', help='compile the sampler (LlamaGen)')
     p.add_argument('--npz', action='store_true', help='pack the folder at the end, as OUT.npz')
@@ -231,26 +242,31 @@ def _options():
 def main(argv=None):
     "Command line: python -m arpo_nb.evaluation.sample_writer, or torchrun -m arpo_nb.evaluation.sample_writer"
     from arpo_nb.models.checkpoints import load_weights
-    from arpo_nb.systems import load_system, name_classes, prompt_encoder, usual_guidance
+    from arpo_nb.systems import load_system, name_classes, prompt_encoder, settle_start, usual_guidance
     plain_terminal()
-    a = _options().parse_args(argv)
+    parser = _options()
+    a = parser.parse_args(argv)
+    start = settle_start(a.checkpoint, a.seed, model=a.model, weights=a.weights, files=a.files,
+                         tokenizer_weights=a.tokenizer_weights, model_args=a.model_args)
+    if not (a.model or a.checkpoint): parser.error('give --model, or the --checkpoint of a run')
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     device = torch.device('cuda', local) if torch.cuda.is_available() else torch.device('cpu')
     if device.type == 'cuda': torch.cuda.set_device(device)
-    system = load_system(a.model, a.weights, a.seed, perceptual=False).to(device)
+    system = load_system(**start, perceptual=False).to(device)
     if a.checkpoint: load_weights(getattr(system, a.part), a.checkpoint)
-    if not (system.num_classes or a.prompts): raise ValueError(f"--prompts: {a.model} needs a file of prompts")
+    if not (system.num_classes or a.prompts): raise ValueError(f"--prompts: {system.name} needs a file of prompts")
     if a.prompts:
         prompts, encode = read_prompts(a.prompts), prompt_encoder(name_classes(system), a.text_features)
         conditions = lambda index: encode([prompts[i % len(prompts)] for i in index])
     else: conditions = choose_labels(a.labels, system.num_classes, a.seed, a.class_split, a.class_seed)
     sampling = dict(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p,
-                    cfg_scale=a.guidance or usual_guidance(a.model)) | speed_options(system.policy, a.dtype, a.compile)
+                    cfg_scale=a.guidance or usual_guidance(system.name)) | speed_options(
+                        system.policy, a.dtype, a.compile)
     if world > 1: dist.init_process_group('gloo', timeout=timedelta(days=30)) # ranks may differ by hours
     drawn = write_samples(system.policy, system.tokenizer, conditions, a.out, a.n, a.batch_size, a.seed,
                           a.size or None, rank, world,
-                          note=sampling_note(a.model, a.weights, a.checkpoint, a.part, a.labels, a.class_split,
-                                             a.class_seed, a.prompts), **sampling)
+                          note=sampling_note(start.pop('model'), start.pop('weights'), a.checkpoint, a.part, a.labels,
+                                             a.class_split, a.class_seed, a.prompts, **start), **sampling)
     print(f'process {rank} of {world}: {drawn} images drawn')
     if world > 1: dist.barrier()
     if rank == 0 and a.npz: print(write_npz(a.out, n=a.n))

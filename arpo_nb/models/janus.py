@@ -25,9 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from ..maths.sampling import guide, sample_token
 from ..files import BadFile, read_json, user_path
 from .checkpoints import load_strict, read_state_dict
-from .llamagen import _check_ids, packed_weights
+from .llamagen import packed_weights
 from .tokenizers import VQConfig, VQModel
-from ..protocols import Streams
+from ..protocols import Streams, check_ids
 from ..specs import PAPERS, ModelSpec, Recipe
 from ..weights import import_transformers, locate
 
@@ -165,7 +165,7 @@ class JanusPolicy(nn.Module):
                              f"has {c.max_positions}; shorten the prompts to at most "
                              f"{c.max_positions - c.num_tokens + 1} tokens")
         if ids.is_meta: return
-        _check_ids('cond', ids, c.text_vocab_size, 'text_vocab_size')
+        check_ids('cond', ids, c.text_vocab_size, 'text_vocab_size')
         if (mask[:, 1:] < mask[:, :-1]).any():
             raise ValueError("cond: the mask has padding after text, but "
                              "prompts must be padded "
@@ -197,13 +197,16 @@ class JanusPolicy(nn.Module):
         return self.generation_aligner(self.generation_embeddings(codes))
 
     def trunk(self, x:Tensor, valid:Tensor, cache:Cache|None=None,
-              positions=None) -> Tensor:
+              positions=None,
+              padded:bool|None=None, # whether `valid` has holes; None looks
+             ) -> Tensor:
         ("States of inputs [N, n, dim]; `valid` [N, m] marks real positions, the last "
          "n of which belong to `x`")
         n, m, lm, mask = x.shape[1], valid.shape[1], self.language_model, None
         if positions is None: positions = (valid.cumsum(1) - 1).clamp(min=0)[:, m-n:]
         # padded keys are hidden, but a padded query must see something
-        if not valid.is_meta and not valid.all():
+        if padded is None: padded = not (valid.is_meta or valid.all())
+        if padded:
             mask = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m-n)
             own = torch.eye(n, m, dtype=torch.bool, device=x.device).roll(m-n, 1)
             mask = (mask & valid[:, None] | own)[:, None]
@@ -222,7 +225,7 @@ class JanusPolicy(nn.Module):
             raise ValueError(f"context: {context.shape[1]} codes, expected at "
                              f"most {self.num_tokens}; "
                              "was it made by a tokenizer at another resolution?")
-        _check_ids('context', context, self.vocab_size, 'vocab_size')
+        check_ids('context', context, self.vocab_size, 'vocab_size')
         self.check(cond)
         if len(context) != len(cond[0]):
             raise ValueError(f"context: {len(context)} rows for {len(cond[0])} prompts")
@@ -276,10 +279,11 @@ def generate(policy:JanusPolicy, # in eval mode
     ids, valid = map(torch.cat, zip(cond, policy.null_cond(cond))) if guided else cond
     x, valid, cache = (policy.language_model.embed_tokens(ids), valid.bool(),
                        Cache(ids.shape[1] + steps - 1))
+    padded = not valid.all() # asked once, not at every code
     # rearranging pays from a few rows and codes on
     with packed_weights(policy, len(x) if len(x) > 3 and steps > 8 else 0):
         for t in range(steps):
-            logits = policy.head(policy.trunk(x, valid, cache)[:, -1])
+            logits = policy.head(policy.trunk(x, valid, cache, padded=padded)[:, -1])
             if guided: logits = guide(*logits.chunk(2), cfg_scale)
             codes.append(sample_token(logits, None if greedy else u[:, t],
                                       temperature, top_k, top_p, greedy))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..maths.sampling import guide, sample_token
-from ..protocols import Streams
+from ..protocols import Streams, check_ids
 
 # %% ../../nbs/31_llamagen.ipynb #90cc7051
 @dataclass(frozen=True)
@@ -155,17 +155,6 @@ def _what(x):
             else f"({', '.join(map(_what, x))})" if isinstance(x, (tuple, list))
             else type(x).__name__)
 
-def _check_ids(name, ids, n, meaning):
-    "Ids must lie in 0 ... n-1; on a GPU it checks them without waiting for it, and says less"
-    if ids.is_meta or not ids.numel() or torch.compiler.is_compiling(): return
-    if ids.is_cuda:
-        return torch._assert_async((ids.min() >= 0) & (ids.max() < n),
-                                   f"{name}: ids outside 0 ... {n-1} ({meaning})")
-    low, high = ids.min().item(), ids.max().item()
-    if low < 0 or high >= n:
-        raise ValueError(f"{name}: ids from {low} to {high}, expected "
-                         f"0 ... {n-1} ({meaning})")
-
 class ClassEmbedding(nn.Module):
     "One prefix token per class id; id `num_classes` is the null class"
     def __init__(self, cfg:GPTConfig):
@@ -186,7 +175,7 @@ class ClassEmbedding(nn.Module):
         if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
             raise ValueError("cond: expected class ids, a [N] tensor of "
                              f"integers, got {_what(cond)}")
-        _check_ids('cond', cond, self.embedding_table.num_embeddings,
+        check_ids('cond', cond, self.embedding_table.num_embeddings,
                    f"num_classes={self.num_classes}"
                    + (f", null class {self.num_classes}" if self.p else ''))
 
@@ -304,7 +293,7 @@ class GPT(nn.Module):
                              "(block_size); was it made by a tokenizer "
                              "at another resolution?")
         self.cls_embedding.check(cond)
-        _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
+        check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
         x = torch.cat([self.prefix(cond), self.tok_embeddings(context[:, :-1])], 1)
         length = x.shape[1]
         states = self.trunk(x, self.rope[:length], self.mask(cond, length))
@@ -331,7 +320,11 @@ class GPT(nn.Module):
     def new_cache(self, n:int, length:int) -> list:
         "Room for the keys and values of `n` sequences"
         kv, p = self.cfg.n_kv_head or self.cfg.n_head, self.tok_embeddings.weight
-        return [p.new_zeros(2, n, kv, length, self.cfg.head_dim) for _ in self.layers]
+        kind = p.device.type # in the precision that its keys will have
+        half = kind != 'meta' and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if half else p.dtype
+        return [p.new_zeros(2, n, kv, length, self.cfg.head_dim, dtype=dtype)
+                for _ in self.layers]
 
     def step(self, tokens:Tensor, pos, mask:Tensor|None, cache:list) -> Tensor:
         ("Logits [N, V] after one more token each, at position `pos`; a tensor `pos` "
@@ -393,7 +386,7 @@ def generate(policy:GPT, # in eval mode
         compile = partial(torch.compile, mode='reduce-overhead', dynamic=False)
     policy.cls_embedding.check(cond)
     if policy.cfg.cond == 'class':
-        _check_ids('cond', cond, policy.cfg.num_classes,
+        check_ids('cond', cond, policy.cfg.num_classes,
                    "num_classes; the null class is for guidance alone")
     if len(cond[0] if isinstance(cond, tuple) else cond) != n:
         raise ValueError(f"streams: {n} random streams for {_what(cond)}, "

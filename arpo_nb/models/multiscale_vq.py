@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..maths.scalewise import scale_sizes
 from .tokenizers import Downsample, ResBlock, Upsample
+from ..protocols import check_ids
 
 # %% ../../nbs/32_multiscale_vq.ipynb #177838b4
 def check_patch_nums(patch_nums, # sides, as a config has them
@@ -392,11 +393,7 @@ def decode(self:MultiScaleVQ, tokens:Tensor, # of all maps, scale after scale
                          f"[N, {self.num_tokens}], "
                          f"the maps of sides {self.cfg.patch_nums} "
                          "one after the other")
-    if (tokens.numel() and not tokens.is_meta
-            and not 0 <= tokens.min() <= tokens.max() < self.codebook_size):
-        raise ValueError(f"tokens: ids from {tokens.min().item()} to "
-                         f"{tokens.max().item()}, "
-                         f"expected 0 ... {self.codebook_size-1} (codebook_size)")
+    check_ids('tokens', tokens, self.codebook_size, 'codebook_size')
     return self.decode_latents(
         self.quantize.f_hats(self.quantize.embedding(tokens))[-1], clamp)
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..protocols import check_ids
+
 # %% ../../nbs/30_tokenizers.ipynb #2e793b76
 @dataclass(frozen=True)
 class VQConfig:
@@ -248,11 +250,7 @@ class VQModel(nn.Module):
 
     def decode(self, tokens:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
         "Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped"
-        if (tokens.numel() and not tokens.is_meta
-                and not 0 <= tokens.min() <= tokens.max() < self.codebook_size):
-            raise ValueError(f"tokens: ids from {tokens.min().item()} to "
-                             f"{tokens.max().item()}, "
-                             f"expected 0 ... {self.codebook_size-1} (codebook_size)")
+        check_ids('tokens', tokens, self.codebook_size, 'codebook_size')
         return self.decode_latents(self.quantize.codes[tokens], clamp, grid)
 
     def decode_probs(self, probs:Tensor, clamp:bool=True,

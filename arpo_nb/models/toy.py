@@ -117,9 +117,11 @@ def toy_gpt_config(**kwargs) -> GPTConfig:
 
 # %% ../../nbs/35_toy.ipynb #e4228965
 def build_toy(weights=None, # None for the shipped ones, 'random', or a file of the transformer
+              tokenizer_weights=None, # the same for the tokenizer; None for the shipped one
              ) -> tuple: # policy, tokenizer
     "The toy's transformer and its tokenizer, with their weights"
-    policy, vq = GPT(toy_gpt_config()), load_weights(VQModel(toy_vq_config()), ASSETS/'vq.safetensors')
+    policy, vq = GPT(toy_gpt_config()), VQModel(toy_vq_config())
+    if tokenizer_weights != 'random': load_weights(vq, tokenizer_weights or ASSETS/'vq.safetensors')
     if weights == 'random': nn.init.normal_(policy.output.weight, std=.02)
     else: load_weights(policy, weights or ASSETS/'policy.safetensors')
     return policy, vq

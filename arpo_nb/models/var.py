@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PATCHES_512', 'VARS', 'SPECS', 'VARConfig', 'Cache', 'SelfAttention', 'MLP', 'modulation', 'Block', 'OutputNorm',
            'Float32Linear', 'VAR', 'randomise', 'generate', 'replay', 'smooth_weights', 'generate_smooth', 'var_config',
-           'load_var', 'build_var']
+           'load_var', 'own_tokenizer', 'load_tokenizer', 'build_var']
 
 # %% ../../nbs/33_var.ipynb #6fbc9c25
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,14 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..files import split_part
 from ..maths.sampling import filter_logits, guide, sample_token
 from ..maths.scalewise import block_causal_mask, scale_index, scale_sizes
-from .checkpoints import FILES, load_strict, load_weights, locate, read_state_dict
-from .llamagen import _check_ids, _what
+from .checkpoints import FILES, _read_file, _states, load_strict, locate, read_state_dict
+from .llamagen import _what
 from .multiscale_vq import MultiScaleConfig, MultiScaleQuantizer, MultiScaleVQ, check_patch_nums
-from ..protocols import Streams
-from ..specs import PAPERS, ModelSpec
+from ..protocols import Streams, check_ids
+from ..specs import PAPERS, ModelSpec, split_args
 
 # %% ../../nbs/33_var.ipynb #0ca1d89f
 @dataclass(frozen=True)
@@ -317,7 +319,7 @@ def check_cond(self:VAR, cond, # what should be [N] class ids
     if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
         raise ValueError("cond: expected class ids, a [N] tensor of "
                          f"integers, got {_what(cond)}")
-    _check_ids('cond', cond, n + null,
+    check_ids('cond', cond, n + null,
                f"num_classes={n}" + (f", null class {n}" if null
                                      else "; the null class is for guidance alone"))
 
@@ -374,7 +376,7 @@ def hidden(self:VAR, context:Tensor, # [N, T] codes, given or drawn
                          f"[{len(cond)}, {self.num_tokens}], the maps of sides "
                          f"{self.cfg.patch_nums} one after the other; "
                          "was it made by a tokenizer at another resolution?")
-    _check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
+    check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
     cond, mask = self.class_emb(cond), self.attn_bias_for_masking == 0
     sixes, two = self.modulations(cond)
     x = self.embed(context, cond)
@@ -553,25 +555,46 @@ def load_var(policy:VAR, # filled in place
                          "the old model with VARConfig(attn_l2_norm=False)")
     return load_strict(policy, state, path)
 
+# %% ../../nbs/33_var.ipynb #0e11f00d
+def own_tokenizer(weights # None, 'random', or a path
+                 ) -> str|None: # FILE#vae_local
+    "The tokenizer in a transformer's file, as VAR's training script keeps it there"
+    path, part = split_part(weights) if weights not in (None, 'random') else (Path(), None)
+    if part is not None or not path.is_file() or path.name.endswith('.json'): return None
+    return f'{path}#vae_local' if 'vae_local' in _states(_read_file(path)) else None
+
+def load_tokenizer(vq:MultiScaleVQ, # filled in place
+                   path, # published file, or a checkpoint of VAR's training script
+                  ) -> MultiScaleVQ: # the same
+    "Load a tokenizer strictly, but for its usage counts where it had another number of scales"
+    state = read_state_dict(path, key='vae_local', wanted=vq.state_dict().keys())
+    counts, mine = 'quantize.ema_vocab_hit_SV', vq.quantize.ema_vocab_hit_SV
+    if counts in state and state[counts].shape[1:] == mine.shape[1:] and len(state[counts]) != len(mine):
+        state[counts] = torch.zeros_like(mine)
+    return load_strict(vq, state, path)
+
 # %% ../../nbs/33_var.ipynb #c1d57522
-def build_var(model:str, # key of `VARS`
+def build_var(model:str, # key of `VARS`, or 'var' for the shape that is given
               weights=None, # None for the published file, 'random', or a local file
-              # the same for the tokenizer; 'random' follows `weights`
+              # the same for the tokenizer; None for the one in the file of `weights`, if it has one, else the
+              # published one; 'random' follows `weights`
               tokenizer_weights=None,
-              cache_dir=None, # see `locate`
-              offline:bool|None=None, # see `locate`
+              cache_dir=None, offline:bool|None=None, # see `locate`
+              **shape, # fields of `VARConfig` that differ, and with vq_ in front of `MultiScaleConfig`
              ) -> tuple: # policy, tokenizer; both on the CPU in float32 and eval mode
     "A VAR transformer and its tokenizer, with their weights"
-    cfg, random = var_config(model), weights == 'random'
+    own, vq = split_args(shape, VARConfig, MultiScaleConfig, model)
+    cfg, random = VARConfig(**own) if model == 'var' else var_config(model, **own), weights == 'random'
     wanted = [(model, weights),
               ('var_vae', 'random' if random and tokenizer_weights is None
-               else tokenizer_weights)]
+               else tokenizer_weights or own_tokenizer(weights))]
     # both, before building anything
     paths = [None if w == 'random' else locate(n, w, cache_dir, offline)
              for n, w in wanted]
-    vq = MultiScaleVQ(MultiScaleConfig(patch_nums=cfg.patch_nums,
-                                       image_size=16*cfg.patch_nums[-1]))
-    if paths[1]: load_weights(vq, paths[1], key='vae_local')
+    down = 2**(len(vq.get('ch_mult', MultiScaleConfig.ch_mult)) - 1)
+    maps = dict(patch_nums=cfg.patch_nums, image_size=down*cfg.patch_nums[-1])
+    vq = MultiScaleVQ(MultiScaleConfig(**maps | vq))
+    if paths[1]: load_tokenizer(vq, paths[1])
     else: nn.init.normal_(vq.quantize.embedding.weight, std=.5)
     policy = VAR(cfg, vq.quantize)
     return (load_var(policy, paths[0]) if paths[0]
@@ -582,7 +605,8 @@ def _spec(name):
     side = 16*var_config(name).patch_nums[-1]
     return ModelSpec(name, partial(build_var, name), f'VAR-{name[4:]}, classes, {side} px', num_classes=1000,
                      class_names='arpo_nb.systems:imagenet_classes', image_size=side, reference='imagenet256_reference',
-                     files=dict(policy=name, tokenizer='var_vae'), export='arpo_nb.models.layouts:var_file',
+                     files=dict(policy=name, tokenizer='var_vae'), tokenizer_inside=own_tokenizer,
+                     export='arpo_nb.models.layouts:var_file',
                      layout="VAR's: a torch file of tensors",
                      # VAR's own sampler, whose cfg of 1.5 is a guidance of 2.5 here
                      sampling={'VAR-GRPO': dict(cfg_scale=2.5, top_k=900, top_p=.96)},

@@ -9,7 +9,7 @@ __all__ = ['TOY_PATCHES', 'SPECS', 'toy_multiscale_config', 'toy_var_config', 'b
 from .checkpoints import load_weights
 from .multiscale_vq import MultiScaleConfig, MultiScaleVQ
 from .toy import ASSETS, TOY, TOY_RECIPES
-from .var import VAR, VARConfig, load_var, randomise
+from .var import VAR, VARConfig, load_tokenizer, load_var, own_tokenizer, randomise
 from ..specs import ModelSpec
 
 # %% ../../nbs/34_var_toy.ipynb #a3f43c7a
@@ -28,12 +28,13 @@ def toy_var_config(**kwargs) -> VARConfig:
                                z_channels=16, num_classes=10, patch_nums=TOY_PATCHES),
                         **kwargs})
 
-def build_toy_var(weights=None,
-                  # None for the shipped ones, 'random', or a file of the transformer
+def build_toy_var(weights=None, # None for the shipped ones, 'random', or a file of the transformer
+                  tokenizer_weights=None, # the same for the tokenizer; None for the shipped one
                  ) -> tuple: # policy, tokenizer; in eval mode
     "The toy's VAR and its tokenizer, with their weights"
-    vq = load_weights(MultiScaleVQ(toy_multiscale_config()),
-                      ASSETS/'var_vq.safetensors')
+    vq = MultiScaleVQ(toy_multiscale_config())
+    if tokenizer_weights != 'random':
+        load_tokenizer(vq, tokenizer_weights or own_tokenizer(weights) or ASSETS/'var_vq.safetensors')
     policy = VAR(toy_var_config(), vq.quantize)
     if weights == 'random': randomise(policy)
     else: load_var(policy, weights or ASSETS/'var_policy.safetensors')

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..maths.sampling import sample_token
 from .checkpoints import Refused, load_strict, read_state_dict
-from .llamagen import _check_ids, _what, packed_weights
+from .llamagen import _what, packed_weights
 from .tokenizers import AttnBlock, Downsample, ResBlock, Upsample
-from ..protocols import Streams
+from ..protocols import Streams, check_ids
 from ..specs import PAPERS, ModelSpec, Recipe
 from ..weights import locate
 
@@ -187,10 +187,7 @@ class VQGAN(nn.Module):
     def decode(self, tokens:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
         ("Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped; `grid` (h, w)"
          " if it is not a square")
-        if tokens.numel() and not tokens.is_meta and not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
-            raise ValueError(f"tokens: ids from {tokens.min().item()} to "
-                             f"{tokens.max().item()}, "
-                             f"expected 0 ... {self.codebook_size-1} (codebook_size)")
+        check_ids('tokens', tokens, self.codebook_size, 'codebook_size')
         return self._decode_rows(self.quantize.embedding(tokens), clamp, grid)
 
     def decode_probs(self, probs:Tensor, clamp:bool=True) -> Tensor:
@@ -298,7 +295,7 @@ class CINTransformer(nn.Module):
         if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
             raise ValueError("cond: expected class ids, a [N] tensor of "
                              f"integers, got {_what(cond)}")
-        _check_ids('cond', cond, self.cfg.num_classes,
+        check_ids('cond', cond, self.cfg.num_classes,
                    'num_classes; there is no null class')
 
     def trunk(self, ids:Tensor, cache=None, pos:int=0) -> Tensor:
@@ -320,7 +317,7 @@ class CINTransformer(nn.Module):
         self.check(cond)
         if len(context) != len(cond):
             raise ValueError(f"context: {len(context)} rows for {len(cond)} conditions")
-        _check_ids('context', context, self.vocab_size, 'vocab_size')
+        check_ids('context', context, self.vocab_size, 'vocab_size')
         return self.trunk(torch.cat([cond[:, None], context[:, :-1]], 1))
 
     def forward(self, context:Tensor, cond) -> Tensor:
@@ -385,7 +382,7 @@ def generate(policy:CINTransformer, # in eval mode
             or tokens.is_floating_point()):
         raise ValueError(f"given: {_what(tokens)}, expected ids [{len(cond)}, t] "
                          f"with t at most {policy.num_tokens}")
-    _check_ids('given', tokens, policy.vocab_size, 'vocab_size')
+    check_ids('given', tokens, policy.vocab_size, 'vocab_size')
     u = None if greedy else streams.uniform(policy.num_tokens, device=cond.device)
     cache, pos, x = (policy.new_cache(len(cond)), 0,
                      torch.cat([cond[:, None], tokens], 1))

@@ -28,11 +28,13 @@ from pathlib import Path
 
 import torch
 
-from ..config import RECIPES, VARIANTS, Config, add_options, from_json, given_options, override, preset
+from ..config import (RECIPES, VARIANTS, Config, add_options, from_json, from_settings, given_options, override,
+                            read_settings)
+from ..evaluation.evaluate import evaluate
 from ..files import plain_terminal
 from ..specs import known_models
-from ..evaluation.evaluate import evaluate
 from ..systems import load_data, load_metric_net, load_reward
+from .notebooks import lay_out, run_notebook
 from .plan import check_memory, describe, make_plan
 from .processes import check_launcher, launch_command, load_once, read_launcher, slurm_rank
 from .run_folder import TEMPORARY, claim_folder, read_rows
@@ -210,9 +212,13 @@ def main(argv=None):
                                 description='Post-train an autoregressive image '
                                 'generator.')
     p.add_argument('file', type=Path, nargs='?', help='config.json of a run')
-    p.add_argument('--model', help=f"instead of a file: {', '.join(known_models())}")
-    p.add_argument('--method', default='vapi', help=', '.join(RECIPES))
-    p.add_argument('--variant', default='paper', help=', '.join(VARIANTS))
+    p.add_argument('--config', type=Path, metavar='FILE',
+                   help='instead of it: YAML or JSON that names a model, a method and '
+                   'what differs from their recipe')
+    p.add_argument('--model', help="or nothing but options: "
+                   f"{', '.join(known_models())}, or package.module:function")
+    p.add_argument('--method', help=f"recipe, vapi by default: {', '.join(RECIPES)}")
+    p.add_argument('--variant', help=f"of it, paper by default: {', '.join(VARIANTS)}")
     p.add_argument('--set', default='', metavar='A=1,B=2',
                    help='changed fields of the configuration')
     p.add_argument('--out_dir', type=Path,
@@ -231,16 +237,7 @@ def main(argv=None):
                    help='say what the run needs and costs, and stop')
     add_options(p, skip=('model', 'method'))
     args = p.parse_args(argv)
-    if (args.file is None) == (args.model is None):
-        p.error('give either a file or --model')
-    if args.file and not args.file.is_file():
-        p.error(f"{args.file}: no such file; write one with arpo_nb.config.to_json")
-    try: given = given_options(args)
-    except ValueError as e: p.error(str(e))
-    job = json.loads(args.file.read_text()) if args.file else {}
-    cfg = override(from_json(json.dumps(job.get('config', job))) if args.file
-                   else preset(args.model, args.method, args.variant),
-                   args.set, **given)
+    job, cfg = _wanted(p, args)
     if args.dry_run:
         if args.launcher: check_launcher(args.launcher, cfg)
         shards = (read_launcher(args.launcher)['shards'] or cfg.num_processes
@@ -251,7 +248,7 @@ def main(argv=None):
         return
     out = (args.out_dir or job.get('out_dir')
            or (args.file.parent if args.file else None))
-    if out is None: p.error('--model needs --out_dir')
+    if out is None: p.error('give --out_dir, the folder of the run')
     os.environ |= slurm_rank(os.environ) # one of the tasks of srun
     options = dict(resume=job.get('resume', True) and not args.no_resume,
                    progress=job.get('progress', True))
@@ -266,6 +263,27 @@ def main(argv=None):
     return as_process(mine, lambda: run(cfg, out, **options),
                       int(os.environ.get('RANK', 0)), job.get('pipe', False))
 
+def _wanted(p, args) -> tuple: # what a file says besides, and the configuration
+    "What to run, from a run's own file, a written one, or options alone"
+    recipe = {k: getattr(args, k) for k in ('model', 'method', 'variant')
+              if getattr(args, k)}
+    if args.file and (args.config or recipe):
+        p.error(f'{args.file} says all; change it by --config FILE, or give --model '
+                'without it')
+    if not (args.file or args.config or args.model):
+        p.error('give a file, --config FILE, or --model')
+    if args.file and not args.file.is_file():
+        p.error(f"{args.file}: no such file; write one with arpo_nb.config.to_json")
+    try:
+        given = given_options(args)
+        read = lambda: read_settings(args.config) if args.config else {}
+        job = json.loads(args.file.read_text()) if args.file else read()
+    except (ValueError, FileNotFoundError) as e: p.error(str(e))
+    # what fails inside a model of one's own keeps its traceback
+    cfg = (from_json(json.dumps(job.get('config', job))) if args.file
+           else from_settings(job | recipe))
+    return job, override(cfg, args.set, **given)
+
 def _told(start):
     "Exit code 75 has no message of its own"
     try: return start()
@@ -279,7 +297,8 @@ DOORS = dict(train=('arpo_nb.training.launch', 'post-train a model: FILE | --mod
              push=('arpo_nb.training.export', 'publish tuned weights on the hub: RUN user/repo'),
              models=('arpo_nb.systems', 'list the models'),
              weights=('arpo_nb.weights', 'find, fetch and check published files'),
-             eval=('', 'run_eval.ipynb with its parameters as --NAME VALUE; --notebook and --output name the files'))
+             eval=('', 'measure a checkpoint: run_eval.ipynb, its parameters as --NAME VALUE'),
+             notebooks=('', 'lay out the run notebooks and the examples: DIR'))
 
 def arpo(argv=None):
     "The console script: arpo DOOR ..."
@@ -290,20 +309,15 @@ def arpo(argv=None):
               + '\n'.join(f'  {k:8}{what}' for k, (_, what) in DOORS.items()))
         sys.exit(0 if argv and argv[0] in ('-h', '--help') else 2)
     door, rest = argv[0], argv[1:]
-    if door == 'eval': return _papermill(rest)
+    if door == 'eval': return run_notebook('eval', rest)
+    if door == 'notebooks': return _lay_out(rest)
     first = [door]*(door in ('export', 'push'))
     made = import_module(DOORS[door][0]).main([*first, *rest, *['--dry-run']*(door == 'plan')])
     return made if made is None or isinstance(made, int) else None
 
-def _papermill(words):
-    "Run the evaluation notebook"
-    if len(words) % 2 or any(not w.startswith('--') for w in words[::2]):
-        sys.exit('arpo eval: expected --NAME VALUE pairs, the parameters of run_eval')
-    given = {w[2:]: v for w, v in zip(words[::2], words[1::2])}
-    notebook, output = given.pop('notebook', 'nbs/run_eval.ipynb'), given.pop('output', 'eval.ipynb')
-    if not Path(notebook).is_file(): sys.exit(f'arpo eval: no {notebook} here; give --notebook PATH')
-    return subprocess.call([sys.executable, '-m', 'papermill', notebook, output, '-k', 'python3',
-                            *(a for k, v in given.items() for a in ('-p', k, v))])
+def _lay_out(words):
+    if len(words) != 1 or words[0].startswith('-'): sys.exit('usage: arpo notebooks DIR')
+    print(*lay_out(words[0]), sep='\n')
 
 # %% ../../nbs/42_launch.ipynb #ba70459b
 if __name__ == '__main__' and '__file__' in globals(): main()

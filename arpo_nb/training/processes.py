@@ -25,9 +25,9 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..config import Config, uses_perceptual
+from ..config import Config
 from ..protocols import System
-from ..systems import load_shapes, load_system
+from ..systems import shapes_of, system_of
 
 # %% ../../nbs/44_processes.ipynb #9a0c06b1
 ENGINES = {'accelerate launch': 'accelerate.commands.launch', 'torchrun': 'torch.distributed.run'}
@@ -131,10 +131,9 @@ def load_once(cfg:Config, acc:Accelerator,
              ) -> System:
     "The system of a run, its files read by one process"
     start, first = time.perf_counter(), acc.is_main_process
-    given = (cfg.weights, cfg.seed, uses_perceptual(cfg), cfg.tokenizer_weights)
     system, box = None, [None, None, None, None]
     if first:
-        try: system = load_system(cfg.model, *given)
+        try: system = system_of(cfg)
         except Exception as e:
             if acc.num_processes == 1: raise
             box[2] = e
@@ -151,7 +150,7 @@ def _share(cfg, acc, system, box):
     if system is None:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # that weights read into shapes are lost
-            system = load_shapes(cfg.model, uses_perceptual(cfg))
+            system = shapes_of(cfg)
         system.encode_prompts, system.answers = box[:2]
         torch.set_rng_state(box[3]) # random networks of a rehearsal are drawn from here
     for m in system.modules():

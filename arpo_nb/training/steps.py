@@ -21,7 +21,7 @@ from torch import Tensor
 from ..config import FREE, Config, contexts, uses_perceptual
 from ..evaluation.sample_writer import speed_options
 from ..maths.grpo import group_advantages, high_entropy_mask
-from ..protocols import Batch, Rollout, System
+from ..protocols import Batch, Rollout, System, on_host
 from ..rewards import ReconstructionReward
 from ..specs import resolve
 from .engines import load_sampler, sampling_weights
@@ -253,7 +253,7 @@ def make_optimizer(params:list, cfg:Config) -> torch.optim.Optimizer:
     known = dict(adamw=torch.optim.AdamW)
     make = known.get(cfg.optimizer) or resolve(cfg.optimizer, 'optimizer')
     options = dict(lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2))
-    if cfg.optimizer in known and all(p.is_cuda for p in params):
+    if cfg.optimizer in known and not any(on_host(p) for p in params):
         options['fused'] = True
     takes = signature(make).parameters
     opt = make([g for g in groups if g['params']],
