@@ -164,8 +164,8 @@ def test_no_large_files():
 
 # Lines
 
-OVER_LONG = ('training.claims', 'training.engines', 'training.processes', 'training.rehearse', 'training.sharding',
-             'training.objectives', 'training.run_folder', 'training.saving', 'training.trainer', 'evaluation.sample_writer', 'specs') # until wrapped
+OVER_LONG = ('training.engines', 'training.processes', 'training.rehearse', 'training.sharding',
+             'training.objectives', 'training.run_folder', 'training.saving', 'evaluation.sample_writer', 'specs') # until wrapped
 
 
 @pytest.mark.parametrize('module', MODULES)

@@ -72,7 +72,8 @@ def principal_plane(real:Tensor, # [N, D] features of real images, N > 2
                    ): # function from [M, D] to numpy [M, 2]
     "Coordinates on the two main axes of a set of features"
     if real.ndim != 2 or len(real) < 3:
-        raise ValueError(f'real: expected [N, D] features with N > 2, got {[*real.shape]}')
+        raise ValueError(
+            f'real: expected [N, D] features with N > 2, got {[*real.shape]}')
     x = real.detach().double().cpu()
     mean = x.mean(0)
     axes = np.linalg.svd((x - mean).numpy(), full_matrices=False)[2][:2].T
@@ -107,7 +108,8 @@ def plot_tsne(features:dict, # name: [N, D]
              ): # the axes
     "A t-SNE map of sets of images, all in one map (as VA-π Fig. 1 c)"
     try: from sklearn.manifold import TSNE
-    except ImportError as e: raise ImportError('plot_tsne: pip install scikit-learn') from e
+    except ImportError as e:
+        raise ImportError('plot_tsne: pip install scikit-learn') from e
     if ax is None: ax = plt.subplots(figsize=(3.4, 3), constrained_layout=True)[1]
     rows = np.concatenate([f.detach().float().cpu().numpy() for f in features.values()])
     near = min(30, (len(rows) - 1)//3)

@@ -130,10 +130,9 @@ def check_parts(folder:Path,
 _is_int = lambda v: isinstance(v, int) and not isinstance(v, bool)
 RUN_FIELDS = dict( # what run.pt holds, how each is checked, and in words
     step=(lambda v: _is_int(v) and v >= 0, 'a number of steps'),
-    position=(lambda v: isinstance(v,
-                                   (list,
-                                    tuple)) and v and all(_is_int(i) and i >= 0 for i in v),
-              'a list of record numbers, one per process'),
+    position=(lambda v: isinstance(v, (list, tuple)) and v and all(
+        _is_int(i) and i >= 0
+        for i in v), 'a list of record numbers, one per process'),
     entropy=(lambda v: v is None or isinstance(v, float) and math.isfinite(v),
              'a finite number or nothing'),
     reward_state=(lambda v: not_finite(v) is None, 'finite tensors and numbers'))
@@ -339,16 +338,19 @@ def snapshots(out:Path) -> list: # folders, oldest first
                    if p.name.isdigit() and is_ours(p)), key=lambda p: int(p.name))
 
 # %% ../../nbs/48_saving.ipynb #b1f00d08
-def begin_at(acc:Accelerator, folder:str|Path, # checkpoint, kept weights, or the folder of a run
-             networks:dict, # name: module, filled in place
-             **kwargs, # of `load_checkpoint`
-            ) -> dict: # as `load_checkpoint`
+def begin_at(
+        acc: Accelerator,
+        folder: str | Path, # checkpoint, kept weights, or the folder of a run
+        networks: dict, # name: module, filled in place
+        **kwargs, # of `load_checkpoint`
+) -> dict: # as `load_checkpoint`
     "Start from what another run left"
     folder = Path(folder).expanduser()
     if not (folder/'run.pt').exists(): folder = find_checkpoint(folder, True) or folder
     if not (folder/'run.pt').is_file():
-        raise FileNotFoundError(f"resume_from_checkpoint={str(folder)!r}: holds no run.pt; expected "
-                                f"RUN/checkpoint, RUN/{SNAPSHOTS}/STEP or RUN")
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={str(folder)!r}: holds no run.pt; expected "
+            f"RUN/checkpoint, RUN/{SNAPSHOTS}/STEP or RUN")
     check_parts(folder)
     if (folder/'optimizer.bin').exists() or (folder/SHARDED).is_dir():
         average = kwargs.pop('average', None)
@@ -363,8 +365,11 @@ def begin_at(acc:Accelerator, folder:str|Path, # checkpoint, kept weights, or th
         if not file.exists(): file = folder/f'{next(iter(networks))}.safetensors'
         try: load_model(module, str(file))
         except Exception as e:
-            raise Damaged(f"{file}: can't be loaded ({_first(e)}); it is of another model") from e
+            raise Damaged(
+                f"{file}: can't be loaded ({_first(e)}); it is of another model"
+            ) from e
     run = read_run(folder, 'cpu' if acc.device.type == 'cpu' else acc.device)
     if acc.is_main_process:
-        warnings.warn(f"{folder}: weights without an optimiser, whose moments start at zero")
+        warnings.warn(
+            f"{folder}: weights without an optimiser, whose moments start at zero")
     return run | dict(position=min(run['position']))
