@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 PIP     = .venv/bin/python -m pip --disable-pip-version-check
 export PYTHONUNBUFFERED = 1
 
-.PHONY: run test docs bench toy claims clean
+.PHONY: run test docs bench toy claims rehearse clean
 
 .venv/run: setup.py settings.ini
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -46,6 +46,10 @@ claims: .venv/run ## the ledger: run what is missing of its miniatures, two at a
 	.venv/bin/python -W ignore -m arpo_nb.training.claims --only "$(ONLY)" --seeds "$(SEEDS)" --size "$(SIZE)" --minutes "$(MINUTES)" --workers 2
 	.venv/bin/python scripts/tables.py && .venv/bin/python scripts/readme.py
 	@echo "Done. The results are in results/$(SIZE)/; the pages and the README show them, and nbs/62_claims.ipynb judges them."
+
+rehearse: .venv/run ## every model and method at full size, on tensors without content; goes on where it stopped
+	.venv/bin/python -W ignore scripts/rehearse.py --minutes "$(MINUTES)" --workers 2
+	@echo "Done. The table is in results/rehearsal.json."
 
 toy: .venv/run ## make the embedded toy again from the full Fashion-MNIST in DATA
 	.venv/bin/papermill nbs/run_pretrain.ipynb runs/pretrain.ipynb -k python3 -p data "$(DATA)" -p out_dir runs/toy_base \

@@ -6,7 +6,7 @@
 __all__ = ['VALUE', 'LINK_OR_CODE', 'OWN_HEAD', 'FOLDED', 'SIGNATURE', 'PARAMETERS', 'Field', 'field_notes', 'declared',
            'cell_text', 'field_table', 'has_fields', 'public_methods', 'public_names', 'link_table', 'link_names',
            'source_of', 'page_name', 'Page', 'read_page', 'reading_order', 'page_head', 'framed_head', 'SitePage',
-           'is_import', 'shown_name', 'definitions', 'defines', 'patch_to', 'framed_table']
+           'is_import', 'shown_name', 'definitions', 'full_name', 'defines', 'patch_to', 'framed_table']
 
 # %% ../nbs/62_docs.ipynb #d02a5ae9
 import ast
@@ -216,6 +216,7 @@ class SitePage:
         "Order, fold, explain, link"
         cells = self.nb.cells
         cells[:] = self.sort_entries(cells)
+        self.shown = {shown_name(c) for c in cells}
         for i, cell in enumerate(cells):
             if cell.cell_type == 'markdown':
                 cell.source = link_names(cell.source, self.table)
@@ -245,8 +246,18 @@ def shown_name(cell) -> str: # '' for other cells
 def definitions(source:str) -> list: # names
     "Functions and classes that a cell defines"
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    try: return [n.name for n in ast.parse(source).body if isinstance(n, kinds)]
+    try: return [full_name(n) for n in ast.parse(source).body if isinstance(n, kinds)]
     except SyntaxError: return []
+
+def full_name(node) -> str: # `Class.name` of a method that is patched on
+    "What an entry calls the thing that a statement defines"
+    for d in getattr(node, 'decorator_list', ()):
+        if re.fullmatch(r'patch\b.*', ast.unparse(d)) and node.args.args:
+            cls = node.args.args[0].annotation
+            if isinstance(cls, ast.Name): return f'{cls.id}.{node.name}'
+        if m := re.fullmatch(r'patch_to\((\w+).*\)', ast.unparse(d)):
+            return f'{m[1]}.{node.name}'
+    return node.name
 
 def defines(cell, name:str) -> bool: # whether it is the source of that name
     "Whether a cell is the source of a name"
@@ -283,7 +294,7 @@ def line_numbers(self) -> dict: # name: line
     if not self.page.module: return {}
     module = importlib.import_module(self.page.module)
     tree = ast.parse(Path(module.__file__).read_text(encoding='utf-8'))
-    return {n.name: n.lineno for n in tree.body if hasattr(n, 'name')}
+    return {full_name(n): n.lineno for n in tree.body if hasattr(n, 'name')}
 
 @patch_to(SitePage)
 def find(self, name:str):
@@ -320,6 +331,8 @@ def method_entries(self, cls) -> list: # of Markdown
     from nbdev.showdoc import show_doc
     entries = []
     for m in public_methods(cls):
+        # a method that is patched on has an entry of its own
+        if f'{cls.__name__}.{m}' in self.shown: continue
         f = vars(cls)[m].fget if isinstance(vars(cls)[m], property) else getattr(cls, m)
         entry = show_doc(f, name=f'{cls.__name__}.{m}', title_level=4)._repr_markdown_()
         entries.append(entry.removeprefix('---\n\n'))

@@ -313,6 +313,13 @@ def test_first_screen_says_what_is_needed_and_what_comes_next(processed, name):
     assert re.search(r'\*\*Next\*\* .*\]\(', head), 'the next page is a link'
 
 
+@pytest.mark.parametrize('name', PAGES)
+def test_no_page_ends_in_shown_source(name):
+    "nbdev looks at the cell after it, and fails if there is none"
+    kind = EXPORT.search(source(PAGES[name]['cells'][-1]))
+    assert not kind or kind[1] != 'exports'
+
+
 def test_names_lead_to_their_entries(processed):
     assert '[`Rollout`](protocols.html#rollout)' in shown(processed, '01_protocols.ipynb')
     text = '\n'.join(shown(processed, n) for n in PAGES)

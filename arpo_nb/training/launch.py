@@ -36,6 +36,7 @@ from ..specs import known_models
 from ..systems import load_data, load_metric_net, load_reward
 from .notebooks import lay_out, run_notebook
 from .plan import check_memory, describe, make_plan
+from .rehearse import describe_rehearsal, rehearsed
 from .processes import check_launcher, launch_command, load_once, read_launcher, slurm_rank
 from .run_folder import TEMPORARY, claim_folder, read_rows
 from .sharding import check_layout
@@ -235,6 +236,9 @@ def main(argv=None):
                    help='refuse a folder that already holds this run')
     p.add_argument('--dry-run', action='store_true',
                    help='say what the run needs and costs, and stop')
+    p.add_argument('--rehearse', action='store_true',
+                   help='with --dry-run: also two steps at full size on tensors '
+                   'without content, which takes a minute')
     add_options(p, skip=('model', 'method'))
     args = p.parse_args(argv)
     job, cfg = _wanted(p, args)
@@ -243,6 +247,7 @@ def main(argv=None):
         shards = (read_launcher(args.launcher)['shards'] or cfg.num_processes
                   if args.launcher else None)
         print(describe(plan := make_plan(cfg, missing_ok=True, shards=shards), cfg))
+        if args.rehearse: print(describe_rehearsal(rehearsed(cfg, shards or 1)))
         # elsewhere the run is for another machine
         if torch.cuda.is_available(): check_memory(plan, cfg)
         return

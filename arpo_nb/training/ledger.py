@@ -245,14 +245,16 @@ def _enter(self, func, args, kwargs, out, ins, outs):
         self.keep(x, self._kind(func, ins, x))
         for f in self.frames: f.born.add(x.untyped_storage())
     if _waits(func, args, kwargs, ins, outs): self.ask()
-    moved, sent = bytes_moved(ins, outs), bytes_sent(func, ins, self.world)
+    moved = 0 if 'empty' in func._opname else bytes_moved(ins, outs)
+    sent = bytes_sent(func, ins, self.world)
     if not moved and not sent: return
     dtype = next((x.dtype for x in outs or ins if x.is_floating_point()), torch.int64)
     self.add(self.stack[-1], (dtype, flops_of(func, args, kwargs, out), moved, sent))
 Ledger.enter = _enter
 
 def _waits(func, args, kwargs, ins, outs) -> bool:
-    "Whether the host waits for a call: it does for copies either way that may not be late"
+    ("Whether the host waits for a call: it does for copies either way that may not be "
+     "late")
     if func._opname not in ('_to_copy', 'copy_', 'copy') or not outs: return False
     late = kwargs.get('non_blocking', len(args) > 2 and args[2])
     here, there = ([x.device == DEVICE for x in xs] for xs in (outs, ins))
@@ -337,7 +339,8 @@ class _Like:
 
 def likes(out):
     "The other way"
-    return tree_map_only(Tensor, lambda x: _Like((x.shape, x.stride(), x.dtype, x.device)), out)
+    return tree_map_only(Tensor,
+                         lambda x: _Like((x.shape, x.stride(), x.dtype, x.device)), out)
 
 # %% ../../nbs/44_ledger.ipynb #6d985861
 def _once(self, f, name):
@@ -422,7 +425,8 @@ Ledger._many = _many
 # %% ../../nbs/44_ledger.ipynb #c2f2cabc
 class _Doors:
     "Where the way back enters and leaves a block that is watched"
-    def __init__(self, ledger, key): self.ledger, self.key, self.frame = ledger, key, None
+    def __init__(self, ledger, key):
+        self.ledger, self.key, self.frame = ledger, key, None
 
     def enter(self):
         self.frame = Frame(self.ledger.now)
@@ -432,7 +436,8 @@ class _Doors:
         if self.frame is None: return
         self.ledger.frames.remove(self.frame)
         self.ledger.records[self.key] = self.frame
-        for base in self.ledger.waiting.pop(self.key, []): self.ledger.again(self.frame, base)
+        for base in self.ledger.waiting.pop(self.key, []):
+            self.ledger.again(self.frame, base)
         self.frame = None
 
 class _Gate(torch.autograd.Function):
@@ -450,10 +455,13 @@ class _StandIn(torch.autograd.Function):
     "A block that is entered again"
     @staticmethod
     def forward(ctx, ledger, frame, key, again, *xs):
-        ctx.ledger, ctx.key, ctx.likes = ledger, key, [likes(x) if x.requires_grad else None for x in xs]
-        new = lambda sizes: [torch.empty(n, dtype=torch.uint8, device=DEVICE) for n in sizes]
+        ctx.ledger, ctx.key, ctx.likes = ledger, key, [likes(x) if x.requires_grad
+                                                       else None for x in xs]
+        new = lambda sizes: [torch.empty(n, dtype=torch.uint8, device=DEVICE)
+                             for n in sizes]
         if not again: ledger.again(frame) # else the frame of the way back has it
-        held, casts = new(frame.saved), (new if again else ledger._hold_casts)(frame.cast)
+        held, casts = (new(frame.saved),
+                       (new if again else ledger._hold_casts)(frame.cast))
         ctx.save_for_backward(torch.empty(0, device=DEVICE), *held, *casts)
         return tuple(tensors(blank(frame.out)))
     @staticmethod
@@ -463,7 +471,8 @@ class _StandIn(torch.autograd.Function):
         if ctx.key in ledger.records: ledger.again(ledger.records[ctx.key], base)
         else: ledger.waiting[ctx.key].append(base)
         del held
-        return None, None, None, None, *(x if x is None else blank(x) for x in ctx.likes)
+        return None, None, None, None, *(x if x is None else blank(x)
+                                         for x in ctx.likes)
 
 # %% ../../nbs/44_ledger.ipynb #77016aa5
 def _is_back(): return torch._C._current_graph_task_id() != -1
@@ -482,7 +491,9 @@ def _block(self, unit:nn.Module):
         again = _is_back()
         if not again: mode['frame'] = self.records.get(key)
         frame = mode['frame']
-        if frame is None: return run(*args, **kwargs) if again else self._watch(run, key, back, args, kwargs)
+        if frame is None:
+            return (run(*args, **kwargs) if again
+                    else self._watch(run, key, back, args, kwargs))
         xs = [x for x in tensors(args, kwargs) if x.requires_grad] + mine
         return _like(frame.out, list(_StandIn.apply(self, frame, back, again, *xs)))
     def bare(shape, fresh, *args, **kwargs): return run(*args, **kwargs)
@@ -501,7 +512,8 @@ def _watch(self, run, key, back, args, kwargs):
     homes = {x.untyped_storage() for x in tensors(out, args, kwargs)}
     left = [h for h in frame.born if h not in homes and h in self.kind_of]
     frame.cast = self._halves(frame)
-    frame.saved = [h.nbytes() for h in left if not self.kind_of[h][0].endswith('in half')]
+    frame.saved = [h.nbytes() for h in left
+                   if not self.kind_of[h][0].endswith('in half')]
     frame.out = likes(out)
     self.records[key] = frame
     return self._gated(doors.enter, out)

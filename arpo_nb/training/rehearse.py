@@ -69,14 +69,15 @@ def networks_in(x, depth:int=5) -> list:
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/44_rehearse.ipynb #b9b39024
-def build(cfg:Config) -> tuple: # system and reward, the large networks on the meta device
+def build(cfg:Config) -> tuple: # system and reward, large networks on the meta device
     "Everything a run holds, in its real shapes, with random weights and without memory"
     # small networks that come along compute their own reference, on real numbers
     small = bool(find_model(cfg.model).judge)
     meta = nullcontext() if small else torch.device('meta')
     with warnings.catch_warnings(), patch.object(systems, 'own_reference', _moments):
         warnings.simplefilter('ignore') # that weights read into shapes are lost
-        with meta: system = load_system(cfg.model, 'random', perceptual=uses_perceptual(cfg))
+        with meta:
+            system = load_system(cfg.model, 'random', perceptual=uses_perceptual(cfg))
         for net in system.modules() if not small else (): net.to('meta')
         with nullcontext() if small else init_empty_weights():
             reward = load_reward(replace(cfg, weights='random'), system)
@@ -92,14 +93,16 @@ class FakeData:
     "Batches of the right shape, without end"
     def __init__(self, system:System, cfg:Config): self.system, self.cfg = system, cfg
 
-    def batches(self, batch_size:int, seed:int, start:int, stop:int, rank:int=0, n:int=1, **_):
+    def batches(self, batch_size:int, seed:int, start:int, stop:int, rank:int=0,
+                n:int=1, **_):
         "One batch a step"
         system, side, b = self.system, self.system.tokenizer.image_size, batch_size//n
         one = (torch.zeros(1, dtype=torch.long) if system.num_classes
                else system.policy.example_cond(1))
         for step in range(start, stop):
             cond = map_cond(lambda x: torch.zeros(b, *x.shape[1:], dtype=x.dtype), one)
-            images = None if self.cfg.method == 'grpo' else torch.empty(b, 3, side, side)
+            images = (None if self.cfg.method == 'grpo'
+                      else torch.empty(b, 3, side, side))
             prompts = None if system.num_classes else ['a photo']*b
             yield Batch(cond, Streams.range(seed, step*batch_size, b), images, prompts)
 
@@ -115,7 +118,8 @@ class _PhaseClock(Clock):
 def _within(ledger, name, f):
     "`f` as a phase of its own"
     def call(*args, **kwargs):
-        with ledger.during(name if isinstance(name, str) else name(*args)): return f(*args, **kwargs)
+        with ledger.during(name if isinstance(name, str) else name(*args)):
+            return f(*args, **kwargs)
     return call
 
 def _to(module, *args, **kwargs):
@@ -125,7 +129,8 @@ def _to(module, *args, **kwargs):
     if device is None or homes <= {device} or not homes: return module
     for m in module.modules():
         for k, x in m._parameters.items():
-            if x is not None: m._parameters[k] = nn.Parameter(x.detach().to(device), x.requires_grad)
+            if x is not None:
+                m._parameters[k] = nn.Parameter(x.detach().to(device), x.requires_grad)
         for k, x in m._buffers.items():
             if x is not None: m._buffers[k] = x.to(device)
     return module
@@ -142,11 +147,14 @@ class _Stage:
         ledger, trained = self.ledger, raw.model
         for policy in (self.system.policy, ref_policy):
             for unit in shard_units(policy) if policy is not None else (): ledger.block(unit)
-        objective, opt = sharding.prepare(acc, raw, make_optimizer, ref_policy, ref_offload)
+        objective, opt = sharding.prepare(acc, raw, make_optimizer, ref_policy,
+                                          ref_offload)
         for p in raw.parameters_to_train():
             ledger.keep(p, 'parameters')
-            p.register_post_accumulate_grad_hook(lambda p: ledger.keep(p.grad, 'gradients'))
-        for x in [] if ref_policy is None else [*ref_policy.parameters(), *ref_policy.buffers()]:
+            p.register_post_accumulate_grad_hook(lambda p: ledger.keep(p.grad,
+                                                                       'gradients'))
+        for x in [] if ref_policy is None else [*ref_policy.parameters(),
+                                                *ref_policy.buffers()]:
             ledger.keep(x, 'frozen networks')
         self.began()
         generate = self.system.policy.generate
@@ -155,10 +163,12 @@ class _Stage:
             self.settle()
             return out
         self.settle, self.system.policy.generate = lambda: None, settled
-        for net, doors in ((self.system.policy, ('hidden', 'generate')), (ref_policy, ('hidden',)),
+        for net, doors in ((self.system.policy, ('hidden', 'generate')),
+                           (ref_policy, ('hidden',)),
                            (self.system.tokenizer, ('encode', 'decode'))):
             for door in doors if net is not None else ():
-                setattr(net, door, ledger.once(getattr(net, door), f'{door} {net is ref_policy}'))
+                setattr(net, door, ledger.once(getattr(net, door),
+                                               f'{door} {net is ref_policy}'))
         self.trained, self.objective = list(raw.parameters_to_train()), raw
         if not acc.is_fsdp2:
             objective.forward = self.micro_batch(objective.forward)
@@ -211,12 +221,14 @@ class _Stage:
         self.gradients = self.ledger.now['gradients']
 
     def zero_grad(self, opt, *_, **__):
-        "Gradients that are gone; their tensors stay for the next ones to be entered in their place"
+        ("Gradients that are gone; their tensors stay for the next ones to be entered "
+         "in their place")
         self.held, self.ledger.now['gradients'] = False, 0
 
     def drop(self):
         "Really gone"
-        self.ledger.now['gradients'] += sum(nbytes(p.grad) for p in self.trained if p.grad is not None)
+        self.ledger.now['gradients'] += sum(nbytes(p.grad) for p in self.trained
+                                            if p.grad is not None)
         for p in self.trained: p.grad = None
 
     def saved(self, acc, *_, **__):
@@ -245,28 +257,36 @@ def _watched(stage:_Stage):
     with (patch.object(_PhaseClock, 'ledger', ledger),
           patch.object(trainer, 'Clock', _PhaseClock),
           patch.object(trainer, 'update', stage.update),
-          patch.object(clip_grad, '_has_foreach_support', lambda *_, **__: True), # as GPUs have
+          # as GPUs have
+          patch.object(clip_grad, '_has_foreach_support', lambda *_, **__: True),
           patch.object(trainer, 'prepare', stage.prepare),
           patch.object(trainer, 'save_checkpoint', stage.saved),
-          patch.object(trainer, 'check_state', lambda *_, **__: None), # would be pickled
+          # would be pickled
+          patch.object(trainer, 'check_state', lambda *_, **__: None),
           patch.object(rewards, '_rows', _within(ledger, name_of, rewards._rows)),
-          patch.object(rollout, 'ask_reward', ledger.once(rollout.ask_reward, 'reward')),
-          patch.object(Accelerator, 'backward', lambda acc, *a, **k: stage.backward(acc, *a, **k)),
-          patch.object(clip, 'tokenize', lambda prompts: torch.zeros(len(prompts), 77, dtype=torch.long)),
+          patch.object(rollout, 'ask_reward',
+                       ledger.once(rollout.ask_reward, 'reward')),
+          patch.object(Accelerator, 'backward', lambda acc, *a,
+                       **k: stage.backward(acc, *a, **k)),
+          patch.object(clip, 'tokenize',
+                       lambda prompts: torch.zeros(len(prompts), 77, dtype=torch.long)),
           patch.object(torch, 'clear_autocast_cache', forget),
-          patch.object(torch.backends.mkl, 'is_available', lambda: False), # packs weights on CPUs
+          # packs weights on CPUs
+          patch.object(torch.backends.mkl, 'is_available', lambda: False),
           patch.object(nn.Module, 'to', _to)):
         try: yield
         finally:
             for h in hooks: h.remove()
 
 # %% ../../nbs/44_rehearse.ipynb #821c4e21
-FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_RESHARD_AFTER_FORWARD='true',
+FSDP = dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2',
+            FSDP_RESHARD_AFTER_FORWARD='true',
             FSDP_AUTO_WRAP_POLICY='NO_WRAP', FSDP_STATE_DICT_TYPE='SHARDED_STATE_DICT')
 
 @contextmanager
 def _processes(n:int):
-    "This process as the first of n that share a policy, in a group that talks to nobody"
+    ("This process as the first of n that share a policy, in a group that talks to "
+     "nobody")
     from torch.distributed.fsdp._fully_shard import _fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
     init = AcceleratorState.__init__
@@ -276,10 +296,12 @@ def _processes(n:int):
     dist.init_process_group('fake', rank=0, world_size=n, store=FakeStore())
     mesh = init_device_mesh('cpu', (n,))
     options = lambda acc: dict(device=DEVICE, mesh=mesh, reshard=True)
-    env = FSDP | dict(WORLD_SIZE=str(n), RANK='0', LOCAL_RANK='0', LOCAL_WORLD_SIZE=str(n),
+    env = FSDP | dict(WORLD_SIZE=str(n), RANK='0', LOCAL_RANK='0',
+                      LOCAL_WORLD_SIZE=str(n),
                       MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')
     try:
-        with (patch.dict(os.environ, env), patch.object(AcceleratorState, '__init__', with_plugin),
+        with (patch.dict(os.environ, env),
+              patch.object(AcceleratorState, '__init__', with_plugin),
               patch.object(_fully_shard, '_get_device_from_mesh', lambda mesh: DEVICE),
               patch.object(sharding, 'fill', lambda policy, state: None),
               patch.object(sharding, 'shard_options', options),
@@ -336,30 +358,39 @@ def rehearse(cfg:Config, # any run
              steps:int=2,
              # system and reward on the meta device, instead of the model's own
              parts:tuple|None=None,
-             shards:int=1, # processes that the policy is sharded over: 1, or all of them
+             # processes that the policy is sharded over: 1, or all of them
+             shards:int=1,
              records:dict|None=None, # of an earlier rehearsal with the same networks
             ) -> Rehearsal:
     ("Run the trainer's own loop at full size on tensors without content, as one of "
      "`cfg.num_processes` processes")
     if shards not in (1, cfg.num_processes):
-        raise ValueError(f"shards={shards}: expected 1, or {cfg.num_processes}, the number of processes")
-    one = replace(cfg if shards > 1 else share(cfg), steps=steps, save_steps=steps, warmup_steps=0)
-    system, reward = copy.deepcopy(parts or build(cfg)) # what is watched is not given back
+        raise ValueError(f"shards={shards}: expected 1, or {cfg.num_processes}, the "
+                         "number of processes")
+    one = replace(cfg if shards > 1 else share(cfg), steps=steps, save_steps=steps,
+                  warmup_steps=0)
+    # what is watched is not given back
+    system, reward = copy.deepcopy(parts or build(cfg))
     ledger = Ledger(shards, records)
     stage = _Stage(ledger, system, one)
-    with ((_processes(shards) if shards > 1 else nullcontext()), patch.dict(os.environ, ACCELERATE_TORCH_DEVICE=str(DEVICE)),
-          FakeTensorMode(allow_non_fake_inputs=True), Places(), _no_memories(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings()):
+    with ((_processes(shards) if shards > 1 else nullcontext()),
+          patch.dict(os.environ, ACCELERATE_TORCH_DEVICE=str(DEVICE)),
+          FakeTensorMode(allow_non_fake_inputs=True), Places(), _no_memories(),
+          tempfile.TemporaryDirectory() as folder, warnings.catch_warnings()):
         warnings.simplefilter('ignore')
         AcceleratorState._reset_state(True)
         fake_twins(*system.modules(), *networks_in(reward))
         for net in [*system.modules(), *networks_in(reward)]:
             if shards > 1 and net is system.policy: continue # it goes there in parts
-            for x in [*net.parameters(), *net.buffers()]: ledger.keep(x, 'frozen networks')
+            for x in [*net.parameters(), *net.buffers()]:
+                ledger.keep(x, 'frozen networks')
         with _watched(stage), ledger:
-            trainer.train(system, FakeData(system, one), one, folder, reward=reward, progress=False)
+            trainer.train(system, FakeData(system, one), one, folder, reward=reward,
+                          progress=False)
     AcceleratorState._reset_state(True)
     if cfg.num_processes > shards: _add_buckets(ledger, cfg.num_processes)
-    return Rehearsal(cfg, shards, dict(ledger.phases), ledger.syncs, ledger.curve, stage.checkpoint)
+    return Rehearsal(cfg, shards, dict(ledger.phases), ledger.syncs, ledger.curve,
+                     stage.checkpoint)
 
 def _add_buckets(ledger, n):
     "Data parallelism keeps a copy of all gradients to send"
@@ -367,7 +398,8 @@ def _add_buckets(ledger, n):
     for phase in ledger.phases.values():
         phase.peak, phase.kinds['buckets'] = phase.peak + size, size
     steps = sum(n for k, n in ledger.phases['optimiser'].work.items()) and 1
-    ledger.phases['exchange'].work[torch.float32, 0, 0, int(2*(n - 1)/n*size)] += 2*steps
+    ledger.phases['exchange'].work[
+        torch.float32, 0, 0, int(2*(n - 1)/n*size)] += 2*steps
 
 # %% ../../nbs/44_rehearse.ipynb #c46c19cb
 @dataclass(frozen=True)
@@ -471,8 +503,9 @@ def propose(cfg:Config, memory:float, # bytes of a device
             if r.peak <= share*memory: return at, r
             held = sum(v for k, v in r.kinds.items() if k in STAYS)
             at = _smaller(at, r) if held < share*memory else None
-    raise MemoryError(f"{cfg.model}: {r.peak/1e9:.1f} GB of {memory/1e9:.1f} whatever the "
-                      "pieces; shard it over several devices, or take a smaller model")
+    raise MemoryError(f"{cfg.model}: {r.peak/1e9:.1f} GB of {memory/1e9:.1f} whatever "
+                      "the pieces; shard it over several devices, or take a smaller "
+                      "model")
 
 # kinds that no smaller pieces make smaller
 STAYS = 'parameters', 'gradients', 'optimiser state', 'frozen networks', 'buckets'
