@@ -147,7 +147,7 @@ def table_row(m, notebooks=1):
 
 def exporting(paths):
     "Notebooks that export something, by name"
-    found = {p.stem: json.loads(p.read_text(encoding='utf-8')) for p in paths}
+    found = {p.stem: json.loads(p.read_text(encoding='utf-8')) for p in paths if not p.name.startswith('_')}
     return {n: nb for n, nb in found.items() if any(exports(c) for c in nb['cells'])}
 
 

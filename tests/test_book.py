@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT/'scripts'))
 import book
 
 PAGES = {n: nb for n, nb in book.exporting(sorted((ROOT/'nbs').glob('*.ipynb'))).items()}
-CHAPTERS = ['32_multiscale_vq', '33_var'] # what is written as chapters; the list grows
+CHAPTERS = ['31_llamagen', '32_multiscale_vq', '33_var', '34_vqgan'] # the list grows
 MODULES = sorted(p for p in (ROOT/'arpo_nb').rglob('*.py') if not p.stem.startswith('_'))
 
 

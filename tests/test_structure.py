@@ -173,4 +173,5 @@ def test_no_line_is_over_120_characters(module):
     "But for `__all__`, which nbdev writes"
     lines = (PACKAGE/f"{module.replace('.', '/')}.py").read_text().splitlines()
     long = [(i, len(l)) for i, l in enumerate(lines, 1) if len(l) > 120 and not l.startswith('__all__')]
-    assert bool(long) == (module in OVER_LONG), long or f'{module} is wrapped: take it off the list'
+    if long and module in OVER_LONG: pytest.xfail(f'{len(long)} lines are still to be wrapped')
+    assert not long

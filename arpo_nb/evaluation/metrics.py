@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -33,36 +34,55 @@ from ..protocols import MetricNet
 from ..scores.inception import Features, to_255
 from ..weights import file_sha256
 
-# %% ../../nbs/53_metrics.ipynb #06ddebc2
-def image_files(folder) -> list:
+# %% ../../nbs/53_metrics.ipynb #2f49ac7a
+def image_files(folder, # path, `~` allowed
+               ) -> list:
     "The pictures of a folder and its sub-folders, by name"
     files = only_pictures(folder_files(user_path(folder)), folder)
-    if not files: raise ValueError(f"{folder}: no pictures in this folder; expected files like 000000.png")
+    if not files:
+        raise ValueError(f"{folder}: no pictures in this folder; expected files like "
+                         "000000.png")
     return files
 
-def set_format(files) -> str: # such as 'PNG', or 'JPEG and PNG'
+# %% ../../nbs/53_metrics.ipynb #2ef90349
+def set_format(files, # paths of pictures
+              ) -> str: # such as 'PNG', or 'JPEG and PNG'
     "The formats of a set of files, by their first bytes; a set of several is warned of"
     with ThreadPoolExecutor() as pool: found = Counter(pool.map(picture_format, files))
     if len(found) > 1:
-        several = ' and '.join(f"{n} {f or 'unknown'}" for f, n in sorted(found.items()))
-        warnings.warn(f"{Path(files[0]).parent}: {several} pictures in one set; JPEG's losses alone move every "
+        several = ' and '.join(f"{n} {f or 'unknown'}" for f,
+                               n in sorted(found.items()))
+        warnings.warn(f"{Path(files[0]).parent}: {several} pictures in one set; JPEG's "
+                      "losses alone move every "
                       "distance, so save all of them alike, as PNG")
     return ' and '.join(sorted(found))
 
-def read_picture(path, size=None) -> np.ndarray: # [H, W, 3] uint8
-    "One picture, which must be RGB, or is made so along with the crop to `size`"
-    try: image = open_picture(path, as_rgb=as_rgb if size else lambda image: _must_be_rgb(image, path))
-    except OSError as e: raise OSError(f"{e}; copy it again, or delete it and draw it again") from e
-    return np.array(center_crop(image, size) if size else image)
-
+# %% ../../nbs/53_metrics.ipynb #1a2dc445
 def _must_be_rgb(image, path):
     if image.mode != 'RGB' or 'transparency' in image.info:
         mode = 'RGB, with transparency' if image.mode == 'RGB' else image.mode
         raise BadFile(path, f"the picture's mode is {mode}, expected RGB; "
-                            "save generated images as RGB, or pass size= to convert and crop photographs")
+                            "save generated images as RGB, or pass size= to convert "
+                            "and crop photographs")
     return image.copy()
 
-def folder_chunks(folder, chunk, size=None): # yields [n, H, W, 3] uint8
+# %% ../../nbs/53_metrics.ipynb #3c5f73bc
+def read_picture(path, # of one picture
+                 size=None, # side of the square to cut out, None to leave it as it is
+                ) -> np.ndarray: # [H, W, 3] uint8
+    "One picture, which must be RGB, or is made so along with the crop to `size`"
+    try:
+        image = open_picture(path, as_rgb=as_rgb if size
+                             else lambda image: _must_be_rgb(image, path))
+    except OSError as e:
+        raise OSError(f"{e}; copy it again, or delete it and draw it again") from e
+    return np.array(center_crop(image, size) if size else image)
+
+# %% ../../nbs/53_metrics.ipynb #bced85f9
+def folder_chunks(folder, # of pictures
+                  chunk, # pictures at a time
+                  size=None, # see `read_picture`
+                 ): # yields [n, H, W, 3] uint8
     "The pictures of a folder, `chunk` at a time"
     files = image_files(folder)
     first = read_picture(files[0], size).shape
@@ -71,74 +91,102 @@ def folder_chunks(folder, chunk, size=None): # yields [n, H, W, 3] uint8
             pictures = list(pool.map(lambda f: read_picture(f, size), files[i:i+chunk]))
             for f, p in zip(files[i:], pictures):
                 if p.shape != first:
-                    raise ValueError(f"{f} is {p.shape[1]}×{p.shape[0]}, but {files[0].name} is "
-                                     f"{first[1]}×{first[0]}; one set needs one size, pass size= to crop all to one")
+                    raise ValueError(f"{f} is {p.shape[1]}×{p.shape[0]}, but "
+                                     f"{files[0].name} is "
+                                     f"{first[1]}×{first[0]}; one set needs one size, "
+                                     "pass size= to crop all to one")
             yield np.stack(pictures)
 
-# %% ../../nbs/53_metrics.ipynb #e8269771
-def _open_array(entries, archive, path): # the open member and its shape
-    if 'arr_0' not in entries: raise BadFile(path, f"no array 'arr_0' of images, it holds {', '.join(entries)}")
+# %% ../../nbs/53_metrics.ipynb #050e1a24
+def _open_array(entries, # the open member and its shape
+                archive, # the open member and its shape
+                path, # the open member and its shape
+               ): # the open member and its shape
+    if 'arr_0' not in entries:
+        raise BadFile(path, "no array 'arr_0' of images, it holds "
+                            f"{', '.join(entries)}")
     member = archive.open(entries['arr_0'])
     shape, fortran, dtype = npy_header(member, path, 'arr_0')
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or not all(shape):
-        raise BadFile(path, f"arr_0 is {dtype} {shape}, expected uint8 [N, H, W, 3]: RGB pictures in 8 bits")
+        raise BadFile(path, f"arr_0 is {dtype} {shape}, expected uint8 [N, H, W, 3]: "
+                            "RGB pictures in 8 bits")
     have = entries['arr_0'].file_size - member.tell()
     if math.prod(shape) > have:
-        raise BadFile(path, f"the file ends after {have//math.prod(shape[1:])} of {shape[0]} images; copy it again",
+        raise BadFile(path, f"the file ends after {have//math.prod(shape[1:])} of "
+                            f"{shape[0]} images; copy it again",
                       'arr_0')
     return member, shape
 
-def npz_chunks(path, chunk): # yields [n, H, W, 3] uint8
+# %% ../../nbs/53_metrics.ipynb #f6037c32
+def npz_chunks(path, # of an archive with `arr_0`
+               chunk, # images at a time
+              ): # yields [n, H, W, 3] uint8
     "The images of an archive, `chunk` at a time"
-    with open_npz(path := user_path(path)) as (entries, archive), reading(path, 'arr_0'):
+    with open_npz(path := user_path(path)) as (entries, archive), reading(path,
+            'arr_0'):
         member, (n, *image) = _open_array(entries, archive, path)
         for i in range(0, n, chunk):
             want = (min(chunk, n - i), *image)
             raw = member.read(math.prod(want))
             if len(raw) < math.prod(want):
-                raise ValueError(f"{path}: the file ends after {i + len(raw)//math.prod(image)} of {n} images; "
+                raise ValueError(f"{path}: the file ends after "
+                                 f"{i + len(raw)//math.prod(image)} of {n} images; "
                                  "copy it again")
             yield np.frombuffer(raw, np.uint8).reshape(want)
 
-# %% ../../nbs/53_metrics.ipynb #b551b8fc
+# %% ../../nbs/53_metrics.ipynb #a92c67d7
 def _at_most(limit):
-    if limit is not None and limit < 1: raise ValueError(f"limit={limit}: expected at least 1 image, or None for all")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: expected at least 1 image, or None for all")
     return math.inf if limit is None else limit
 
-def image_chunks(source, # folder, .npz, tensor [N, 3, H, W], or an iterable of tensors or of (images, labels)
+# %% ../../nbs/53_metrics.ipynb #07b844a6
+def _raw_chunks(source, chunk, size):
+    "Images as they are stored"
+    if isinstance(source, Tensor): yield from source.split(chunk)
+    elif not isinstance(source, (str, os.PathLike)):
+        yield from (x[0] if isinstance(x, (tuple, list)) else x for x in source)
+    elif user_path(source).is_dir(): yield from folder_chunks(source, chunk, size)
+    elif user_path(source).suffix.lower() == '.npz' and user_path(source).exists():
+        yield from npz_chunks(source, chunk)
+    else: raise FileNotFoundError(f"{source}: no such folder or .npz file of images")
+
+# %% ../../nbs/53_metrics.ipynb #37f407e2
+def image_chunks(
+                 # folder, .npz, tensor [N, 3, H, W], or an iterable of tensors or of
+                 # (images, labels)
+                 source,
                  chunk:int=512, # images at a time
                  size:int|None=None, # crop a folder's pictures to this side
                  limit:int|None=None, # images in all, from the first; None for all
                 ): # yields [n, 3, H, W] uint8
     "Images from anywhere, in 8 bits"
-    def raw():
-        if isinstance(source, Tensor): yield from source.split(chunk)
-        elif not isinstance(source, (str, os.PathLike)):
-            yield from (x[0] if isinstance(x, (tuple, list)) else x for x in source)
-        elif user_path(source).is_dir(): yield from folder_chunks(source, chunk, size)
-        elif user_path(source).suffix.lower() == '.npz' and user_path(source).exists():
-            yield from npz_chunks(source, chunk)
-        else: raise FileNotFoundError(f"{source}: no such folder or .npz file of images")
     left, shape = _at_most(limit), None
-    for x in raw():
-        x = torch.from_numpy(x.copy()).permute(0, 3, 1, 2) if isinstance(x, np.ndarray) else to_255(x).to(torch.uint8)
+    for x in _raw_chunks(source, chunk, size):
+        x = torch.from_numpy(x.copy()).permute(0, 3, 1, 2) if isinstance(x,
+                np.ndarray) else to_255(x).to(torch.uint8)
         x, shape = x[:int(min(left, len(x)))], shape or x.shape[1:]
         if x.shape[1:] != shape:
-            raise ValueError(f"images of {tuple(x.shape[1:])} follow images of {tuple(shape)}; one set needs one size")
+            raise ValueError(f"images of {tuple(x.shape[1:])} follow images of "
+                             f"{tuple(shape)}; one set needs one size")
         if len(x): yield x
         left -= len(x)
         if left <= 0: return
 
-def image_count(source) -> int:
+# %% ../../nbs/53_metrics.ipynb #a77f65ab
+def image_count(source, # folder, .npz or tensor
+               ) -> int:
     "How many images a folder, archive or tensor holds, without reading them"
     if isinstance(source, Tensor): return len(source)
     if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"source: a {type(source).__name__} does not say how many images it holds; pass a folder, "
+        raise ValueError(f"source: a {type(source).__name__} does not say how many "
+                         "images it holds; pass a folder, "
                          "an .npz or a tensor")
     if user_path(source).is_dir(): return len(image_files(source))
-    with open_npz(source := user_path(source)) as (entries, archive): return _open_array(entries, archive, source)[1][0]
+    with open_npz(source := user_path(source)) as (entries, archive):
+        return _open_array(entries, archive, source)[1][0]
 
-# %% ../../nbs/53_metrics.ipynb #66435936
+# %% ../../nbs/53_metrics.ipynb #b6149239
 @dataclass
 class Statistics:
     "A set of images, as a network sees it"
@@ -149,16 +197,25 @@ class Statistics:
     sigma: Tensor # [D, D]
     mu_s: Tensor|None = None # [S] of spatial features
     sigma_s: Tensor|None = None
-    features: Tensor|None = None # [m, D] float32 for precision and recall; for references a part of the set
+    # [m, D] float32 for precision and recall; for references a part of the set
+    features: Tensor|None = None
     logits: Tensor|None = None # [n, classes]
     sha256: str = '' # of the file, for references
     formats: str = '' # of a folder's pictures, such as 'PNG'
 
+# %% ../../nbs/53_metrics.ipynb #1e5dfb18
 def image_statistics(source, # see `image_chunks`
-                     net, # with a `name`, and `features(images, batch_size)` returning `Features`
-                     *, keep:int|None=None, # features kept, evenly spread over the set; None for all
-                     batch_size:int=64, chunk:int=512, size:int|None=None, limit:int|None=None,
-                     progress:bool=False) -> Statistics:
+                     # with a `name`, and `features(images, batch_size)` returning
+                     # `Features`
+                     net,
+                     # features kept, evenly spread over the set; None for all
+                     *, keep:int|None=None,
+                     batch_size:int=64, # images that enter the network together
+                     chunk:int=512, # images read at a time
+                     size:int|None=None, # see `image_chunks`
+                     limit:int|None=None, # see `image_chunks`
+                     progress:bool=False, # show a bar
+                    ) -> Statistics:
     "Pass images through a network once"
     pool, spatial, rows, logits = RunningMoments(), RunningMoments(), [], []
     is_folder = isinstance(source, (str, os.PathLike)) and user_path(source).is_dir()
@@ -178,19 +235,28 @@ def image_statistics(source, # see `image_chunks`
     return Statistics(net.name, name, pool.n, *pool.moments(), *(spatial.moments() if spatial.n else (None, None)),
                       torch.cat(rows), torch.cat(logits) if logits else None, formats=formats)
 
-# %% ../../nbs/53_metrics.ipynb #0148a0bb
+# %% ../../nbs/53_metrics.ipynb #77648899
 def _made_of(source, net, keep, size=None, limit=None, **_) -> dict:
     "What decides a reference's content; nothing for sources other than folders"
     if isinstance(source, Tensor) or not user_path(source).is_dir(): return {}
-    listing = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in image_files(source)]
+    listing = [(str(f), f.stat().st_size, f.stat().st_mtime_ns)
+               for f in image_files(source)]
     return dict(folder=str(user_path(source).resolve()), pictures=len(listing),
-                listing=hashlib.sha256(repr(listing).encode()).hexdigest(), size=size, limit=limit, keep=keep,
+                listing=hashlib.sha256(repr(listing).encode()).hexdigest(), size=size,
+                limit=limit, keep=keep,
                 network=net.name)
 
+# %% ../../nbs/53_metrics.ipynb #b61cbbab
+def _is_ours(path, # a reference file that `make_reference` wrote
+            ): # a reference file that `make_reference` wrote
+    with open_npz(path) as (names, _): return 'made_of' in names
+
+# %% ../../nbs/53_metrics.ipynb #b9f61200
 def make_reference(source, # folder of real pictures, an .npz of images, or a tensor
                    path, # of the file to write, .npz; its folder is made if missing
                    net, # see `image_statistics`
-                   *, keep:int=10_000, # features for precision and recall, evenly spread over the set
+                   # features for precision and recall, evenly spread over the set
+                   *, keep:int=10_000,
                    **kwargs, # size (crops photographs), batch_size, limit, progress
                   ) -> Path:
     "Write a reference file"
@@ -208,32 +274,67 @@ def make_reference(source, # folder of real pictures, an .npz of images, or a te
     write_atomically(path, lambda f: np.savez(f, **arrays, features=s.features.numpy(), **note))
     return path
 
-def _is_ours(path): # a reference file that `make_reference` wrote
-    with open_npz(path) as (names, _): return 'made_of' in names
+# %% ../../nbs/53_metrics.ipynb #8c2616ea
+def _reference_note(path, # network, source, made_of, formats as text, n as a number
+                   ) -> dict: # network, source, made_of, formats as text, n as a number
+    "What a reference file says of itself"
+    note = read_npz(path, ('network', 'source', 'n', 'made_of', 'formats'))
+    for k, v in note.items():
+        if v.ndim or v.dtype.kind not in ('iu' if k == 'n' else 'U'):
+            raise BadFile(path, f"{v.dtype} {list(v.shape)}, expected "
+                                f"{'a whole number' if k == 'n' else 'a text'}", k)
+    return {k: v.item() for k, v in note.items()}
 
+# %% ../../nbs/53_metrics.ipynb #45b4bc93
 def folder_reference(folder, # of real pictures
-                     path, # .npz, written if it is not there or was made of something else
+                     # .npz, written if it is not there or was made of something else
+                     path,
                      net, # see `image_statistics`
-                     *, keep:int=10_000, **kwargs) -> Path: # see `make_reference`
+                     *, keep:int=10_000, # see `make_reference`
+                     **kwargs, # see `make_reference`
+                    ) -> Path: # see `make_reference`
     "A folder's reference file, made once"
     path = user_path(path)
     refuse_foreign(path, _is_ours)
-    if path.exists() and _reference_note(path).get('made_of') == json.dumps(_made_of(folder, net, keep, **kwargs)):
-        return path
+    wanted = json.dumps(_made_of(folder, net, keep, **kwargs))
+    if path.exists() and _reference_note(path).get('made_of') == wanted: return path
     return make_reference(folder, path, net, keep=keep, **kwargs)
 
+# %% ../../nbs/53_metrics.ipynb #c49f76fc
+def _stored_features(path, dim):
+    "Features for precision and recall, or None"
+    a = read_npz(path, ['features']).get('features')
+    if a is None: return None
+    if a.dtype.kind != 'f' or a.ndim != 2 or not len(a) or dim not in (None,
+            a.shape[1]):
+        raise BadFile(path, f"{a.dtype} {list(a.shape)}, expected floats [m, "
+                            f"{dim or 'D'}]", 'features')
+    if not np.isfinite(a).all():
+        raise BadFile(path, "holds values that are not finite; make it again",
+                      'features')
+    return torch.from_numpy(a)
+
+# %% ../../nbs/53_metrics.ipynb #0b014275
+def _reference_file(path):
+    "The path of a reference that is there"
+    path = user_path(path)
+    if path.is_dir():
+        raise ValueError(f"reference {path}: a folder, expected a file; write one from "
+                         "it with make_reference, or "
+                         "folder_reference")
+    if not path.exists():
+        raise FileNotFoundError(f"reference {path}: no such file; pass "
+                                "VIRTUAL_imagenet256_labeled.npz, an .npz "
+                                "with mu and sigma, or make one with make_reference")
+    return path
+
+# %% ../../nbs/53_metrics.ipynb #b71204b2
 def load_reference(path, # .npz, see the table above
                    net=None, # to read features off `arr_0` where the file has none
                    **kwargs, # batch_size, progress
                   ) -> Statistics:
     "Read a reference file"
-    path = user_path(path)
-    if path.is_dir():
-        raise ValueError(f"reference {path}: a folder, expected a file; write one from it with make_reference, or "
-                         "folder_reference")
-    if not path.exists():
-        raise FileNotFoundError(f"reference {path}: no such file; pass VIRTUAL_imagenet256_labeled.npz, an .npz "
-                                "with mu and sigma, or make one with make_reference")
+    path = _reference_file(path)
     got, note = {k: torch.from_numpy(v) for k, v in read_moments(path).items()}, _reference_note(path)
     features = _stored_features(path, len(got['mu']) if 'mu' in got else None)
     with open_npz(path) as (names, _): images = 'arr_0' in names
@@ -247,26 +348,10 @@ def load_reference(path, # .npz, see the table above
     return Statistics(note.get('network', ''), note.get('source') or path.name, note.get('n', 0), **got,
                       features=features, sha256=file_sha256(path), formats=note.get('formats', ''))
 
-def _reference_note(path) -> dict: # network, source, made_of, formats as text, n as a number
-    "What a reference file says of itself"
-    note = read_npz(path, ('network', 'source', 'n', 'made_of', 'formats'))
-    for k, v in note.items():
-        if v.ndim or v.dtype.kind not in ('iu' if k == 'n' else 'U'):
-            raise BadFile(path, f"{v.dtype} {list(v.shape)}, expected {'a whole number' if k == 'n' else 'a text'}", k)
-    return {k: v.item() for k, v in note.items()}
-
-def _stored_features(path, dim):
-    "Features for precision and recall, or None"
-    a = read_npz(path, ['features']).get('features')
-    if a is None: return None
-    if a.dtype.kind != 'f' or a.ndim != 2 or not len(a) or dim not in (None, a.shape[1]):
-        raise BadFile(path, f"{a.dtype} {list(a.shape)}, expected floats [m, {dim or 'D'}]", 'features')
-    if not np.isfinite(a).all(): raise BadFile(path, "holds values that are not finite; make it again", 'features')
-    return torch.from_numpy(a)
-
-# %% ../../nbs/53_metrics.ipynb #4c66523d
-def looks_sorted(classes:Tensor,
+# %% ../../nbs/53_metrics.ipynb #ecd61780
+def looks_sorted(
                  # [N] labels, or predicted classes, in the order of the files
+                 classes:Tensor,
                 ) -> bool:
     ("Whether neighbours share their class far more often than they would in random "
      "order")
@@ -274,17 +359,35 @@ def looks_sorted(classes:Tensor,
     chance, agree = share.square().sum(), (classes[1:] == classes[:-1]).double().mean()
     return len(classes) > 20 and bool(agree - chance > .25*(1 - chance))
 
-# %% ../../nbs/53_metrics.ipynb #8e520625
+# %% ../../nbs/53_metrics.ipynb #0fafc677
 def _same_network(real, name):
     if real.network and real.network != name:
-        raise ValueError(f"the reference {real.source} was made with {real.network!r}, the images are seen by "
+        raise ValueError(f"the reference {real.source} was made with {real.network!r}, "
+                         "the images are seen by "
                          f"{name!r}; use one network for both")
 
+# %% ../../nbs/53_metrics.ipynb #4ba9e0ee
+def _check_dimensions(real, net, image):
+    "The reference must have as many dimensions as the network's features of an image"
+    seen = net.features(image, 1)
+    row = None if real.features is None else real.features[0]
+    for name, mine, theirs in (('mu', real.mu, seen.pool),
+                               ('mu_s', real.mu_s, seen.spatial),
+                               ('features', row, seen.pool)):
+        if mine is not None and theirs is not None and len(mine) != theirs.shape[1]:
+            raise ValueError(f"the reference {real.source}: {name} of {len(mine)} "
+                             f"dimensions, but {net.name} gives "
+                             f"{theirs.shape[1]}; it belongs to another network, make "
+                             "one with make_reference")
+
+# %% ../../nbs/53_metrics.ipynb #34a73b6f
 def check_reference(real:Statistics, # reference
                     net, # see `image_statistics`
-                    image:Tensor|None=None, # [1, 3, H, W], to see how many features the network gives
+                    # [1, 3, H, W], to see how many features the network gives
+                    image:Tensor|None=None,
                     n:int|None=None, # images there will be
-                    k:int=3):
+                    k:int=3, # neighbours of precision and recall
+                   ):
     "Raise, before any work, unless `n` images seen by a network can be compared with a reference"
     _same_network(real, net.name)
     if n is not None and n < 2: raise ValueError(f"{n} images; a covariance needs at least 2")
@@ -293,57 +396,80 @@ def check_reference(real:Statistics, # reference
         for what, m in sides:
             if m is not None and m <= k:
                 raise ValueError(f"precision and recall need more than k={k} images on both sides, {what} {m}")
-    if image is None: return
-    seen = net.features(image, 1)
-    row = None if real.features is None else real.features[0]
-    for name, mine, theirs in (('mu', real.mu, seen.pool), ('mu_s', real.mu_s, seen.spatial),
-                               ('features', row, seen.pool)):
-        if mine is not None and theirs is not None and len(mine) != theirs.shape[1]:
-            raise ValueError(f"the reference {real.source}: {name} of {len(mine)} dimensions, but {net.name} gives "
-                             f"{theirs.shape[1]}; it belongs to another network, make one with make_reference")
+    if image is not None: _check_dimensions(real, net, image)
 
+# %% ../../nbs/53_metrics.ipynb #7fcc5129
 def compare(fake:Statistics, # generated images, with all features
             real:Statistics, # reference
             *, k:int=3, # neighbours of precision and recall
-            half:bool=False, # their distances in half precision first, as the evaluator does
+            # their distances in half precision first, as the evaluator does
+            half:bool=False,
             split_size:int=5000, # of the Inception Score
             device='cpu', # where distances between features are computed
            ) -> dict:
     "All metrics that two sets of statistics allow"
     _same_network(real, fake.network)
     official = fake.network == 'Inception 2015-12-05'
-    out = {'fid' if official else 'frechet': frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)}
+    out = {'fid' if official else 'frechet': frechet_distance(real.mu, real.sigma,
+            fake.mu, fake.sigma)}
     if real.mu_s is not None and fake.mu_s is not None:
         spatial = frechet_distance(real.mu_s, real.sigma_s, fake.mu_s, fake.sigma_s)
         out['sfid' if official else 'spatial_frechet'] = spatial
-    if fake.logits is not None: out['inception_score'] = inception_score(fake.logits, split_size)
+    if fake.logits is not None:
+        out['inception_score'] = inception_score(fake.logits, split_size)
     if real.features is not None and fake.features is not None:
-        out['precision'], out['recall'] = precision_recall(real.features.to(device), fake.features.to(device), k, half)
+        out['precision'], out['recall'] = precision_recall(real.features.to(device),
+                fake.features.to(device), k, half)
     return out
 
-def advice(fake:Statistics, labels:Tensor|None=None) -> list:
-    "What a reader of these numbers should be warned of"
-    found = []
-    if fake.n < 10_000:
-        found.append(f"{fake.n} images: Fréchet distances are biased upwards by small sets; compare only with the "
-                     "same number of images, and use 50,000 for papers")
-    classes = labels if labels is not None else None if fake.logits is None else fake.logits.argmax(1)
-    if classes is not None and looks_sorted(torch.as_tensor(classes)):
-        found.append("the images look sorted by class: the Inception Score, computed over contiguous splits, comes "
-                     "out too low; shuffle them")
-    return found
-
+# %% ../../nbs/53_metrics.ipynb #b67df15f
 def _format_advice(fake, real):
     "Whether images and reference were saved in different formats"
     if not (fake.formats and real.formats) or fake.formats == real.formats: return []
-    return [f"the images are {fake.formats} and the reference was made of {real.formats}: JPEG's losses alone move "
-            "every distance; save generated images as PNG, and compare only with numbers made from the same formats"]
+    return [f"the images are {fake.formats} and the reference was made of "
+            f"{real.formats}: JPEG's losses alone move "
+            "every distance; save generated images as PNG, and compare only with "
+            "numbers made from the same formats"]
 
+# %% ../../nbs/53_metrics.ipynb #7b3d776e
+def advice(fake:Statistics, # generated images
+           # [N] classes in order, None to go by the network's guesses
+           labels:Tensor|None=None,
+          ) -> list: # of sentences
+    "What a reader of these numbers should be warned of"
+    found = []
+    if fake.n < 10_000:
+        found.append(f"{fake.n} images: Fréchet distances are biased upwards by small "
+                     "sets; compare only with the "
+                     "same number of images, and use 50,000 for papers")
+    classes = labels
+    if classes is None and fake.logits is not None: classes = fake.logits.argmax(1)
+    if classes is not None and looks_sorted(torch.as_tensor(classes)):
+        found.append("the images look sorted by class: the Inception Score, computed "
+                     "over contiguous splits, comes "
+                     "out too low; shuffle them")
+    return found
+
+# %% ../../nbs/53_metrics.ipynb #988128a5
+def _protocol(fake, real, net, k, half, split_size):
+    "What makes the numbers comparable"
+    return dict(network=net.name, source=fake.source, reference=real.source,
+                reference_sha256=real.sha256,
+                reference_n=real.n, reference_features=0 if real.features is None
+                else len(real.features),
+                k=k, precision_recall='half' if half else 'float32',
+                split_size=split_size,
+                torch=torch.__version__)
+
+# %% ../../nbs/53_metrics.ipynb #aeb49758
 def score_images(source, # generated images, see `image_chunks`
                  reference, # path of an .npz, or `Statistics`
                  net, # see `image_statistics`
-                 *, labels:Tensor|None=None, # [N] classes in order, only used to see whether images are sorted
-                 k:int=3, half:bool=False, split_size:int=5000, # see `compare`
+                 # [N] classes in order, only used to see whether images are sorted
+                 *, labels:Tensor|None=None,
+                 k:int=3, # see `compare`
+                 half:bool=False, # see `compare`
+                 split_size:int=5000, # see `compare`
                  device='cpu', # of precision and recall
                  **kwargs, # batch_size, limit, progress
                 ) -> dict: # metrics, `n`, `warnings` and `protocol`
@@ -358,29 +484,33 @@ def score_images(source, # generated images, see `image_chunks`
     check_reference(real, net, first, count, k)
     fake = image_statistics(source, net, **kwargs)
     for text in (notes := advice(fake, labels) + _format_advice(fake, real)): warnings.warn(text)
-    protocol = dict(network=net.name, source=fake.source, reference=real.source, reference_sha256=real.sha256,
-                    reference_n=real.n,
-                    reference_features=0 if real.features is None else len(real.features), k=k,
-                    precision_recall='half' if half else 'float32', split_size=split_size, torch=torch.__version__)
+    protocol = _protocol(fake, real, net, k, half, split_size)
     return dict(**compare(fake, real, k=k, half=half, split_size=split_size, device=device), n=fake.n,
                 warnings=notes, protocol=protocol)
 
-# %% ../../nbs/53_metrics.ipynb #0b81314c
+# %% ../../nbs/53_metrics.ipynb #21bac2e8
 class MetricReader:
     "The network of a `MetricNet`, as one of this module"
-    def __init__(self, metric_net:MetricNet):
+    def __init__(self, metric_net:MetricNet, # whose network looks
+                ):
         self.net, self.name = metric_net.net, metric_net.name
 
-    @torch.no_grad()
-    def features(self, images:Tensor, batch_size:int=512) -> Features:
-        "Features and logits of 8-bit images"
-        device = next((p.device for p in self.net.parameters()), 'cpu')
-        pool, logits = map(torch.cat,
-                           zip(*(self.net(to_255(x.to(device))/255)
-                                 for x in images.split(batch_size))))
-        return Features(pool, None, logits)
+# %% ../../nbs/53_metrics.ipynb #11578eca
+@patch
+@torch.no_grad()
+def features(self:MetricReader, images:Tensor, # [N, 3, H, W] uint8
+             batch_size:int=512, # images at a time
+            ) -> Features:
+    "Features and logits of 8-bit images"
+    device = next((p.device for p in self.net.parameters()), 'cpu')
+    pool, logits = map(torch.cat,
+                       zip(*(self.net(to_255(x.to(device))/255)
+                             for x in images.split(batch_size))))
+    return Features(pool, None, logits)
 
-def from_metric_net(metric_net:MetricNet): # reference `Statistics`, and a network
+# %% ../../nbs/53_metrics.ipynb #ff588ea4
+def from_metric_net(metric_net:MetricNet, # with its reference
+                   ): # reference `Statistics`, and a network
     "Both sides of `score_images` from a `MetricNet`"
     mu, sigma, features = (metric_net.mu.double().cpu(),
                            metric_net.sigma.double().cpu(),
@@ -391,8 +521,8 @@ def from_metric_net(metric_net:MetricNet): # reference `Statistics`, and a netwo
     return Statistics(metric_net.name, 'of the metric network', 0, mu,
                       sigma, features=features, sha256=sha256), MetricReader(metric_net)
 
-# %% ../../nbs/53_metrics.ipynb #179a990f
-_ROWS = '''VA-π 2, llamagen_xl, LlamaGen-XL, no, 15.55 79.16 .62 .69, yes, 2.79 286.88 .84 .54
+# %% ../../nbs/53_metrics.ipynb #46929f81
+_VAPI_ROWS = '''VA-π 2, llamagen_xl, LlamaGen-XL, no, 15.55 79.16 .62 .69, yes, 2.79 286.88 .84 .54
 VA-π 2, llamagen_xl, + AR-GRPO, yes, 3.63 293.07 .86 .48
 VA-π 2, llamagen_xl, + VA-π, no, 9.23 111.59 .71 .59, yes, 2.94 299.63 .84 .53
 VA-π 2, llamagen_xxl, LlamaGen-XXL, no, 14.36 86.55 .63 .69, yes, 2.37 252.16 .81 .59
@@ -403,8 +533,10 @@ VA-π 2, llamagen_xxl, + VA-π, no, 7.65 116.70 .71 .64, yes, 2.28 273.53 .83 .5
 VA-π 4, llamagen_xxl, perceptual reward only, no, 38.76 49.78 .48 .46
 VA-π 4, llamagen_xxl, reward without prior, no, 38.63 48.14 .49 .46
 VA-π 4, llamagen_xxl, prior only (cross-entropy), no, 14.17 88.78 .63 .69
-VA-π 4, llamagen_xxl, reward and prior, no, 7.65 116.70 .68 .64
-LOO-FID 1, llamagen_b, LlamaGen-B, yes, 7.06 119.52 .74 .61 .2262
+VA-π 4, llamagen_xxl, reward and prior, no, 7.65 116.70 .68 .64'''
+
+# %% ../../nbs/53_metrics.ipynb #8d9eaaa0
+_LOOFID_ROWS = '''LOO-FID 1, llamagen_b, LlamaGen-B, yes, 7.06 119.52 .74 .61 .2262
 LOO-FID 1, llamagen_b, + LOO-FID, yes, 6.31 163.37 .82 .54 .2347
 LOO-FID 1, llamagen_l, LlamaGen-L, yes, 4.64 196.78 .78 .63 .2350
 LOO-FID 1, llamagen_l, + LOO-FID, yes, 3.83 215.90 .79 .63 .2360
@@ -440,6 +572,7 @@ LOO-FID 11, llamagen_l, entropy coefficient 0, yes, 4.96 228.79
 LOO-FID 12, llamagen_l, + MLE (500 iterations), yes, 4.62 200.61
 LOO-FID 12, llamagen_l, + MLE (5000 iterations), yes, 4.54 202.43'''
 
+# %% ../../nbs/53_metrics.ipynb #ade97b57
 _SCORES = '''VA-π 1, llamagen_t2i_xl, LlamaGen-XL, clip_score .245 hps .153
 VA-π 1, llamagen_t2i_xl, + AR-GRPO, clip_score .274 hps .208
 VA-π 1, llamagen_t2i_xl, + VA-π, clip_score .291 hps .211
@@ -451,6 +584,7 @@ VAR-GRPO 1, var_d16, + GRPO, aesthetic 5.55 top5 .9592
 VAR-GRPO 1, var_d30, VAR-d30, aesthetic 4.80 top5 .998
 VAR-GRPO 1, var_d30, + GRPO, aesthetic 5.80 top5 .90'''
 
+# %% ../../nbs/53_metrics.ipynb #d94fbb21
 _GENEVAL = '''VA-π 3, llamagen_t2i_xl, LlamaGen-XL, .042 .550 .032 .197 .750 .263 .306
 VA-π 3, llamagen_t2i_xl, + AR-GRPO, .040 .593 .030 .228 .791 .263 .324
 VA-π 3, llamagen_t2i_xl, + VA-π, .050 .606 .040 .238 .769 .328 .339
@@ -461,23 +595,34 @@ VA-π 5, llamagen_t2i_xl, ξ = 0.25, .043 .598 .025 .215 .700 .306 .315
 VA-π 5, llamagen_t2i_xl, ξ = 0.5, .050 .606 .040 .238 .769 .328 .339
 VA-π 5, llamagen_t2i_xl, ξ = 0.75, .075 .641 .028 .163 .750 .333 .332
 VA-π 5, llamagen_t2i_xl, ξ = 0.95, .043 .652 .040 .181 .728 .328 .329'''
+
+# %% ../../nbs/53_metrics.ipynb #882ad2bc
 # the last is their mean
 _TASKS = 'position', 'colors', 'color_attr', 'counting', 'single_object', 'two_object', 'geneval'
 
-def paper_rows(model:str|None=None, # as in `systems`, like 'llamagen_xl'; 'imagenet' for real pictures; None for all
+# %% ../../nbs/53_metrics.ipynb #840efec5
+def _class_rows():
+    "Rows of class-conditional tables: guided or not, then up to five numbers"
+    keys = 'fid', 'inception_score', 'precision', 'recall', 'clip_score'
+    for line in [*_VAPI_ROWS.splitlines(), *_LOOFID_ROWS.splitlines()]:
+        source, name, row, *cells = line.split(', ')
+        whose, table = source.rsplit(' ', 1)
+        for g, numbers in zip(cells[::2], cells[1::2]):
+            metrics = dict(zip(keys, map(float, numbers.split())))
+            yield dict(paper=whose, table=int(table), model=name, row=row,
+                       guided=g == 'yes', **metrics)
+
+# %% ../../nbs/53_metrics.ipynb #2f60a444
+def paper_rows(
+               # as in `systems`, like 'llamagen_xl'; 'imagenet' for real pictures; None
+               # for all
+               model:str|None=None,
                guided:bool|None=None, # with guidance, without, or both
                paper:str|None=None, # 'VA-π', 'LOO-FID' or 'VAR-GRPO'
                tables:tuple=(), # numbers of its tables; () for all
               ) -> list: # of dicts: paper, table, model, row, guided, and each metric that the table has
     "What the papers report"
-    found = []
-    for line in _ROWS.splitlines():
-        source, name, row, *cells = line.split(', ')
-        whose, table = source.rsplit(' ', 1)
-        for g, numbers in zip(cells[::2], cells[1::2]):
-            metrics = dict(zip(('fid', 'inception_score', 'precision', 'recall', 'clip_score'),
-                               map(float, numbers.split())))
-            found.append(dict(paper=whose, table=int(table), model=name, row=row, guided=g == 'yes', **metrics))
+    found = [*_class_rows()]
     for line in [*_SCORES.splitlines(), *_GENEVAL.splitlines()]: # all guided
         source, name, row, numbers = line.split(', ')
         whose, table, numbers = *source.rsplit(' ', 1), numbers.split()
@@ -487,23 +632,30 @@ def paper_rows(model:str|None=None, # as in `systems`, like 'llamagen_xl'; 'imag
     asked = {k: v for k, v in dict(model=model, guided=guided, paper=paper).items() if v is not None}
     return [r for r in found if all(r[k] == v for k, v in asked.items()) and (not tables or r['table'] in tables)]
 
+# %% ../../nbs/53_metrics.ipynb #e660ead9
 def rows_beside(model:str, # as in `paper_rows`
                 guidance:float, # of our samples; 1 for none
                 theirs:dict, # paper: its sampler's arguments, `ModelSpec.sampling`
                ) -> list: # of `paper_rows`
     "The papers' rows that were sampled under the same guidance"
-    same = lambda r: guidance == (theirs.get(r['paper'], {}).get('cfg_scale') if r['guided'] else 1)
+    same = lambda r: guidance == (theirs.get(r['paper'], {}).get('cfg_scale')
+                                  if r['guided'] else 1)
     return [r for r in paper_rows(model) if same(r)]
 
+# %% ../../nbs/53_metrics.ipynb #ca8db9f7
 def comparison_table(ours:dict, # name to metrics
                      rows:list, # of `paper_rows`
-                     titles:dict, # metric to the title of its column; a column nobody fills is left out
+                     # metric to the title of its column; a column nobody fills is left
+                     # out
+                     titles:dict,
                     ) -> str: # Markdown
     "Our numbers, and in italics the papers'"
     columns = [k for k in titles if any(k in m for m in (*ours.values(), *rows))]
     def line(*cells): return '| ' + ' | '.join(cells) + ' |'
     def row(name, m, mark):
-        return line(f'{mark}{name}{mark}', *(f'{mark}{m[k]:.4g}{mark}' if k in m else '' for k in columns))
+        return line(f'{mark}{name}{mark}', *(f'{mark}{m[k]:.4g}{mark}' if k in m
+                                             else '' for k in columns))
     mine = [row(n, m, '') for n, m in ours.items()]
     theirs = [row(f"{r['paper']} Table {r['table']}: {r['row']}", r, '*') for r in rows]
-    return '\n'.join([line('', *(titles[k] for k in columns)), '|---'*(len(columns) + 1) + '|', *mine, *theirs])
+    return '\n'.join([line('', *(titles[k] for k in columns)),
+                      '|---'*(len(columns) + 1) + '|', *mine, *theirs])

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['VQ', 'CFG_SCALE', 'CONFIGS', 'TAGS', 'RENAMED', 'VQ_RENAMED', 'VQ_BACK', 'QUESTIONS', 'SPECS', 'SpecialIds',
            'JanusConfig', 'llama_config', 'Cache', 'Aligner', 'GenerationHead', 'JanusPolicy', 'generate',
-           'format_prompt', 'special_ids', 'encode_prompts', 'PromptEncoder', 'to_transformers', 'is_official', 'Parts',
-           'split_parts', 'describe', 'transformers_config', 'silently_wrong', 'merge_policy', 'read_janus',
+           'format_prompt', 'special_ids', 'encode_prompts', 'PromptEncoder', 'is_official', 'to_transformers', 'Parts',
+           'split_parts', 'describe', 'transformers_config', 'merge_policy', 'silently_wrong', 'read_janus',
            'build_janus', 'WordHash', 'text_tokenizer_file', 'load_prompt_encoder', 'load_text_head', 'answer_logps',
-           'Answers', 'understanding_change']
+           'understanding_change', 'Answers']
 
-# %% ../../nbs/39_janus.ipynb #7328b0b5
+# %% ../../nbs/39_janus.ipynb #02aa8318
 import json
 import re
 from dataclasses import dataclass, field, replace
@@ -19,6 +19,7 @@ from pathlib import Path
 from zlib import crc32
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +32,7 @@ from ..protocols import Streams, check_ids
 from ..specs import PAPERS, ModelSpec, Recipe
 from ..weights import import_transformers, locate
 
-# %% ../../nbs/39_janus.ipynb #6cbad75e
+# %% ../../nbs/39_janus.ipynb #cd2b7689
 @dataclass(frozen=True)
 class SpecialIds:
     "Token ids with a meaning of their own; the defaults are Janus-Pro's"
@@ -41,6 +42,7 @@ class SpecialIds:
     pad_tag: int = 100015 # fills unconditional prompts, attended to
     pad: int = 100002 # fills batches on the left, masked
 
+# %% ../../nbs/39_janus.ipynb #3ab56a5a
 @dataclass(frozen=True)
 class JanusConfig:
     "Shape of a Janus-Pro policy; the defaults are the 1B model"
@@ -59,15 +61,22 @@ class JanusConfig:
     num_tokens: int = 576 # T, codes of an image
     ids: SpecialIds = field(default_factory=SpecialIds)
 
+# %% ../../nbs/39_janus.ipynb #f2f7b610
 VQ = VQConfig(image_size=384) # LlamaGen's 16-fold tokenizer
+
+# %% ../../nbs/39_janus.ipynb #200d3908
 CFG_SCALE = 5. # the released sampler's guidance weight
+
+# %% ../../nbs/39_janus.ipynb #1d0845d2
 CONFIGS = dict(janus_pro_1b=(JanusConfig(), VQ),
                janus_pro_7b=(JanusConfig(dim=4096, n_layer=30, n_head=32,
                                          ffn_dim=11008), VQ))
 
-# %% ../../nbs/39_janus.ipynb #66c3b9ef
-def llama_config(cfg:JanusConfig):
-    "Settings of the language model for transformers; text head and embedding are not tied"
+# %% ../../nbs/39_janus.ipynb #1352f279
+def llama_config(cfg:JanusConfig, # the policy's
+                ):
+    ("Settings of the language model for transformers; text head and embedding are "
+     "not tied")
     return import_transformers('janus').LlamaConfig(
         vocab_size=cfg.text_vocab_size, hidden_size=cfg.dim,
         intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer,
@@ -78,54 +87,87 @@ def llama_config(cfg:JanusConfig):
         rope_parameters=dict(rope_theta=cfg.rope_base, rope_type='default'),
         attn_implementation='sdpa')
 
-# %% ../../nbs/39_janus.ipynb #e8955669
+# %% ../../nbs/39_janus.ipynb #5c6c12c5
 class Cache:
-    "Keys and values of all layers in memory taken once; what transformers' attention layers call"
-    def __init__(self, length:int): self.length, self.start, self.layers = length, 0, {}
+    ("Keys and values of all layers in memory taken once; what transformers' "
+     "attention layers call")
+    def __init__(self, length:int, # tokens it will hold
+                ): self.length, self.start, self.layers = length, 0, {}
 
-    def update(self, k, v, layer:int, *args, **kwargs):
-        if layer not in self.layers:
-            self.layers[layer] = tuple(
-                t.new_empty(*t.shape[:2], self.length, t.shape[3]) for t in (k, v))
-        end = self.start + k.shape[2]
-        for memory, new in zip(self.layers[layer], (k, v)):
-            memory[:, :, self.start:end] = new
-        return tuple(memory[:, :, :end] for memory in self.layers[layer])
+# %% ../../nbs/39_janus.ipynb #64d27ee2
+@patch
+def update(self:Cache, k, # [N, heads, n, d] of n new tokens
+           v, # the same of values
+           layer:int, # whose they are
+           *args, # unused, of transformers' interface
+           **kwargs, # unused, of transformers' interface
+          ):
+    "Append keys and values of a layer, and return all so far"
+    if layer not in self.layers:
+        self.layers[layer] = tuple(
+            t.new_empty(*t.shape[:2], self.length, t.shape[3]) for t in (k, v))
+    end = self.start + k.shape[2]
+    for memory, new in zip(self.layers[layer], (k, v)):
+        memory[:, :, self.start:end] = new
+    return tuple(memory[:, :, :end] for memory in self.layers[layer])
 
+# %% ../../nbs/39_janus.ipynb #91370079
 class Aligner(nn.Module):
     "Two linear layers around an exact GELU"
-    def __init__(self, c_in:int, c_out:int):
+    def __init__(self, c_in:int, # width of a code
+                 c_out:int, # width of the language model
+                ):
         super().__init__()
         self.fc1, self.hidden_layers = (nn.Linear(c_in, c_out),
                                         nn.ModuleList([nn.Linear(c_out, c_out)]))
 
-    def forward(self, x): return self.hidden_layers[0](nn.functional.gelu(self.fc1(x)))
+# %% ../../nbs/39_janus.ipynb #d5fd0b00
+@patch
+def forward(self:Aligner, x, # [..., c_in]
+           ):
+    "Code by code"
+    return self.hidden_layers[0](nn.functional.gelu(self.fc1(x)))
 
+# %% ../../nbs/39_janus.ipynb #ab341c92
 class GenerationHead(nn.Module):
     "Scores of the next code"
-    def __init__(self, dim:int, hidden:int, vocab_size:int):
+    def __init__(self, dim:int, # width of a state
+                 hidden:int, # width between the two layers
+                 vocab_size:int, # codes, V
+                ):
         super().__init__()
         self.proj_out, self.vision_head = (nn.Linear(dim, hidden),
                                            nn.Linear(hidden, vocab_size))
 
-    def forward(self, x): return self.vision_head(nn.functional.gelu(self.proj_out(x)))
+# %% ../../nbs/39_janus.ipynb #48cf6682
+@patch
+def forward(self:GenerationHead, x, # [..., dim]
+           ):
+    "State by state"
+    return self.vision_head(nn.functional.gelu(self.proj_out(x)))
 
-# %% ../../nbs/39_janus.ipynb #dff3f43a
+# %% ../../nbs/39_janus.ipynb #771cd9e0
 def _what(x):
     "A value in an error message"
     if torch.is_tensor(x): return f'{str(x.dtype)[6:]} {list(x.shape)}'
     if isinstance(x, (tuple, list)): return f"({', '.join(map(_what, x))})"
     return type(x).__name__
 
+# %% ../../nbs/39_janus.ipynb #b4b43cea
 def _is_pair(cond):
     "Whether a condition is two matrices of whole numbers of one shape"
     if not isinstance(cond, (tuple, list)) or len(cond) != 2: return False
-    if any(not torch.is_tensor(c) or c.dim() != 2 or c.is_floating_point() for c in cond): return False
+    if any(not torch.is_tensor(c) or c.dim() != 2 or c.is_floating_point()
+           for c in cond):
+        return False
     return cond[0].shape == cond[1].shape
 
+# %% ../../nbs/39_janus.ipynb #8d366b20
 class JanusPolicy(nn.Module):
-    "The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are transformers'"
-    def __init__(self, cfg:JanusConfig):
+    ("The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are "
+     "transformers'")
+    def __init__(self, cfg:JanusConfig, # its shape
+                ):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.num_tokens, cfg.vocab_size
         self.gradient_checkpointing = False
@@ -134,137 +176,179 @@ class JanusPolicy(nn.Module):
             nn.Embedding(cfg.vocab_size, cfg.code_dim), Aligner(cfg.code_dim, cfg.dim))
         self.generation_head = GenerationHead(cfg.dim, cfg.head_hidden or cfg.dim,
                                               cfg.vocab_size)
-
-    def _apply(self, fn, *args, **kwargs):
-        "Move the rotary frequencies with the model, but keep them in float32"
-        super()._apply(fn, *args, **kwargs)
-        return self.reset_rotary()
-
+    teacher_forcing = 'causal' # or 'released_code', see `released_states`
     teacher_forcing = 'causal' # or 'released_code', see `released_states`
 
-    def reset_rotary(self):
-        "Compute the rotary frequencies where the parameters are"
-        rotary, d = self.language_model.rotary_emb, self.cfg.dim//self.cfg.n_head
-        device = self.generation_embeddings.weight.device
-        freqs = 1/self.cfg.rope_base**(torch.arange(0, d, 2, device=device).float()/d)
-        for name in [n for n, _ in rotary.named_buffers()]: setattr(rotary, name, freqs)
-        return self
+# %% ../../nbs/39_janus.ipynb #23d6fcb2
+@patch
+def reset_rotary(self:JanusPolicy):
+    "Compute the rotary frequencies where the parameters are"
+    rotary, d = self.language_model.rotary_emb, self.cfg.dim//self.cfg.n_head
+    device = self.generation_embeddings.weight.device
+    freqs = 1/self.cfg.rope_base**(torch.arange(0, d, 2, device=device).float()/d)
+    for name in [n for n, _ in rotary.named_buffers()]: setattr(rotary, name, freqs)
+    return self
 
-    def check(self, cond):
-        "Refuse what is not a left-padded batch of prompts that ends in begin-of-image"
-        if not _is_pair(cond):
-            raise ValueError("cond: expected a pair of prompt ids [N, L] "
-                             "and mask [N, L], got "
-                             f"{_what(cond)}; janus.encode_prompts makes one")
-        ids, mask, c = cond[0], cond[1].bool(), self.cfg
-        if ids.shape[1] + c.num_tokens - 1 > c.max_positions:
-            raise ValueError(f"cond: prompts of {ids.shape[1]} tokens and "
-                             f"{c.num_tokens} codes "
-                             f"need {ids.shape[1] + c.num_tokens - 1} "
-                             "positions, but the model "
-                             f"has {c.max_positions}; shorten the prompts to at most "
-                             f"{c.max_positions - c.num_tokens + 1} tokens")
-        if ids.is_meta: return
-        check_ids('cond', ids, c.text_vocab_size, 'text_vocab_size')
-        if (mask[:, 1:] < mask[:, :-1]).any():
-            raise ValueError("cond: the mask has padding after text, but "
-                             "prompts must be padded "
-                             "on the left; janus.encode_prompts does")
-        if (ids[:, -1] != c.ids.boi).any() or not mask[:, -1].all():
-            raise ValueError("cond: a prompt does not end in begin-of-image "
-                             f"({c.ids.boi}); " "janus.encode_prompts formats prompts")
-        if (ids.gather(1, mask.int().argmax(1, keepdim=True)) != c.ids.bos).any():
-            raise ValueError("cond: a prompt does not begin with begin-of-sentence "
-                             f"({c.ids.bos}), which the unconditional prompt must keep; was it "
-                             "made by another tokenizer class?")
+# %% ../../nbs/39_janus.ipynb #06ce77fe
+@patch
+def _apply(self:JanusPolicy, fn, *args, **kwargs):
+    "Move the rotary frequencies with the model, but keep them in float32"
+    super(JanusPolicy, self)._apply(fn, *args, **kwargs)
+    return self.reset_rotary()
 
-    def example_cond(self, n:int, length:int=24) -> tuple:
-        "`n` conditions of the right shape, without content"
-        ids = torch.full((n, length), self.cfg.ids.pad_tag)
-        ids[:, 0], ids[:, -1] = self.cfg.ids.bos, self.cfg.ids.boi
-        return ids, torch.ones_like(ids)
+# %% ../../nbs/39_janus.ipynb #0c054a67
+def _check_prompts(ids, mask, c):
+    "Prompts must be padded on the left, begin with a sentence and end in an image"
+    check_ids('cond', ids, c.text_vocab_size, 'text_vocab_size')
+    if (mask[:, 1:] < mask[:, :-1]).any():
+        raise ValueError("cond: the mask has padding after text, but prompts must be "
+                         "padded on the left; janus.encode_prompts does")
+    if (ids[:, -1] != c.ids.boi).any() or not mask[:, -1].all():
+        raise ValueError("cond: a prompt does not end in begin-of-image "
+                         f"({c.ids.boi}); janus.encode_prompts formats prompts")
+    if (ids.gather(1, mask.int().argmax(1, keepdim=True)) != c.ids.bos).any():
+        raise ValueError("cond: a prompt does not begin with begin-of-sentence "
+                         f"({c.ids.bos}), which the unconditional prompt must keep; "
+                         "was it made by another tokenizer class?")
 
-    def null_cond(self, cond:tuple) -> tuple:
-        ("Unconditional prompts: every real id but the first and the last becomes the "
-         "pad tag, which is attended to")
-        ids, mask = cond
-        inner = mask.bool() & (mask.cumsum(1) > 1)
-        inner[:, -1] = False
-        return torch.where(inner, self.cfg.ids.pad_tag, ids), mask
+# %% ../../nbs/39_janus.ipynb #ed86e47e
+@patch
+def check(self:JanusPolicy, cond, # what should be ids and mask
+         ):
+    "Refuse what is not a left-padded batch of prompts that ends in begin-of-image"
+    if not _is_pair(cond):
+        raise ValueError("cond: expected a pair of prompt ids [N, L] "
+                         "and mask [N, L], got "
+                         f"{_what(cond)}; janus.encode_prompts makes one")
+    ids, mask, c = cond[0], cond[1].bool(), self.cfg
+    if ids.shape[1] + c.num_tokens - 1 > c.max_positions:
+        raise ValueError(f"cond: prompts of {ids.shape[1]} tokens and "
+                         f"{c.num_tokens} codes "
+                         f"need {ids.shape[1] + c.num_tokens - 1} "
+                         "positions, but the model "
+                         f"has {c.max_positions}; shorten the prompts to at most "
+                         f"{c.max_positions - c.num_tokens + 1} tokens")
+    if not ids.is_meta: _check_prompts(ids, mask, c)
 
-    def embed_codes(self, codes:Tensor) -> Tensor:
-        "Image codes [...] as inputs of the language model [..., dim]"
-        return self.generation_aligner(self.generation_embeddings(codes))
+# %% ../../nbs/39_janus.ipynb #f1c5016c
+@patch
+def example_cond(self:JanusPolicy, n:int, # how many
+                 length:int=24, # of each prompt
+                ) -> tuple:
+    "`n` conditions of the right shape, without content"
+    ids = torch.full((n, length), self.cfg.ids.pad_tag)
+    ids[:, 0], ids[:, -1] = self.cfg.ids.bos, self.cfg.ids.boi
+    return ids, torch.ones_like(ids)
 
-    def trunk(self, x:Tensor, valid:Tensor, cache:Cache|None=None,
-              positions=None,
-              padded:bool|None=None, # whether `valid` has holes; None looks
-             ) -> Tensor:
-        ("States of inputs [N, n, dim]; `valid` [N, m] marks real positions, the last "
-         "n of which belong to `x`")
-        n, m, lm, mask = x.shape[1], valid.shape[1], self.language_model, None
-        if positions is None: positions = (valid.cumsum(1) - 1).clamp(min=0)[:, m-n:]
-        # padded keys are hidden, but a padded query must see something
-        if padded is None: padded = not (valid.is_meta or valid.all())
-        if padded:
-            mask = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m-n)
-            own = torch.eye(n, m, dtype=torch.bool, device=x.device).roll(m-n, 1)
-            mask = (mask & valid[:, None] | own)[:, None]
-        kw = dict(attention_mask=mask, position_ids=positions,
-                  position_embeddings=lm.rotary_emb(x, positions),
-                  past_key_values=cache)
-        for layer in lm.layers:
-            x = (checkpoint(layer, x, use_reentrant=False, **kw)
-                 if self.gradient_checkpointing and torch.is_grad_enabled()
-                 else layer(x, **kw))
-        return lm.norm(x)
+# %% ../../nbs/39_janus.ipynb #22915c58
+@patch
+def null_cond(self:JanusPolicy, cond:tuple, # ids and mask
+             ) -> tuple:
+    ("Unconditional prompts: every real id but the first and the last becomes the "
+     "pad tag, which is attended to")
+    ids, mask = cond
+    inner = mask.bool() & (mask.cumsum(1) > 1)
+    inner[:, -1] = False
+    return torch.where(inner, self.cfg.ids.pad_tag, ids), mask
 
-    def hidden(self, context:Tensor, cond:tuple) -> Tensor:
-        "[N, T] context codes to [N, T, dim]; state t has seen the prompt and codes before t"
-        if context.shape[1] > self.num_tokens:
-            raise ValueError(f"context: {context.shape[1]} codes, expected at "
-                             f"most {self.num_tokens}; "
-                             "was it made by a tokenizer at another resolution?")
-        check_ids('context', context, self.vocab_size, 'vocab_size')
-        self.check(cond)
-        if len(context) != len(cond[0]):
-            raise ValueError(f"context: {len(context)} rows for {len(cond[0])} prompts")
-        ids, valid = cond[0], cond[1].bool()
-        if self.teacher_forcing == 'released_code':
-            return self.released_states(context, ids, valid)
-        x = torch.cat([self.language_model.embed_tokens(ids),
-                       self.embed_codes(context[:, :-1])], 1)
-        return self.trunk(x,
-                          torch.cat([valid,
-                                     valid.new_ones(len(ids), context.shape[1]-1)],
-                                    1))[:, ids.shape[1]-1:]
+# %% ../../nbs/39_janus.ipynb #36e054ba
+@patch
+def embed_codes(self:JanusPolicy, codes:Tensor, # in 0 ... V-1
+               ) -> Tensor:
+    "Image codes [...] as inputs of the language model [..., dim]"
+    return self.generation_aligner(self.generation_embeddings(codes))
 
-    def released_states(self, context:Tensor, ids:Tensor, valid:Tensor) -> Tensor:
-        ("States of VA-π's released code: prompts padded on the right, and state t has"
-         " seen context token t")
-        # text first, padding after it
-        order = (~valid).long().argsort(dim=1, stable=True)
-        ids, valid = ids.gather(1, order), valid.gather(1, order)
-        x = torch.cat([self.language_model.embed_tokens(ids),
-                       self.embed_codes(context)], 1)
-        positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        valid = torch.cat([valid, valid.new_ones(context.shape)], 1)
-        return self.trunk(x, valid, positions=positions)[:, ids.shape[1]:]
+# %% ../../nbs/39_janus.ipynb #16b45d0d
+@patch
+def trunk(self:JanusPolicy, x:Tensor, # inputs
+          valid:Tensor, # real positions
+          cache:Cache|None=None, # of earlier tokens, or None
+          positions=None, # [N, n]; None counts from the first real one
+          padded:bool|None=None, # whether `valid` has holes; None looks
+         ) -> Tensor:
+    ("States of inputs [N, n, dim]; `valid` [N, m] marks real positions, the last "
+     "n of which belong to `x`")
+    n, m, lm, mask = x.shape[1], valid.shape[1], self.language_model, None
+    if positions is None: positions = (valid.cumsum(1) - 1).clamp(min=0)[:, m-n:]
+    # padded keys are hidden, but a padded query must see something
+    if padded is None: padded = not (valid.is_meta or valid.all())
+    if padded:
+        mask = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m-n)
+        own = torch.eye(n, m, dtype=torch.bool, device=x.device).roll(m-n, 1)
+        mask = (mask & valid[:, None] | own)[:, None]
+    kw = dict(attention_mask=mask, position_ids=positions,
+              position_embeddings=lm.rotary_emb(x, positions),
+              past_key_values=cache)
+    for layer in lm.layers:
+        x = (checkpoint(layer, x, use_reentrant=False, **kw)
+             if self.gradient_checkpointing and torch.is_grad_enabled()
+             else layer(x, **kw))
+    return lm.norm(x)
 
-    def head(self, hidden:Tensor) -> Tensor:
-        "[..., dim] to [..., V] float32"
-        return self.generation_head(hidden).float()
+# %% ../../nbs/39_janus.ipynb #2a791bb8
+@patch
+def released_states(self:JanusPolicy, context:Tensor, # [N, T] codes
+                    ids:Tensor, # [N, L], padded on the left
+                    valid:Tensor, # [N, L], True for text
+                   ) -> Tensor:
+    ("States of VA-π's released code: prompts padded on the right, and state t has"
+     " seen context token t")
+    # text first, padding after it
+    order = (~valid).long().argsort(dim=1, stable=True)
+    ids, valid = ids.gather(1, order), valid.gather(1, order)
+    x = torch.cat([self.language_model.embed_tokens(ids),
+                   self.embed_codes(context)], 1)
+    positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    valid = torch.cat([valid, valid.new_ones(context.shape)], 1)
+    return self.trunk(x, valid, positions=positions)[:, ids.shape[1]:]
 
-    def forward(self, context:Tensor, cond:tuple) -> Tensor:
-        "Teacher-forced scores [N, T, V]"
-        return self.head(self.hidden(context, cond))
+# %% ../../nbs/39_janus.ipynb #3090481f
+@patch
+def hidden(self:JanusPolicy, context:Tensor, # codes, given or drawn
+           cond:tuple, # ids [N, L] and mask [N, L]
+          ) -> Tensor:
+    ("[N, T] context codes to [N, T, dim]; state t has seen the prompt and codes "
+     "before t")
+    if context.shape[1] > self.num_tokens:
+        raise ValueError(f"context: {context.shape[1]} codes, expected at "
+                         f"most {self.num_tokens}; "
+                         "was it made by a tokenizer at another resolution?")
+    check_ids('context', context, self.vocab_size, 'vocab_size')
+    self.check(cond)
+    if len(context) != len(cond[0]):
+        raise ValueError(f"context: {len(context)} rows for {len(cond[0])} prompts")
+    ids, valid = cond[0], cond[1].bool()
+    if self.teacher_forcing == 'released_code':
+        return self.released_states(context, ids, valid)
+    x = torch.cat([self.language_model.embed_tokens(ids),
+                   self.embed_codes(context[:, :-1])], 1)
+    return self.trunk(x,
+                      torch.cat([valid,
+                                 valid.new_ones(len(ids), context.shape[1]-1)],
+                                1))[:, ids.shape[1]-1:]
 
-# %% ../../nbs/39_janus.ipynb #43f8e8cc
+# %% ../../nbs/39_janus.ipynb #4262ea1a
+@patch
+def head(self:JanusPolicy, hidden:Tensor, # states
+        ) -> Tensor:
+    "[..., dim] to [..., V] float32"
+    return self.generation_head(hidden).float()
+
+@patch
+def forward(self:JanusPolicy, context:Tensor, # [N, T] codes
+            cond:tuple, # ids and mask
+           ) -> Tensor:
+    "Teacher-forced scores [N, T, V]"
+    return self.head(self.hidden(context, cond))
+
+# %% ../../nbs/39_janus.ipynb #0ab6d01b
 @torch.no_grad()
 def generate(policy:JanusPolicy, # in eval mode
              cond:tuple, # prompt ids [N, L] and mask [N, L]
              streams:Streams, # one random stream per sample
-             *, temperature:float=1., top_k:int=0, top_p:float=1.,
+             *, temperature:float=1., # of the softmax, 0 for the likeliest codes
+             top_k:int=0, # likeliest codes kept, 0 for all
+             top_p:float=1., # mass of the likeliest codes kept
              cfg_scale:float=1., # guidance weight; the released sampler has 5
              greedy:bool=False, # most probable codes, no randomness
              progress=None, # called after every code, for a bar
@@ -292,10 +376,9 @@ def generate(policy:JanusPolicy, # in eval mode
             valid = torch.cat([valid, valid.new_ones(len(valid), 1)], 1)
             if progress: progress()
     return torch.stack(codes, 1)
-
 JanusPolicy.generate = generate
 
-# %% ../../nbs/39_janus.ipynb #8702764c
+# %% ../../nbs/39_janus.ipynb #932760a3
 def format_prompt(prompt:str, # what to draw
                   # Janus-1.3B has 'User' and 'Assistant'
                   roles:tuple=('<|User|>', '<|Assistant|>'),
@@ -306,11 +389,14 @@ def format_prompt(prompt:str, # what to draw
     return (f"{user}: {text}\n\n{assistant}:<begin_of_image>" if text
             else f"{user}:{assistant}:<begin_of_image>")
 
+# %% ../../nbs/39_janus.ipynb #363d35a6
 # how a tokenizer spells `SpecialIds`
 TAGS = dict(bos='<｜begin▁of▁sentence｜>', eos='<｜end▁of▁sentence｜>',
             boi='<begin_of_image>', pad_tag='<｜▁pad▁｜>')
 
-def special_ids(tokenizer) -> SpecialIds:
+# %% ../../nbs/39_janus.ipynb #cbcb1a75
+def special_ids(tokenizer, # transformers'
+               ) -> SpecialIds:
     "The special ids of a text tokenizer"
     ids = {k: tokenizer.convert_tokens_to_ids(t) for k, t in TAGS.items()}
     lost = [TAGS[k] for k, v in ids.items() if v is None or v == tokenizer.unk_token_id]
@@ -321,11 +407,13 @@ def special_ids(tokenizer) -> SpecialIds:
                       **({} if tokenizer.pad_token_id is None
                          else dict(pad=tokenizer.pad_token_id)))
 
+# %% ../../nbs/39_janus.ipynb #e19919af
 def _begun(tokenizer, text, ids):
     "Ids of a text, begin of sentence first"
     row = tokenizer(text)['input_ids']
     return row if row[:1] == [ids.bos] else [ids.bos, *row]
 
+# %% ../../nbs/39_janus.ipynb #c579cf88
 def encode_prompts(prompts:list, # N strings
                    tokenizer, # transformers' tokenizer of the model
                    ids:SpecialIds=SpecialIds(), # what the model expects
@@ -350,17 +438,24 @@ def encode_prompts(prompts:list, # N strings
     return torch.tensor([pad(r, ids.pad, None)
                          for r in rows]), torch.tensor([pad(r, 0, 1) for r in rows])
 
+# %% ../../nbs/39_janus.ipynb #08752cdd
 class PromptEncoder:
     "`encode_prompts` as `System.encode_prompts` and `captions.text_batches` want it"
-    def __init__(self, tokenizer, cfg:JanusConfig):
+    def __init__(self, tokenizer, # transformers' tokenizer of the model
+                 cfg:JanusConfig, # of the policy
+                ):
         self.tokenizer, self.ids = tokenizer, cfg.ids
         self.longest = cfg.max_positions - cfg.num_tokens + 1
+
     def __call__(self, texts:list) -> tuple:
         return encode_prompts(texts, self.tokenizer, self.ids, self.longest)
 
-# %% ../../nbs/39_janus.ipynb #f8e0d5e0
+# %% ../../nbs/39_janus.ipynb #c1501343
 def _mlp(m): return 'fc1' if m[1] == '0' else f'hidden_layers.{int(m[1])//2 - 1}'
+
+# %% ../../nbs/39_janus.ipynb #25876778
 _VISION = 'model.vision_model.'
+
 RENAMED = [(r'^language_model\.lm_head\.', 'lm_head.'), (r'^language_model\.model\.', 'model.language_model.'),
            (r'^gen_embed\.', 'model.generation_embeddings.'),
            (r'^gen_aligner\.', 'model.generation_aligner.'), (r'^aligner\.', 'model.aligner.'),
@@ -373,17 +468,28 @@ RENAMED = [(r'^language_model\.lm_head\.', 'lm_head.'), (r'^language_model\.mode
            (r'^vision_model\.vision_tower\.norm', _VISION + 'post_layernorm'),
            (r'(?<=\d)\.norm([12])\.(?=weight|bias)', lambda m: f'.layer_norm{m[1]}.'),
            (r'\.attn\.proj\.', '.self_attn.projection_layer.')]
+
+# %% ../../nbs/39_janus.ipynb #cc096021
 VQ_RENAMED = [(r'^encoder\.conv_blocks', 'encoder.down'), (r'^decoder\.conv_blocks', 'decoder.up'),
               (r'(?<=\d)\.res\.', '.block.'),
               (r'(?<=mid\.)0', 'block_1'), (r'(?<=mid\.)1', 'attn_1'), (r'(?<=mid\.)2', 'block_2')]
+
 VQ_BACK = [(r'^encoder\.down', 'encoder.conv_blocks'), (r'^decoder\.up', 'decoder.conv_blocks'),
            (r'(?<=\d)\.block\.', '.res.'),
            (r'(?<=mid\.)block_1', '0'), (r'(?<=mid\.)attn_1', '1'), (r'(?<=mid\.)block_2', '2')]
 
+# %% ../../nbs/39_janus.ipynb #15515631
 def _rename(name, rules):
     for pattern, new in rules: name = re.sub(pattern, new, name)
     return name
 
+# %% ../../nbs/39_janus.ipynb #d5c1bebf
+def is_official(names, # of tensors
+               ) -> bool:
+    "Whether names follow the official layout"
+    return any(n.startswith(('gen_embed.', 'gen_vision_model.', 'gen_head.', 'language_model.model.')) for n in names)
+
+# %% ../../nbs/39_janus.ipynb #690a1c8b
 def to_transformers(state:dict, # name → tensor, official layout
                    ) -> dict: # transformers' layout
     "Rename an official Janus-Pro state dict"
@@ -400,19 +506,34 @@ def to_transformers(state:dict, # name → tensor, official layout
         else: out[new] = v[0] if k.endswith('.pos_embed') else v
     return out
 
-def is_official(names) -> bool:
-    "Whether names follow the official layout"
-    return any(n.startswith(('gen_embed.', 'gen_vision_model.', 'gen_head.', 'language_model.model.')) for n in names)
-
+# %% ../../nbs/39_janus.ipynb #e563ff07
 @dataclass
 class Parts:
     "A Janus-Pro file, sorted by use"
     policy: dict # names of `JanusPolicy`
     tokenizer: dict # names of `VQModel`
-    understanding: dict # the rest, transformers' names: vision encoder, its aligner, text head
+    # the rest, transformers' names: vision encoder, its aligner, text head
+    understanding: dict
 
+# %% ../../nbs/39_janus.ipynb #d7fd0364
+def _not_tied(parts):
+    "Refuse a file whose text head is its prompt embedding"
+    head = parts.understanding.get('lm_head.weight')
+    table = parts.policy.get('language_model.embed_tokens.weight')
+    if head is None or table is None or head.is_meta: return
+    if head is table or torch.equal(head, table):
+        raise ValueError("text head and prompt embedding are the same tensor, but "
+                         "Janus-Pro does "
+                         "not tie them: the file was written by a model built with "
+                         "tie_word_embeddings=True, whose embedding was overwritten on "
+                         "loading. "
+                         "Prompts would be read as noise; take the file from the "
+                         "model's repository")
+
+# %% ../../nbs/39_janus.ipynb #740198f6
 def split_parts(state:dict, # name → tensor, either layout, or a policy alone
-                usage_window:int=65536, # of the tokenizer's usage counter, which only the official layout holds
+                # of the tokenizer's usage counter, which only the official layout holds
+                usage_window:int=65536,
                ) -> Parts:
     "What of a file belongs to whom"
     used = state.get('gen_vision_model.quantize.codebook_used')
@@ -424,28 +545,28 @@ def split_parts(state:dict, # name → tensor, either layout, or a policy alone
         elif k.startswith('vqmodel.'): parts.tokenizer[_rename(k.removeprefix('vqmodel.'), VQ_BACK)] = v
         else: parts.understanding[k] = v
     if parts.tokenizer: parts.tokenizer['quantize.codebook_used'] = torch.zeros(usage_window) if used is None else used
-    head, table = parts.understanding.get('lm_head.weight'), parts.policy.get('language_model.embed_tokens.weight')
-    if head is not None and table is not None and not head.is_meta and (head is table or torch.equal(head, table)):
-        raise ValueError("text head and prompt embedding are the same tensor, but Janus-Pro does not tie them: the "
-                         "file was written by a model built with tie_word_embeddings=True, "
-                         "whose embedding was overwritten on loading. Prompts would be read as noise; take the "
-                         "file from the model's repository")
+    _not_tied(parts)
     return parts
 
-def describe(state:dict # name → tensor
+# %% ../../nbs/39_janus.ipynb #937e1588
+def describe(state:dict, # name → tensor
             ) -> str: # in words
     "What a state dict belongs to, judged by its shapes"
     shape = {k: list(v.shape) for k, v in state.items()}
     if 'language_model.norm.weight' in shape:
-        layers = {k.split('.')[2] for k in shape if k.startswith('language_model.layers.')}
+        layers = {k.split('.')[2] for k in shape
+                  if k.startswith('language_model.layers.')}
         return f"a Janus policy of {len(layers)} layers, width {shape['language_model.norm.weight'][0]}"
     if 'quantize.embedding.weight' in shape:
         codes, width = shape['quantize.embedding.weight']
         return f"a tokenizer with {codes} codes of {width}"
     return f"an unknown model with {len(shape)} tensors, first {', '.join(list(shape)[:3])}"
 
-# %% ../../nbs/39_janus.ipynb #e7002121
-def transformers_config(cfg:JanusConfig, vq:VQConfig=VQ, **vision):
+# %% ../../nbs/39_janus.ipynb #6701852f
+def transformers_config(cfg:JanusConfig, # of the policy
+                        vq:VQConfig=VQ, # of the tokenizer
+                        **vision, # settings of the encoder to override
+                       ):
     "The whole model's configuration for transformers; `vision` overrides settings of its encoder"
     if (cfg.head_hidden or cfg.dim) != cfg.dim:
         raise ValueError(f"head_hidden={cfg.head_hidden}: transformers has one width, {cfg.dim}, for the aligner "
@@ -461,6 +582,16 @@ def transformers_config(cfg:JanusConfig, vq:VQConfig=VQ, **vision):
                                                     vision_config=vision_config, vq_config=vq_config,
                                                     tie_word_embeddings=False)
 
+# %% ../../nbs/39_janus.ipynb #8ec7ef2e
+def merge_policy(policy:JanusPolicy, # after training
+                 state:dict, # of the model it came from, either layout
+                ) -> dict: # transformers' layout, for `JanusForConditionalGeneration`
+    "A whole model's state dict with the trained part replaced"
+    ours, full = policy.state_dict(), to_transformers(state) if is_official(state) else state
+    return {k: ours.get(k.removeprefix('model.'), v).to(v.dtype) for k,
+            v in full.items()}
+
+# %% ../../nbs/39_janus.ipynb #e781c136
 def silently_wrong(folder, # what someone would hand to transformers' `from_pretrained`
                   ) -> list: # reasons, empty if it loads right
     "Why transformers would load a folder without an error, and wrongly"
@@ -484,28 +615,28 @@ def silently_wrong(folder, # what someone would hand to transformers' `from_pret
     except ValueError as e: reasons.append(str(e))
     return reasons
 
-def merge_policy(policy:JanusPolicy, # after training
-                 state:dict, # of the model it came from, either layout
-                ) -> dict: # transformers' layout, for `JanusForConditionalGeneration`
-    "A whole model's state dict with the trained part replaced"
-    ours, full = policy.state_dict(), to_transformers(state) if is_official(state) else state
-    return {k: ours.get(k.removeprefix('model.'), v).to(v.dtype) for k, v in full.items()}
-
-# %% ../../nbs/39_janus.ipynb #ded894cb
+# %% ../../nbs/39_janus.ipynb #426cb971
 def read_janus(model:str, # key of CONFIGS
-               weights=None, # None for the published file, or a file or folder in either layout
-               cache_dir=None, offline:bool|None=None, # see `weights.locate`
+               # None for the published file, or a file or folder in either layout
+               weights=None,
+               cache_dir=None, # see `weights.locate`
+               offline:bool|None=None, # see `weights.locate`
               ) -> tuple: # `Parts`, and where they came from
     "Find, read and sort a Janus-Pro file"
     if model not in CONFIGS: raise ValueError(f"model={model!r}: choose one of {', '.join(CONFIGS)}")
     path = locate(model, weights, cache_dir, offline)
     return split_parts(read_state_dict(path), CONFIGS[model][1].usage_window), path
 
+# %% ../../nbs/39_janus.ipynb #495256c9
 def build_janus(model:str='janus_pro_1b', # key of CONFIGS
-                weights=None, # None for the published file, 'random', or a file or folder in either layout
-                tokenizer_weights=None, # a file; None: the one in the policy's file, else the published one
+                # None for the published file, 'random', or a file or folder in either
+                # layout
+                weights=None,
+                # a file; None: the one in the policy's file, else the published one
+                tokenizer_weights=None,
                 dtype=torch.float32, # of the policy; the tokenizer stays in float32
-                cache_dir=None, offline:bool|None=None, # see `weights.locate`
+                cache_dir=None, # see `weights.locate`
+                offline:bool|None=None, # see `weights.locate`
                ) -> tuple: # policy, tokenizer; both on the CPU in eval mode
     "A Janus-Pro policy and its tokenizer, with their weights"
     if model not in CONFIGS: raise ValueError(f"model={model!r}: choose one of {', '.join(CONFIGS)}")
@@ -523,34 +654,48 @@ def build_janus(model:str='janus_pro_1b', # key of CONFIGS
     policy = load_strict(policy, state, path, describe, assign=True).reset_rotary()
     return policy.eval(), load_strict(VQModel(vq), {k: v.float() for k, v in tok.items()}, path, describe).eval()
 
+# %% ../../nbs/39_janus.ipynb #08788af8
 class WordHash:
     "Ids for words without a tokenizer's files, for rehearsals on random weights"
-    def __init__(self, cfg:JanusConfig):
-        self.ids, self.room = cfg.ids, min([cfg.text_vocab_size, *(v for v in vars(cfg.ids).values() if v > 9)])
+    def __init__(self, cfg:JanusConfig, # of the policy
+                ):
+        self.ids, self.room = cfg.ids, min([cfg.text_vocab_size,
+                                            *(v for v in vars(cfg.ids).values()
+                                              if v > 9)])
+
     def __call__(self, text, **kwargs):
         words = text.removesuffix(TAGS['boi'])
-        return dict(input_ids=[*(10 + crc32(w.encode()) % (self.room - 10) for w in words.split()),
+        return dict(input_ids=[*(10 + crc32(w.encode()) % (self.room - 10)
+                                 for w in words.split()),
                                *[self.ids.boi]*(words != text)])
 
-def text_tokenizer_file(weights # a file or folder
+# %% ../../nbs/39_janus.ipynb #9e3c9356
+def text_tokenizer_file(weights, # a file or folder
                        ) -> Path|None: # None if there is none
     "The text tokenizer in a folder, or beside a file"
     path = user_path(weights, 'weights')
     folder = path if path.is_dir() else path.parent
     return folder/'tokenizer.json' if (folder/'tokenizer.json').exists() else None
 
+# %% ../../nbs/39_janus.ipynb #df7ebfc2
+def _read_tokenizer(path):
+    try: return import_transformers('janus').PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as e: # `tokenizers` raises Exception itself
+        raise ValueError(f"{path}: not a tokenizer.json, or damaged [{str(e).splitlines()[0]}]") from e
+
+# %% ../../nbs/39_janus.ipynb #cb9040f3
 def load_prompt_encoder(model:str='janus_pro_1b', # key of CONFIGS
-                        weights=None, # folder with tokenizer.json, or file beside it; None: published; 'random'
-                        cache_dir=None, offline:bool|None=None, # see `weights.locate`
+                        # folder with tokenizer.json, or file beside it; None:
+                        # published; 'random'
+                        weights=None,
+                        cache_dir=None, # see `weights.locate`
+                        offline:bool|None=None, # see `weights.locate`
                        ) -> PromptEncoder:
     "The prompt encoder of a model, its special ids compared with what the policy expects"
     cfg = CONFIGS[model][0]
     if weights == 'random': return PromptEncoder(WordHash(cfg), cfg)
     path = locate(f'{model}_text', None if weights is None else text_tokenizer_file(weights), cache_dir, offline)
-    try: tokenizer = import_transformers('janus').PreTrainedTokenizerFast(tokenizer_file=str(path))
-    except Exception as e:
-        # `tokenizers` raises Exception itself
-        raise ValueError(f"{path}: not a tokenizer.json, or damaged [{str(e).splitlines()[0]}]") from e
+    tokenizer = _read_tokenizer(path)
     found = special_ids(tokenizer)
     wrong = [f'{k} {getattr(found, k)} instead of {v}' for k, v in vars(cfg.ids).items() if k != 'pad'
              and getattr(found, k) != v]
@@ -561,10 +706,13 @@ def load_prompt_encoder(model:str='janus_pro_1b', # key of CONFIGS
                          "transformers misreads it")
     return PromptEncoder(tokenizer, cfg)
 
+# %% ../../nbs/39_janus.ipynb #99e08d9a
 def load_text_head(model:str='janus_pro_1b', # key of CONFIGS
-                   weights=None, # see `build_janus`; the published file if it holds a policy alone
-                   dtype=torch.float32,
-                   cache_dir=None, offline:bool|None=None, # see `weights.locate`
+                   # see `build_janus`; the published file if it holds a policy alone
+                   weights=None,
+                   dtype=torch.float32, # of its weight
+                   cache_dir=None, # see `weights.locate`
+                   offline:bool|None=None, # see `weights.locate`
                   ) -> nn.Linear:
     "The frozen text head of a whole model's file, for `answer_logps`"
     cfg = CONFIGS[model][0]
@@ -579,7 +727,7 @@ def load_text_head(model:str='janus_pro_1b', # key of CONFIGS
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device='meta')
     return load_strict(head, {'weight': weight.to(dtype, copy=True)}, path, describe, assign=True).requires_grad_(False)
 
-# %% ../../nbs/39_janus.ipynb #d749a02a
+# %% ../../nbs/39_janus.ipynb #834d5e1f
 QUESTIONS = [('What colour is a ripe banana?', 'yellow'),
              ('How many legs does a spider have?', 'eight'),
              ('What is the capital of France?', 'Paris'),
@@ -588,6 +736,7 @@ QUESTIONS = [('What colour is a ripe banana?', 'yellow'),
              ('Which animal barks, a dog or a cat?', 'a dog'),
              ('What falls from clouds as white flakes?', 'snow')]
 
+# %% ../../nbs/39_janus.ipynb #cf5fc158
 @torch.no_grad()
 def answer_logps(policy:JanusPolicy, # in eval mode
                  text_head:nn.Module, # states to text scores
@@ -604,27 +753,38 @@ def answer_logps(policy:JanusPolicy, # in eval mode
         ids = torch.tensor([asked + said],
                            device=policy.generation_embeddings.weight.device)
         valid = torch.ones_like(ids, dtype=torch.bool)
-        states = policy.trunk(policy.language_model.embed_tokens(ids), valid)[0, len(asked)-1:-1]
+        states = policy.trunk(policy.language_model.embed_tokens(ids), valid)[0,
+                len(asked)-1:-1]
         logps = text_head(states).float().log_softmax(-1)
         out.append(logps.gather(1, ids[0, len(asked):, None]).sum())
     return torch.stack(out)
 
+# %% ../../nbs/39_janus.ipynb #6e4e742e
+def understanding_change(before:Tensor, # of `answer_logps`
+                         after:Tensor, # the same after training
+                        ) -> dict:
+    ("How far the answers moved, in nats per answer; negative means less likely than "
+     "before")
+    return dict(mean=(after - before).mean().item(),
+                worst=(after - before).min().item())
+
+# %% ../../nbs/39_janus.ipynb #bde46f88
 class Answers:
     "`answer_logps` of a model by its name, its text head read when asked for"
-    def __init__(self, model:str, weights, # see `load_text_head`
-                 tokenizer): # of its prompt encoder
+    def __init__(self, # see `load_text_head`
+                 model:str, # key of CONFIGS
+                 weights, # see `load_text_head`
+                 tokenizer, # of its prompt encoder
+                ): # of its prompt encoder
         self.model, self.weights, self.tokenizer = model, weights, tokenizer
 
-    def __call__(self, policy) -> Tensor: # [8] in nats
+    def __call__(self, # [8] in nats
+                 policy, # [8] in nats
+                ) -> Tensor: # [8] in nats
         torch.manual_seed(0) # of a random head, the same at every call
         return answer_logps(policy, load_text_head(self.model, self.weights)
                             .to(policy.generation_embeddings.weight.device),
                             self.tokenizer)
-
-def understanding_change(before:Tensor, after:Tensor) -> dict:
-    "How far the answers moved, in nats per answer; negative means less likely than before"
-    return dict(mean=(after - before).mean().item(),
-                worst=(after - before).min().item())
 
 # %% ../../nbs/39_janus.ipynb #77c5fdd6
 _OWN = dict(vapi=Recipe('arpo_nb.config:vapi_janus'), ar_grpo=Recipe('arpo_nb.config:ar_grpo', dict(text=True)))

@@ -6,20 +6,21 @@
 __all__ = ['SIZES', 'GPTConfig', 'rope_table', 'rotate', 'RMSNorm', 'Attention', 'FeedForward', 'Block', 'ClassEmbedding',
            'CaptionMLP', 'CaptionEmbedding', 'GPT', 'packed_weights', 'generate', 'gpt_config']
 
-# %% ../../nbs/31_llamagen.ipynb #db9153b7
+# %% ../../nbs/31_llamagen.ipynb #80c08dde
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..maths.sampling import guide, sample_token
 from ..protocols import Streams, check_ids
 
-# %% ../../nbs/31_llamagen.ipynb #90cc7051
+# %% ../../nbs/31_llamagen.ipynb #ad291a32
 @dataclass(frozen=True)
 class GPTConfig:
     "Shape of a LlamaGen transformer; defaults are GPT-B at 256×256"
@@ -43,6 +44,7 @@ class GPTConfig:
     cond_dropout: float = 0.1
 
     def __post_init__(self):
+        "Refuse widths and lengths that no model can have"
         if self.cond not in ('class', 'text'):
             raise ValueError(f"cond={self.cond!r}: expected 'class' or 'text'")
         if self.dim % self.n_head or self.head_dim % 4:
@@ -53,16 +55,19 @@ class GPTConfig:
             raise ValueError(f"block_size={self.block_size}: expected a square "
                              "number, tokens form a square grid")
 
-    @property
-    def head_dim(self): return self.dim//self.n_head
+# %% ../../nbs/31_llamagen.ipynb #7544bb72
+@patch(as_prop=True)
+def head_dim(self:GPTConfig):
+    "Width of a head, d"
+    return self.dim//self.n_head
 
-    @property
-    def ffn_dim(self):
-        "int(2/3 · 4 · dim), rounded up"
-        hidden = int((self.ffn_dim_multiplier or 1)*int(2*4*self.dim/3))
-        return -(-hidden//self.multiple_of)*self.multiple_of
+@patch(as_prop=True)
+def ffn_dim(self:GPTConfig):
+    "int(2/3 · 4 · dim), rounded up"
+    hidden = int((self.ffn_dim_multiplier or 1)*int(2*4*self.dim/3))
+    return -(-hidden//self.multiple_of)*self.multiple_of
 
-# %% ../../nbs/31_llamagen.ipynb #3020304c
+# %% ../../nbs/31_llamagen.ipynb #8ca3c6a4
 def rope_table(side:int, # grid side, T = side²
                head_dim:int, # width of a head, a multiple of 4
                base:float=10000., # of the frequencies
@@ -76,6 +81,7 @@ def rope_table(side:int, # grid side, T = side²
                         turn[None].expand(side, -1, -1)], -1).flatten(0, 1)
     return F.pad(torch.stack([angles.cos(), angles.sin()], -1), (0, 0, 0, 0, prefix, 0))
 
+# %% ../../nbs/31_llamagen.ipynb #b54c0bef
 def rotate(x:Tensor, # [B, T, heads, d]
            rope:Tensor, # [T, d/2, 2]
           ) -> Tensor: # as x, computed in float32
@@ -84,21 +90,29 @@ def rotate(x:Tensor, # [B, T, heads, d]
     cos, sin = rope[:, None].unbind(-1)
     return torch.stack([a*cos - b*sin, a*sin + b*cos], -1).flatten(-2).type_as(x)
 
-# %% ../../nbs/31_llamagen.ipynb #465d7fca
+# %% ../../nbs/31_llamagen.ipynb #d274cde1
 class RMSNorm(nn.Module):
     "Root-mean-square norm: computed in float32, cast back, then scaled"
-    def __init__(self, dim:int, eps:float):
+    def __init__(self, dim:int, # width of a token
+                 eps:float, # added to the mean square
+                ):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
-    def forward(self, x):
-        h = x.float()
-        return (h*torch.rsqrt(h.pow(2).mean(-1, keepdim=True)
-                              + self.eps)).type_as(x)*self.weight
+# %% ../../nbs/31_llamagen.ipynb #0ecb9107
+@patch
+def forward(self:RMSNorm, x, # [..., dim]
+           ):
+    "To a root mean square of one, times a weight for each component"
+    h = x.float()
+    return (h*torch.rsqrt(h.pow(2).mean(-1, keepdim=True)
+                          + self.eps)).type_as(x)*self.weight
 
+# %% ../../nbs/31_llamagen.ipynb #90e2ba13
 class Attention(nn.Module):
     "Causal self-attention with one fused projection"
-    def __init__(self, cfg:GPTConfig):
+    def __init__(self, cfg:GPTConfig, # width, heads, dropout
+                ):
         super().__init__()
         self.heads = cfg.n_head, cfg.n_kv_head or cfg.n_head
         self.head_dim, width = (cfg.head_dim,
@@ -107,135 +121,195 @@ class Attention(nn.Module):
                               nn.Linear(cfg.dim, cfg.dim, bias=False))
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, rope, mask=None, cache=None, pos=0):
-        n, kv = self.heads
-        h = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k = rotate(h[:, :, :n+kv], rope).transpose(1, 2).split([n, kv], 1)
-        v = h[:, :, n+kv:].transpose(1, 2)
-        if cache is not None:
-            # fixed shapes, the mask hides the rest
-            if torch.is_tensor(pos):
-                k, v = (c.index_copy_(2, pos, new) for c, new in zip(cache, (k, v)))
-            else:
-                end = pos + x.shape[1]
-                cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
-                k, v = cache[0][:, :, :end], cache[1][:, :, :end]
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
-                                           is_causal=mask is None and x.shape[1] > 1,
-                                           enable_gqa=n != kv)
-        return self.drop(self.wo(h.transpose(1, 2).flatten(2)))
+# %% ../../nbs/31_llamagen.ipynb #099e5c99
+@patch
+def forward(self:Attention, x, # [B, n, dim]
+            rope, # [n, d/2, 2] of these tokens
+            # [B or 1, 1, n, keys], True where a row may look; None for causal
+            mask=None,
+            cache=None, # [2, B, kv heads, length, d] of earlier tokens, or None
+            pos=0, # of the first token; a tensor [1] for fixed shapes
+           ):
+    "Every token looks at itself and those before it"
+    n, kv = self.heads
+    h = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+    q, k = rotate(h[:, :, :n+kv], rope).transpose(1, 2).split([n, kv], 1)
+    v = h[:, :, n+kv:].transpose(1, 2)
+    if cache is not None:
+        # fixed shapes, the mask hides the rest
+        if torch.is_tensor(pos):
+            k, v = (c.index_copy_(2, pos, new) for c, new in zip(cache, (k, v)))
+        else:
+            end = pos + x.shape[1]
+            cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
+            k, v = cache[0][:, :, :end], cache[1][:, :, :end]
+    h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                       is_causal=mask is None and x.shape[1] > 1,
+                                       enable_gqa=n != kv)
+    return self.drop(self.wo(h.transpose(1, 2).flatten(2)))
 
+# %% ../../nbs/31_llamagen.ipynb #f79fec72
 class FeedForward(nn.Module):
     "Gated MLP, w2(silu(w1 x) · w3 x)"
-    def __init__(self, cfg:GPTConfig):
+    def __init__(self, cfg:GPTConfig, # width and dropout
+                ):
         super().__init__()
         self.w1, self.w3 = (nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
                             for _ in range(2))
         self.w2, self.drop = (nn.Linear(cfg.ffn_dim, cfg.dim, bias=False),
                               nn.Dropout(cfg.dropout))
 
-    def forward(self, x): return self.drop(self.w2(F.silu(self.w1(x))*self.w3(x)))
+# %% ../../nbs/31_llamagen.ipynb #ff44ffc5
+@patch
+def forward(self:FeedForward, x, # [..., dim]
+           ):
+    "Token by token"
+    return self.drop(self.w2(F.silu(self.w1(x))*self.w3(x)))
 
+# %% ../../nbs/31_llamagen.ipynb #4507c499
 class Block(nn.Module):
     "Pre-norm attention and MLP"
-    def __init__(self, cfg:GPTConfig):
+    def __init__(self, cfg:GPTConfig, # width, heads, dropout
+                ):
         super().__init__()
         self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
         self.attention_norm, self.ffn_norm = (RMSNorm(cfg.dim, cfg.norm_eps),
                                               RMSNorm(cfg.dim, cfg.norm_eps))
 
-    def forward(self, x, rope, mask=None, cache=None, pos=0):
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, pos)
-        return x + self.feed_forward(self.ffn_norm(x))
+# %% ../../nbs/31_llamagen.ipynb #d15eed5b
+@patch
+def forward(self:Block, x, # [B, n, dim]
+            rope, # see `Attention`
+            mask=None, # see `Attention`
+            cache=None, # see `Attention`
+            pos=0, # see `Attention`
+           ):
+    "Attention, then MLP, each normed and added"
+    x = x + self.attention(self.attention_norm(x), rope, mask, cache, pos)
+    return x + self.feed_forward(self.ffn_norm(x))
 
-# %% ../../nbs/31_llamagen.ipynb #b55b48ad
+# %% ../../nbs/31_llamagen.ipynb #7b62cdc0
 def _what(x):
     "A value in an error message"
-    return (f'{str(x.dtype)[6:]} {list(x.shape)}' if torch.is_tensor(x)
-            else f"({', '.join(map(_what, x))})" if isinstance(x, (tuple, list))
-            else type(x).__name__)
+    if torch.is_tensor(x): return f'{str(x.dtype)[6:]} {list(x.shape)}'
+    if isinstance(x, (tuple, list)): return f"({', '.join(map(_what, x))})"
+    return type(x).__name__
 
+# %% ../../nbs/31_llamagen.ipynb #2849367d
 class ClassEmbedding(nn.Module):
     "One prefix token per class id; id `num_classes` is the null class"
-    def __init__(self, cfg:GPTConfig):
+    def __init__(self, cfg:GPTConfig, # classes, width, whether there is a null class
+                ):
         super().__init__()
         self.num_classes, self.p = cfg.num_classes, cfg.cond_dropout
         self.embedding_table = nn.Embedding(cfg.num_classes + (cfg.cond_dropout > 0),
                                             cfg.dim)
 
-    def null(self, cond:Tensor) -> Tensor: 
-        "The null class for every row"
-        if self.p == 0:
-            raise ValueError("guidance needs a null class, and this model was built without "
-                             "one (cond_dropout=0); use cfg_scale=1")
-        return torch.full_like(cond, self.num_classes)
+# %% ../../nbs/31_llamagen.ipynb #f6d4a4ad
+@patch
+def null(self:ClassEmbedding, cond:Tensor, # [N] class ids
+        ) -> Tensor:
+    "The null class for every row"
+    if self.p == 0:
+        raise ValueError("guidance needs a null class, and this model was built "
+                         "without "
+                         "one (cond_dropout=0); use cfg_scale=1")
+    return torch.full_like(cond, self.num_classes)
 
-    def check(self, cond):
-        "Refuse what is not a batch of class ids"
-        if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
-            raise ValueError("cond: expected class ids, a [N] tensor of "
-                             f"integers, got {_what(cond)}")
-        check_ids('cond', cond, self.embedding_table.num_embeddings,
-                   f"num_classes={self.num_classes}"
-                   + (f", null class {self.num_classes}" if self.p else ''))
+@patch
+def check(self:ClassEmbedding, cond, # what should be [N] class ids
+         ):
+    "Refuse what is not a batch of class ids"
+    if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
+        raise ValueError("cond: expected class ids, a [N] tensor of "
+                         f"integers, got {_what(cond)}")
+    check_ids('cond', cond, self.embedding_table.num_embeddings,
+               f"num_classes={self.num_classes}"
+               + (f", null class {self.num_classes}" if self.p else ''))
 
-    def forward(self, cond):
-        if self.training and self.p:
-            cond = torch.where(torch.rand(cond.shape, device=cond.device) < self.p,
-                               self.null(cond), cond)
-        return self.embedding_table(cond)[:, None]
+# %% ../../nbs/31_llamagen.ipynb #4626f53b
+@patch
+def forward(self:ClassEmbedding, cond, # [N] class ids
+           ):
+    "One prefix token each, [N, 1, dim]"
+    if self.training and self.p:
+        cond = torch.where(torch.rand(cond.shape, device=cond.device) < self.p,
+                           self.null(cond), cond)
+    return self.embedding_table(cond)[:, None]
 
+# %% ../../nbs/31_llamagen.ipynb #8feea9c9
 class CaptionMLP(nn.Module):
     "Two linear layers around a tanh-approximated GELU"
-    def __init__(self, cfg:GPTConfig):
+    def __init__(self, cfg:GPTConfig, # widths of features and tokens
+                ):
         super().__init__()
         self.fc1, self.fc2 = (nn.Linear(cfg.caption_dim, cfg.dim, bias=False),
                               nn.Linear(cfg.dim, cfg.dim, bias=False))
 
-    def forward(self, x): return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
+# %% ../../nbs/31_llamagen.ipynb #826eaa10
+@patch
+def forward(self:CaptionMLP, x, # [..., caption_dim]
+           ):
+    "Feature by feature"
+    return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
 
+# %% ../../nbs/31_llamagen.ipynb #174e7637
 class CaptionEmbedding(nn.Module):
     "Prefix tokens from left-padded text features"
-    def __init__(self, cfg:GPTConfig):
+    def __init__(self, cfg:GPTConfig, # length and width of captions
+                ):
         super().__init__()
         self.p, self.cap_proj = cfg.cond_dropout, CaptionMLP(cfg)
         self.register_buffer('uncond_embedding',
                              torch.randn(cfg.cond_len,
                                          cfg.caption_dim)/cfg.caption_dim**.5)
 
-    def null(self, cond:tuple) -> tuple:
-        "The null caption, under the caption's own padding mask as in the official sampler"
-        return self.uncond_embedding.to(cond[0].dtype).expand_as(cond[0]), cond[1]
+# %% ../../nbs/31_llamagen.ipynb #e485f345
+@patch
+def null(self:CaptionEmbedding, cond:tuple, # features [N, L, D] and mask [N, L]
+        ) -> tuple:
+    "The null caption, under the caption's own padding mask as in the official sampler"
+    return self.uncond_embedding.to(cond[0].dtype).expand_as(cond[0]), cond[1]
 
-    def check(self, cond):
-        "Refuse what is not left-padded text features and their mask"
-        want = tuple(self.uncond_embedding.shape)
-        if (not isinstance(cond, (tuple, list)) or len(cond) != 2 or cond[0].dim() != 3
-                or cond[1].shape != cond[0].shape[:2]):
-            raise ValueError("cond: expected a pair of text features [N, "
-                             f"{want[0]}, {want[1]}] "
-                             f"and mask [N, {want[0]}], got {_what(cond)}")
-        if tuple(cond[0].shape[1:]) != want:
-            raise ValueError(f"cond: text features of shape {list(cond[0].shape)}, expected "
-                             f"[N, {want[0]}, {want[1]}]; captions.stack_features pads "
-                             f"and cuts captions to {want[0]} tokens")
-        if (not cond[1].is_meta
-                and (cond[1].bool()[:, 1:] < cond[1].bool()[:, :-1]).any()):
-            raise ValueError("cond: the mask has padding after text, "
-                             "but features must be "
-                             "padded on the left; use captions.left_pad(feats, mask)")
+# %% ../../nbs/31_llamagen.ipynb #8bf65424
+@patch
+def check(self:CaptionEmbedding, cond, # what should be features and mask
+         ):
+    "Refuse what is not left-padded text features and their mask"
+    want = tuple(self.uncond_embedding.shape)
+    if (not isinstance(cond, (tuple, list)) or len(cond) != 2 or cond[0].dim() != 3
+            or cond[1].shape != cond[0].shape[:2]):
+        raise ValueError("cond: expected a pair of text features [N, "
+                         f"{want[0]}, {want[1]}] "
+                         f"and mask [N, {want[0]}], got {_what(cond)}")
+    if tuple(cond[0].shape[1:]) != want:
+        raise ValueError(f"cond: text features of shape {list(cond[0].shape)}, "
+                         "expected "
+                         f"[N, {want[0]}, {want[1]}]; captions.stack_features pads "
+                         f"and cuts captions to {want[0]} tokens")
+    if (not cond[1].is_meta
+            and (cond[1].bool()[:, 1:] < cond[1].bool()[:, :-1]).any()):
+        raise ValueError("cond: the mask has padding after text, "
+                         "but features must be "
+                         "padded on the left; use captions.left_pad(feats, mask)")
 
-    def forward(self, cond):
-        feats = cond[0]
-        if self.training and self.p:
-            drop = torch.rand(len(feats), device=feats.device) < self.p
-            feats = torch.where(drop[:, None, None], self.null(cond)[0], feats)
-        return self.cap_proj(feats.to(self.cap_proj.fc1.weight.dtype))
+# %% ../../nbs/31_llamagen.ipynb #58ea527c
+@patch
+def forward(self:CaptionEmbedding, cond, # features [N, L, D] and mask [N, L]
+           ):
+    "One prefix token for each feature, [N, L, dim]"
+    feats = cond[0]
+    if self.training and self.p:
+        drop = torch.rand(len(feats), device=feats.device) < self.p
+        feats = torch.where(drop[:, None, None], self.null(cond)[0], feats)
+    return self.cap_proj(feats.to(self.cap_proj.fc1.weight.dtype))
 
-# %% ../../nbs/31_llamagen.ipynb #dddf3f86
+# %% ../../nbs/31_llamagen.ipynb #37af7dc1
 class GPT(nn.Module):
-    "LlamaGen's transformer behind the `Policy` protocol; parameter names are the official ones"
-    def __init__(self, cfg:GPTConfig):
+    ("LlamaGen's transformer behind the `Policy` protocol; parameter names are the "
+     "official ones")
+    def __init__(self, cfg:GPTConfig, # its shape
+                ):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
@@ -253,88 +327,137 @@ class GPT(nn.Module):
                 nn.init.normal_(m.weight, std=.02)
         nn.init.zeros_(self.output.weight)
 
-    def _apply(self, fn, *args, **kwargs):
-        "Move the rotary table with the model, but keep it in float32"
-        rope = self.rope
-        super()._apply(fn, *args, **kwargs)
-        side, prefix = int(self.cfg.block_size**.5), self.cfg.cond_len
-        if rope.is_meta and not self.rope.is_meta:
-            rope = rope_table(side, self.cfg.head_dim, self.cfg.rope_base, prefix)
-        self.rope = rope.to(self.rope.device)
-        return self
+# %% ../../nbs/31_llamagen.ipynb #07585331
+@patch
+def _apply(self:GPT, fn, *args, **kwargs):
+    "Move the rotary table with the model, but keep it in float32"
+    rope = self.rope
+    super(GPT, self)._apply(fn, *args, **kwargs)
+    side, prefix = int(self.cfg.block_size**.5), self.cfg.cond_len
+    if rope.is_meta and not self.rope.is_meta:
+        rope = rope_table(side, self.cfg.head_dim, self.cfg.rope_base, prefix)
+    self.rope = rope.to(self.rope.device)
+    return self
 
-    def prefix(self, cond) -> Tensor:
-        "Condition to prefix tokens [B, P, dim]"
-        return self.cls_embedding(cond).to(self.tok_embeddings.weight.dtype)
+# %% ../../nbs/31_llamagen.ipynb #6aab3c9d
+@patch
+def prefix(self:GPT, cond, # N conditions
+          ) -> Tensor:
+    "Condition to prefix tokens [B, P, dim]"
+    return self.cls_embedding(cond).to(self.tok_embeddings.weight.dtype)
 
-    def mask(self, cond, length:int) -> Tensor|None:
-        ("For text, the causal mask without padded prefix columns but with the "
-         "diagonal, [B, 1, length, length]; None for classes")
-        if self.cfg.cond == 'class': return None
-        mask = torch.ones(length, length, dtype=torch.bool,
-                          device=cond[1].device).tril().repeat(len(cond[1]), 1, 1)
-        mask[:, :, :self.cfg.cond_len] &= cond[1][:, None].bool()
-        return (mask | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
+@patch
+def null_cond(self:GPT, cond, # N conditions
+             ):
+    "The unconditional counterpart of a condition"
+    return self.cls_embedding.null(cond)
 
-    def trunk(self, x, rope, mask=None, cache=None, pos=0) -> Tensor:
-        "Blocks and final norm"
-        x = self.drop(x)
-        for i, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, mask, use_reentrant=False)
-            else: x = layer(x, rope, mask, cache and cache[i], pos)
-        return self.norm(x)
+# %% ../../nbs/31_llamagen.ipynb #5e538009
+@patch
+def mask(self:GPT, cond, # N conditions
+         length:int, # tokens in all, prefix included
+        ) -> Tensor|None:
+    ("For text, the causal mask without padded prefix columns but with the "
+     "diagonal, [B, 1, length, length]; None for classes")
+    if self.cfg.cond == 'class': return None
+    mask = torch.ones(length, length, dtype=torch.bool,
+                      device=cond[1].device).tril().repeat(len(cond[1]), 1, 1)
+    mask[:, :, :self.cfg.cond_len] &= cond[1][:, None].bool()
+    return (mask | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
 
-    def hidden(self, context:Tensor, cond) -> Tensor:
-        "[N, T] context tokens to [N, T, dim]; state t has seen the condition and tokens before t"
-        if context.shape[1] > self.num_tokens:
-            raise ValueError(f"context: {context.shape[1]} tokens, expected "
-                             f"at most {self.num_tokens} "
-                             "(block_size); was it made by a tokenizer "
-                             "at another resolution?")
-        self.cls_embedding.check(cond)
-        check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
-        x = torch.cat([self.prefix(cond), self.tok_embeddings(context[:, :-1])], 1)
-        length = x.shape[1]
-        states = self.trunk(x, self.rope[:length], self.mask(cond, length))
-        return states[:, self.cfg.cond_len-1:]
+# %% ../../nbs/31_llamagen.ipynb #502099d8
+@patch
+def trunk(self:GPT, x, # [B, n, dim] embedded tokens
+          rope, # [n, d/2, 2] of these tokens
+          mask=None, # see `Attention`
+          cache=None, # one for each block, or None
+          pos=0, # see `Attention`
+         ) -> Tensor: # [B, n, dim]
+    "Blocks and final norm"
+    x = self.drop(x)
+    for i, layer in enumerate(self.layers):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+        else: x = layer(x, rope, mask, cache and cache[i], pos)
+    return self.norm(x)
 
-    def head(self, hidden:Tensor) -> Tensor:
-        "[..., dim] to [..., V] logits in float32"
-        return self.output(hidden).float()
+# %% ../../nbs/31_llamagen.ipynb #03bac48d
+@patch
+def hidden(self:GPT, context:Tensor, # [N, T] codes, given or drawn
+           cond, # N conditions
+          ) -> Tensor:
+    ("[N, T] context tokens to [N, T, dim]; state t has seen the condition and tokens "
+     "before t")
+    if context.shape[1] > self.num_tokens:
+        raise ValueError(f"context: {context.shape[1]} tokens, expected "
+                         f"at most {self.num_tokens} "
+                         "(block_size); was it made by a tokenizer "
+                         "at another resolution?")
+    self.cls_embedding.check(cond)
+    check_ids('context', context, self.vocab_size, f"vocab_size={self.vocab_size}")
+    x = torch.cat([self.prefix(cond), self.tok_embeddings(context[:, :-1])], 1)
+    length = x.shape[1]
+    states = self.trunk(x, self.rope[:length], self.mask(cond, length))
+    return states[:, self.cfg.cond_len-1:]
 
-    def forward(self, context:Tensor, cond) -> Tensor:
-        "Teacher-forced logits [N, T, V]"
-        return self.head(self.hidden(context, cond))
+# %% ../../nbs/31_llamagen.ipynb #7242788e
+@patch
+def head(self:GPT, hidden:Tensor, # states
+        ) -> Tensor:
+    "[..., dim] to [..., V] logits in float32"
+    return self.output(hidden).float()
 
-    def null_cond(self, cond):
-        "The unconditional counterpart of a condition"
-        return self.cls_embedding.null(cond)
+@patch
+def forward(self:GPT, context:Tensor, # [N, T] codes
+            cond, # N conditions
+           ) -> Tensor:
+    "Teacher-forced logits [N, T, V]"
+    return self.head(self.hidden(context, cond))
 
-    def example_cond(self, n:int):
-        "`n` conditions of the right shape, without content"
-        if self.cfg.cond == 'class': return torch.zeros(n, dtype=torch.long)
-        return (torch.zeros(n, self.cfg.cond_len, self.cfg.caption_dim),
-                torch.ones(n, self.cfg.cond_len, dtype=torch.long))
+# %% ../../nbs/31_llamagen.ipynb #aaab25f3
+@patch
+def example_cond(self:GPT, n:int, # how many
+                ):
+    "`n` conditions of the right shape, without content"
+    if self.cfg.cond == 'class': return torch.zeros(n, dtype=torch.long)
+    return (torch.zeros(n, self.cfg.cond_len, self.cfg.caption_dim),
+            torch.ones(n, self.cfg.cond_len, dtype=torch.long))
 
-    def new_cache(self, n:int, length:int) -> list:
-        "Room for the keys and values of `n` sequences"
-        kv, p = self.cfg.n_kv_head or self.cfg.n_head, self.tok_embeddings.weight
-        kind = p.device.type # in the precision that its keys will have
-        half = kind != 'meta' and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if half else p.dtype
-        return [p.new_zeros(2, n, kv, length, self.cfg.head_dim, dtype=dtype)
-                for _ in self.layers]
+# %% ../../nbs/31_llamagen.ipynb #d8d911e6
+@patch
+def new_cache(self:GPT, n:int, # sequences
+              length:int, # tokens, prefix included
+             ) -> list: # one [2, n, kv heads, length, d] for each block
+    "Room for the keys and values of `n` sequences"
+    kv, p = self.cfg.n_kv_head or self.cfg.n_head, self.tok_embeddings.weight
+    kind = p.device.type # in the precision that its keys will have
+    half = kind != 'meta' and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if half else p.dtype
+    return [p.new_zeros(2, n, kv, length, self.cfg.head_dim, dtype=dtype)
+            for _ in self.layers]
 
-    def step(self, tokens:Tensor, pos, mask:Tensor|None, cache:list) -> Tensor:
-        ("Logits [N, V] after one more token each, at position `pos`; a tensor `pos` "
-         "[1] keeps all shapes fixed, for compilation")
-        rope = (self.rope.index_select(0, pos) if torch.is_tensor(pos)
-                else self.rope[pos:pos+1])
-        return self.head(self.trunk(self.tok_embeddings(tokens)[:, None],
-                                    rope, mask, cache, pos)[:, 0])
+# %% ../../nbs/31_llamagen.ipynb #050561a1
+@patch
+def step(self:GPT, tokens:Tensor, # [N] the last ones drawn
+         pos, # of these tokens
+         mask:Tensor|None, # rows of `mask` for them, or None
+         cache:list, # of `new_cache`
+        ) -> Tensor:
+    ("Logits [N, V] after one more token each, at position `pos`; a tensor `pos` "
+     "[1] keeps all shapes fixed, for compilation")
+    rope = (self.rope.index_select(0, pos) if torch.is_tensor(pos)
+            else self.rope[pos:pos+1])
+    return self.head(self.trunk(self.tok_embeddings(tokens)[:, None],
+                                rope, mask, cache, pos)[:, 0])
 
-# %% ../../nbs/31_llamagen.ipynb #95b9e8f6
+# %% ../../nbs/31_llamagen.ipynb #7d4fb7b2
+def _packed(weight, bias, packed, rows):
+    "The forward of a linear layer with packed weights"
+    return lambda x: (torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
+                      if x.numel() == rows*weight.shape[1]
+                      else F.linear(x, weight, bias))
+
+# %% ../../nbs/31_llamagen.ipynb #bc332316
 @contextmanager
 def packed_weights(module:nn.Module, # its linear layers
                    rows:int, # of the products to come; others are computed as usual
@@ -354,36 +477,23 @@ def packed_weights(module:nn.Module, # its linear layers
     finally:
         for m in layers: m.__dict__.pop('forward', None)
 
-def _packed(weight, bias, packed, rows):
-    "The forward of a linear layer with packed weights"
-    return lambda x: (torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
-                      if x.numel() == rows*weight.shape[1] else F.linear(x, weight, bias))
+# %% ../../nbs/31_llamagen.ipynb #04b6a21d
+def _both(a, b):
+    return tuple(map(_both, a, b)) if isinstance(a, tuple) else torch.cat([a, b])
 
-# %% ../../nbs/31_llamagen.ipynb #c9d055fe
-@torch.no_grad()
-def generate(policy:GPT, # in eval mode
-             cond, # N conditions
-             streams:Streams, # one random stream per sample
-             *, temperature:float=1., top_k:int=0, top_p:float=1.,
-             cfg_scale:float=1., # guidance; 1 or less runs the conditional model alone
-             # guide image tokens 0 ... cfg_interval+1 only (LlamaGen's counting); -1
-             # guides all
-             cfg_interval:int=-1,
-             greedy:bool=False, # most probable tokens, no randomness
-             # True compiles a `step` of fixed shapes, on a GPU; a function, such as
-             # `torch.compile`, is used for it on any device
-             compile=False,
-             progress=None, # called after every token, for a bar
-            ) -> Tensor: # [N, T] int64
-    "Draw token sequences free-running through a key/value cache"
-    n, steps, guided = len(streams), policy.num_tokens, cfg_scale > 1
-    if compile is True:
-        if policy.rope.device.type != 'cuda':
-            raise ValueError("compile=True: expected a model on a CUDA "
-                             "device, this one is on "
-                             f"{policy.rope.device}; leave it off, or pass a "
-                             "function such as torch.compile")
-        compile = partial(torch.compile, mode='reduce-overhead', dynamic=False)
+# %% ../../nbs/31_llamagen.ipynb #8ca7820f
+def _compiler(policy, compile):
+    "The function that compiles a step, or a false value for none"
+    if compile is not True: return compile
+    if policy.rope.device.type != 'cuda':
+        raise ValueError("compile=True: expected a model on a CUDA device, this one is "
+                         f"on {policy.rope.device}; leave it off, or pass a function "
+                         "such as torch.compile")
+    return partial(torch.compile, mode='reduce-overhead', dynamic=False)
+
+# %% ../../nbs/31_llamagen.ipynb #e12c8850
+def _check_batch(policy, cond, n):
+    "Refuse conditions that a policy does not know, and any but one for each stream"
     policy.cls_embedding.check(cond)
     if policy.cfg.cond == 'class':
         check_ids('cond', cond, policy.cfg.num_classes,
@@ -391,50 +501,75 @@ def generate(policy:GPT, # in eval mode
     if len(cond[0] if isinstance(cond, tuple) else cond) != n:
         raise ValueError(f"streams: {n} random streams for {_what(cond)}, "
                          "expected one per condition")
+
+# %% ../../nbs/31_llamagen.ipynb #5bae4f3c
+def _prefix_logits(policy, x, mask, cache):
+    "Logits of the first token, from prefix tokens that go through the blocks together"
+    n = x.shape[1]
+    seen = None if mask is None else mask[:, :, :n, :n]
+    return policy.head(policy.trunk(x, policy.rope[:n], seen, cache)[:, -1])
+
+def _step_logits(step, tokens, pos, mask, cache, end):
+    ("Logits of the token after `tokens`, which stand at `pos`; an `end` fixes all "
+     "shapes")
+    rows = None if mask is None else mask[:, :, pos:pos+1, :end or pos+1]
+    at = torch.tensor([pos], device=tokens.device) if end else pos
+    return step(tokens, at, rows, cache)
+
+# %% ../../nbs/31_llamagen.ipynb #3aae0a64
+def _tril(n, device):
+    return torch.ones(1, 1, n, n, dtype=torch.bool, device=device).tril()
+
+# %% ../../nbs/31_llamagen.ipynb #23c7e586
+@torch.no_grad()
+def generate(policy:GPT, # in eval mode
+             cond, # N conditions
+             streams:Streams, # one random stream per sample
+             *, temperature:float=1., # of the softmax, 0 for the likeliest tokens
+             top_k:int=0, # likeliest tokens kept, 0 for all
+             top_p:float=1., # mass of the likeliest tokens kept
+             cfg_scale:float=1., # guidance; 1 or less runs the conditional model alone
+             # guide tokens 0 ... cfg_interval+1 only; -1 guides all
+             cfg_interval:int=-1,
+             greedy:bool=False, # most probable tokens, no randomness
+             compile=False, # True on a GPU, or a function such as `torch.compile`
+             progress=None, # called after every token, for a bar
+            ) -> Tensor: # [N, T] int64
+    "Draw token sequences free-running through a key/value cache"
+    n, steps, guided = len(streams), policy.num_tokens, cfg_scale > 1
+    compile = _compiler(policy, compile)
+    _check_batch(policy, cond, n)
     u = None if greedy else streams.uniform(steps, device=policy.rope.device)
     if guided: cond = _both(cond, policy.null_cond(cond))
     x, tokens = policy.prefix(cond), []
     start, length = x.shape[1], x.shape[1] + steps - 1
     mask, cache = policy.mask(cond, length), policy.new_cache(len(x), length)
-    if compile and mask is None:
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool,
-                          device=x.device).tril()
+    if compile and mask is None: mask = _tril(length, x.device) # shapes that stay
     step = compile(policy.step) if compile else policy.step
     with packed_weights(policy, 0 if compile else len(x)): # a compiler brings its own
         for t in range(steps):
-            pos = start + t - 1
-            # the unconditional half is not needed any more
-            if guided and 0 <= cfg_interval < t-1:
-                guided, cache, mask = (False, [c[:, :n] for c in cache],
-                                       mask if mask is None or len(mask) == 1
-                                       else mask[:n])
-            if t == 0:
-                seen = None if mask is None else mask[:, :, :start, :start]
-                logits = policy.head(policy.trunk(x, policy.rope[:start], seen, cache)[:, -1])
+            if guided and 0 <= cfg_interval < t-1: # the null half is needed no more
+                guided, cache = False, [c[:, :n] for c in cache]
+                mask = None if mask is None else mask[:n]
+            if t == 0: logits = _prefix_logits(policy, x, mask, cache)
             else:
-                rows = (None if mask is None
-                        else mask[:, :, pos:pos+1, :length if compile else pos+1])
-                logits = step(tokens[-1].repeat(1 + guided),
-                              torch.tensor([pos], device=x.device) if compile else pos,
-                              rows, cache)
+                last, end = tokens[-1].repeat(1 + guided), length if compile else 0
+                logits = _step_logits(step, last, start + t - 1, mask, cache, end)
             if guided: logits = guide(*logits.chunk(2), cfg_scale)
             tokens.append(sample_token(logits, None if greedy else u[:, t],
                                        temperature, top_k, top_p, greedy))
             if progress: progress()
     return torch.stack(tokens, 1)
-
-def _both(a, b):
-    return tuple(map(_both, a, b)) if isinstance(a, tuple) else torch.cat([a, b])
-
 GPT.generate = generate
 
-# %% ../../nbs/31_llamagen.ipynb #c7fe3247
+# %% ../../nbs/31_llamagen.ipynb #92ef64d7
 SIZES = dict(B=dict(n_layer=12, n_head=12, dim=768),
              L=dict(n_layer=24, n_head=16, dim=1024),
              XL=dict(n_layer=36, n_head=20, dim=1280),
              XXL=dict(n_layer=48, n_head=24, dim=1536),
              **{'3B': dict(n_layer=24, n_head=32, dim=3200)})
 
+# %% ../../nbs/31_llamagen.ipynb #c195f061
 def gpt_config(size:str, # 'B', 'L', 'XL', 'XXL' or '3B'
                image_size:int=256, # pixels; 16 per token
                text:bool=False, # text-conditional

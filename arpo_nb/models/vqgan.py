@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ALLOWED', 'PLAIN', 'TOKENIZERS', 'MODELS', 'UNGUIDED', 'SPECS', 'VQGANConfig', 'Middle', 'Level', 'Encoder',
            'Decoder', 'Codebook', 'remap', 'unmap', 'VQGAN', 'truncate_uint8', 'CINConfig', 'Attention', 'Block',
-           'Head', 'CINTransformer', 'taming_filters', 'generate', 'Inert', 'read_lightning', 'split_state', 'describe',
+           'Head', 'CINTransformer', 'taming_filters', 'generate', 'Inert', 'read_lightning', 'describe', 'split_state',
            'find_n_head', 'build_vqgan_tokenizer', 'build_vqgan']
 
-# %% ../../nbs/34_vqgan.ipynb #0d115455
+# %% ../../nbs/34_vqgan.ipynb #478cc787
 import re
 import warnings
 from collections import OrderedDict
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +30,7 @@ from ..protocols import Streams, check_ids
 from ..specs import PAPERS, ModelSpec, Recipe
 from ..weights import locate
 
-# %% ../../nbs/34_vqgan.ipynb #29bf4db9
+# %% ../../nbs/34_vqgan.ipynb #427fbf36
 @dataclass(frozen=True)
 class VQGANConfig:
     "Shape of a VQGAN tokenizer; the defaults are ImageNet's with 16384 codes"
@@ -44,22 +45,39 @@ class VQGANConfig:
     embed_dim: int = 256 # length of a code vector
     image_size: int = 256 # side in pixels of the images to come
 
-    @property
-    def downsample(self): return 2**(len(self.ch_mult)-1)
+# %% ../../nbs/34_vqgan.ipynb #374cc9a6
+@patch(as_prop=True)
+def downsample(self:VQGANConfig):
+    "How many pixels a token's side stands for"
+    return 2**(len(self.ch_mult)-1)
 
+# %% ../../nbs/34_vqgan.ipynb #6586e3e0
 class Middle(nn.Module):
     "Residual block, attention, residual block"
-    def __init__(self, c:int):
+    def __init__(self, c:int, # channels, a multiple of 32
+                ):
         super().__init__()
         self.block_1, self.attn_1 = ResBlock(c, c, 32), AttnBlock(c, 32)
         self.block_2 = ResBlock(c, c, 32)
 
-    def forward(self, x): return self.block_2(self.attn_1(self.block_1(x)))
+# %% ../../nbs/34_vqgan.ipynb #0715f52f
+@patch
+def forward(self:Middle, x, # [B, c, h, w]
+           ):
+    "The three in turn"
+    return self.block_2(self.attn_1(self.block_1(x)))
 
+# %% ../../nbs/34_vqgan.ipynb #c5b104f4
 class Level(nn.Module):
     ("Residual blocks of one resolution, each followed by attention if there is any, "
      "then a change of resolution")
-    def __init__(self, c_in:int, c_out:int, n:int, attn:bool, resize:str|None):
+
+    def __init__(self, c_in:int, # channels that come in
+                 c_out:int, # channels of all blocks
+                 n:int, # residual blocks
+                 attn:bool, # attention after each block
+                 resize:str|None, # 'downsample', 'upsample', or None
+                ):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, 32)
                                    for i in range(n))
@@ -69,13 +87,17 @@ class Level(nn.Module):
             self.add_module(resize,
                             (Downsample if resize == 'downsample' else Upsample)(c_out))
 
-    def forward(self, x):
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn: x = self.attn[i](x)
-        return getattr(self, self.resize)(x) if self.resize else x
+# %% ../../nbs/34_vqgan.ipynb #d3063a26
+@patch
+def forward(self:Level, x, # [B, c_in, h, w]
+           ):
+    "Block after block, then the change of resolution"
+    for i, block in enumerate(self.block):
+        x = block(x)
+        if self.attn: x = self.attn[i](x)
+    return getattr(self, self.resize)(x) if self.resize else x
 
-# %% ../../nbs/34_vqgan.ipynb #40519870
+# %% ../../nbs/34_vqgan.ipynb #1afc9339
 def _levels(cfg, extra, resize):
     ("Widths and levels from the highest resolution down; `resize` names the change "
      "and the level without one")
@@ -86,22 +108,30 @@ def _levels(cfg, extra, resize):
                                        None if i == without else name)
                                  for i, w in enumerate(widths))
 
+# %% ../../nbs/34_vqgan.ipynb #5c90c20f
 class Encoder(nn.Module):
     "Pixels in [-1, 1] to latents, [B, 3, H, W] to [B, z, h, w]"
-    def __init__(self, cfg:VQGANConfig):
+    def __init__(self, cfg:VQGANConfig, # widths and depths
+                ):
         super().__init__()
         widths, self.down = _levels(cfg, 0, ('downsample', len(cfg.ch_mult)-1))
         self.conv_in, self.mid = nn.Conv2d(3, cfg.ch, 3, padding=1), Middle(widths[-1])
         self.norm_out = nn.GroupNorm(32, widths[-1], 1e-6)
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
 
-    def forward(self, x):
-        for block in (self.conv_in, *self.down, self.mid): x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+# %% ../../nbs/34_vqgan.ipynb #01551d0d
+@patch
+def forward(self:Encoder, x, # [B, 3, H, W] in [-1, 1]
+           ):
+    "Down through the levels, then to z channels"
+    for block in (self.conv_in, *self.down, self.mid): x = block(x)
+    return self.conv_out(F.silu(self.norm_out(x)))
 
+# %% ../../nbs/34_vqgan.ipynb #a62f50c3
 class Decoder(nn.Module):
     "Latents to pixels in about [-1, 1], [B, z, h, w] to [B, 3, H, W]"
-    def __init__(self, cfg:VQGANConfig):
+    def __init__(self, cfg:VQGANConfig, # widths and depths
+                ):
         super().__init__()
         widths, self.up = _levels(cfg, 1, ('upsample', 0))
         self.conv_in, self.mid = (nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1),
@@ -109,34 +139,50 @@ class Decoder(nn.Module):
         self.norm_out, self.conv_out = (nn.GroupNorm(32, widths[0], 1e-6),
                                         nn.Conv2d(widths[0], 3, 3, padding=1))
 
-    def forward(self, z):
-        for block in (self.conv_in, self.mid, *reversed(self.up)): z = block(z)
-        return self.conv_out(F.silu(self.norm_out(z)))
+# %% ../../nbs/34_vqgan.ipynb #e293e47d
+@patch
+def forward(self:Decoder, z, # [B, z, h, w]
+           ):
+    "Up through the levels, then to colours"
+    for block in (self.conv_in, self.mid, *reversed(self.up)): z = block(z)
+    return self.conv_out(F.silu(self.norm_out(z)))
 
-# %% ../../nbs/34_vqgan.ipynb #533a57cc
+# %% ../../nbs/34_vqgan.ipynb #22b019d8
 class Codebook(nn.Module):
     "Nearest-code lookup in Euclidean distance"
-    def __init__(self, codebook_size:int, embed_dim:int):
+    def __init__(self, codebook_size:int, # codes, K
+                 embed_dim:int, # length of a code, C
+                ):
         super().__init__()
         self.embedding = nn.Embedding(codebook_size, embed_dim)
         nn.init.uniform_(self.embedding.weight, -1/codebook_size, 1/codebook_size)
 
-    def nearest(self, z:Tensor) -> Tensor:
-        "Latents [B, C, h, w] to ids [B, h*w], row by row"
-        z, codes = z.flatten(2).transpose(1, 2), self.embedding.weight
-        return (z.pow(2).sum(-1, keepdim=True) + codes.pow(2).sum(1)
-                - 2*z @ codes.T).argmin(-1)
+# %% ../../nbs/34_vqgan.ipynb #58eb89ce
+@patch
+def nearest(self:Codebook, z:Tensor, # latents
+           ) -> Tensor:
+    "Latents [B, C, h, w] to ids [B, h*w], row by row"
+    z, codes = z.flatten(2).transpose(1, 2), self.embedding.weight
+    return (z.pow(2).sum(-1, keepdim=True) + codes.pow(2).sum(1)
+            - 2*z @ codes.T).argmin(-1)
 
-    def forward(self, z:Tensor, beta:float=.25, legacy:bool=True) -> tuple:
-        "Straight-through codes [B, C, h, w], loss, and ids [B, h*w] of latents [B, C, h, w]"
-        ids = self.nearest(z)
-        e = self.embedding(ids).transpose(1, 2).reshape(z.shape)
-        commit, codebook = ((e.detach() - z).pow(2).mean(),
-                            (e - z.detach()).pow(2).mean())
-        return (z + (e - z).detach(), commit + beta*codebook if legacy
-                else beta*commit + codebook, ids)
+# %% ../../nbs/34_vqgan.ipynb #d0e5e396
+@patch
+def forward(self:Codebook, z:Tensor, # latents
+            beta:float=.25, # weight of one of the two terms
+            # on the codebook's term, as all published models; else the paper's
+            legacy:bool=True,
+           ) -> tuple:
+    ("Straight-through codes [B, C, h, w], loss, and ids [B, h*w] of latents [B, C, "
+     "h, w]")
+    ids = self.nearest(z)
+    e = self.embedding(ids).transpose(1, 2).reshape(z.shape)
+    commit, codebook = ((e.detach() - z).pow(2).mean(),
+                        (e - z.detach()).pow(2).mean())
+    return (z + (e - z).detach(), commit + beta*codebook if legacy
+            else beta*commit + codebook, ids)
 
-# %% ../../nbs/34_vqgan.ipynb #242bb915
+# %% ../../nbs/34_vqgan.ipynb #c019e6f6
 def remap(ids:Tensor, # ids of the full codebook
           used:Tensor, # [M] ids that are kept, ascending
           unknown:int=0, # what other ids become; M for an id of their own
@@ -145,16 +191,19 @@ def remap(ids:Tensor, # ids of the full codebook
     place = torch.searchsorted(used, ids).clamp(max=len(used)-1)
     return torch.where(used[place] == ids, place, unknown)
 
+# %% ../../nbs/34_vqgan.ipynb #aec4016f
 def unmap(ids:Tensor, # positions in `used`; M or more counts as 0, as in the original
           used:Tensor, # [M]
          ) -> Tensor: # ids of the full codebook
     "Undo `remap`; ids it did not know come back as the first kept code"
     return used[torch.where(ids < len(used), ids, 0)]
 
-# %% ../../nbs/34_vqgan.ipynb #3f8b3fea
+# %% ../../nbs/34_vqgan.ipynb #c413701c
 class VQGAN(nn.Module):
-    "The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the official ones"
-    def __init__(self, cfg:VQGANConfig):
+    ("The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the "
+     "official ones")
+    def __init__(self, cfg:VQGANConfig, # its shape
+                ):
         super().__init__()
         self.cfg, self.image_size, self.codebook_size = cfg, cfg.image_size, cfg.codebook_size
         side = cfg.image_size//cfg.downsample
@@ -164,59 +213,87 @@ class VQGAN(nn.Module):
         self.quant_conv = nn.Conv2d(cfg.z_channels, cfg.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(cfg.embed_dim, cfg.z_channels, 1)
 
-    def latents(self, images:Tensor) -> Tensor:
-        "[B, 3, H, W] in [0, 1] to latents [B, C, h, w]"
-        if (images.dim() != 4 or images.shape[1] != 3
-                or any(s % self.cfg.downsample for s in images.shape[2:])
-                or not images.is_floating_point()):
-            raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, "
-                             "expected floats in [0, 1] of shape [B, 3, H, W] with "
-                             f"sides divisible by {self.cfg.downsample}; "
-                             f"image_io.to_tensor(image_io.center_crop(picture, {self.image_size})) gives one")
-        return self.quant_conv(self.encoder(2*images - 1))
+# %% ../../nbs/34_vqgan.ipynb #5958a1c3
+@patch
+def latents(self:VQGAN, images:Tensor, # in [0, 1]
+           ) -> Tensor:
+    "[B, 3, H, W] in [0, 1] to latents [B, C, h, w]"
+    if (images.dim() != 4 or images.shape[1] != 3
+            or any(s % self.cfg.downsample for s in images.shape[2:])
+            or not images.is_floating_point()):
+        raise ValueError(f"images: {str(images.dtype)[6:]} {list(images.shape)}, "
+                         "expected floats in [0, 1] of shape [B, 3, H, W] with "
+                         f"sides divisible by {self.cfg.downsample}; "
+                         "image_io.to_tensor(image_io.center_crop(picture, "
+                         f"{self.image_size})) gives one")
+    return self.quant_conv(self.encoder(2*images - 1))
 
-    def encode(self, images:Tensor) -> Tensor:
-        "[B, 3, H, W] in [0, 1] to ids [B, h*w], row by row"
-        return self.quantize.nearest(self.latents(images))
+@patch
+def encode(self:VQGAN, images:Tensor, # in [0, 1]
+          ) -> Tensor:
+    "[B, 3, H, W] in [0, 1] to ids [B, h*w], row by row"
+    return self.quantize.nearest(self.latents(images))
 
-    def decode_map(self, z:Tensor, clamp:bool=True) -> Tensor:
-        "Code vectors [B, C, h, w] to pixels [B, 3, H, W]"
-        pixels = (self.decoder(self.post_quant_conv(z)) + 1)/2
-        return pixels.clamp(0, 1) if clamp else pixels
+# %% ../../nbs/34_vqgan.ipynb #006ab0d2
+@patch
+def decode_map(self:VQGAN, z:Tensor, # code vectors
+               clamp:bool=True, # to [0, 1]
+              ) -> Tensor:
+    "Code vectors [B, C, h, w] to pixels [B, 3, H, W]"
+    pixels = (self.decoder(self.post_quant_conv(z)) + 1)/2
+    return pixels.clamp(0, 1) if clamp else pixels
 
-    def decode(self, tokens:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
-        ("Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped; `grid` (h, w)"
-         " if it is not a square")
-        check_ids('tokens', tokens, self.codebook_size, 'codebook_size')
-        return self._decode_rows(self.quantize.embedding(tokens), clamp, grid)
+# %% ../../nbs/34_vqgan.ipynb #842eb27f
+@patch
+def _decode_rows(self:VQGAN, codes, clamp, grid=None):
+    h, w = grid or (int(codes.shape[1]**.5),)*2
+    if h*w != codes.shape[1]:
+        raise ValueError(f"tokens: {codes.shape[1]} of them do not fill "
+                         f"{f'the grid {grid}' if grid else 'a square'}; "
+                         "pass grid=(h, w)")
+    return self.decode_map(codes.transpose(1, 2).unflatten(2, (h, w)), clamp)
 
-    def decode_probs(self, probs:Tensor, clamp:bool=True) -> Tensor:
-        "(Relaxed) one-hot rows [B, T, K] to pixels, differentiable in `probs`"
-        return self._decode_rows(probs @ self.quantize.embedding.weight, clamp)
+# %% ../../nbs/34_vqgan.ipynb #20a4a0b1
+@patch
+def decode(self:VQGAN, tokens:Tensor, # ids, row by row
+           clamp:bool=True, # to [0, 1]
+           grid:tuple|None=None, # (h, w); None for a square
+          ) -> Tensor:
+    ("Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped; `grid` (h, w)"
+     " if it is not a square")
+    check_ids('tokens', tokens, self.codebook_size, 'codebook_size')
+    return self._decode_rows(self.quantize.embedding(tokens), clamp, grid)
 
-    def _decode_rows(self, codes, clamp, grid=None):
-        h, w = grid or (int(codes.shape[1]**.5),)*2
-        if h*w != codes.shape[1]:
-            raise ValueError(f"tokens: {codes.shape[1]} of them do not fill "
-                             f"{f'the grid {grid}' if grid else 'a square'}; "
-                             "pass grid=(h, w)")
-        return self.decode_map(codes.transpose(1, 2).unflatten(2, (h, w)), clamp)
+# %% ../../nbs/34_vqgan.ipynb #dca0aa3f
+@patch
+def decode_probs(self:VQGAN, probs:Tensor, # rows that sum to 1
+                 clamp:bool=True, # to [0, 1]
+                ) -> Tensor:
+    "(Relaxed) one-hot rows [B, T, K] to pixels, differentiable in `probs`"
+    return self._decode_rows(probs @ self.quantize.embedding.weight, clamp)
 
-    def decoder_parameters(self):
-        "What tokenizer post-training moves: everything after the codebook (VA-π App. C.2)"
-        return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
+@patch
+def decoder_parameters(self:VQGAN): # list of parameters
+    "What tokenizer post-training moves: everything after the codebook (VA-π App. C.2)"
+    return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
-    def forward(self, images:Tensor, beta:float=.25, legacy:bool=True):
-        "Straight-through reconstruction of `images`, not clamped, and the codebook loss"
-        quant, loss, _ = self.quantize(self.latents(images), beta, legacy)
-        return self.decode_map(quant, clamp=False), loss
+# %% ../../nbs/34_vqgan.ipynb #cc40ea6c
+@patch
+def forward(self:VQGAN, images:Tensor, # [B, 3, H, W] in [0, 1]
+            beta:float=.25, # see `Codebook`
+            legacy:bool=True, # see `Codebook`
+           ): # pixels and loss
+    "Straight-through reconstruction of `images`, not clamped, and the codebook loss"
+    quant, loss, _ = self.quantize(self.latents(images), beta, legacy)
+    return self.decode_map(quant, clamp=False), loss
 
+# %% ../../nbs/34_vqgan.ipynb #025d2c79
 def truncate_uint8(pixels:Tensor, # [N, 3, H, W], nominally in [0, 1]
                   ) -> Tensor: # [N, H, W, 3] uint8
     "Floats to 8 bits by truncation, as the VQGAN and Janus scripts save pictures"
     return (255*pixels.float()).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
-# %% ../../nbs/34_vqgan.ipynb #7f7287c3
+# %% ../../nbs/34_vqgan.ipynb #71407f32
 @dataclass(frozen=True)
 class CINConfig:
     "Shape of a class-conditional VQGAN transformer; the defaults are ImageNet's c-IN"
@@ -228,6 +305,7 @@ class CINConfig:
     num_classes: int = 1000 # labels are rows of the token table, so at most V
 
     def __post_init__(self):
+        "Refuse widths and labels that no model can have"
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head}: n_embd={self.n_embd} "
                              "must be a multiple of it")
@@ -236,46 +314,68 @@ class CINConfig:
                              "are looked up in the " "token table, which has "
                              f"vocab_size={self.vocab_size} rows")
 
+# %% ../../nbs/34_vqgan.ipynb #fd15990f
 class Attention(nn.Module):
     "Causal self-attention with biases"
-    def __init__(self, cfg:CINConfig):
+    def __init__(self, cfg:CINConfig, # width and heads
+                ):
         super().__init__()
         self.key, self.query, self.value, self.proj = (
             nn.Linear(cfg.n_embd, cfg.n_embd) for _ in range(4))
         self.n_head = cfg.n_head
 
-    def forward(self, x, cache=None, pos=0):
-        q, k, v = (f(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-                   for f in (self.query, self.key, self.value))
-        if cache is not None:
-            end = pos + x.shape[1]
-            cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
-            k, v = cache[0][:, :, :end], cache[1][:, :, :end]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
-        return self.proj(y.transpose(1, 2).flatten(2))
+# %% ../../nbs/34_vqgan.ipynb #0450c7ab
+@patch
+def forward(self:Attention, x, # [N, n, D]
+            cache=None, # [2, N, heads, T, d] of earlier tokens, or None
+            pos=0, # of the first token
+           ):
+    "Every token looks at itself and those before it"
+    q, k, v = (f(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+               for f in (self.query, self.key, self.value))
+    if cache is not None:
+        end = pos + x.shape[1]
+        cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
+        k, v = cache[0][:, :, :end], cache[1][:, :, :end]
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
+    return self.proj(y.transpose(1, 2).flatten(2))
 
+# %% ../../nbs/34_vqgan.ipynb #e1e9a12a
 class Block(nn.Module):
     "Pre-norm attention and MLP"
-    def __init__(self, cfg:CINConfig):
+    def __init__(self, cfg:CINConfig, # width and heads
+                ):
         super().__init__()
         self.ln1, self.ln2, self.attn = (nn.LayerNorm(cfg.n_embd),
                                          nn.LayerNorm(cfg.n_embd), Attention(cfg))
         self.mlp = nn.Sequential(nn.Linear(cfg.n_embd, 4*cfg.n_embd), nn.GELU(),
                                  nn.Linear(4*cfg.n_embd, cfg.n_embd))
 
-    def forward(self, x, cache=None, pos=0):
-        x = x + self.attn(self.ln1(x), cache, pos)
-        return x + self.mlp(self.ln2(x))
+# %% ../../nbs/34_vqgan.ipynb #f313c84c
+@patch
+def forward(self:Block, x, # [N, n, D]
+            cache=None, # see `Attention`
+            pos=0, # see `Attention`
+           ):
+    "Attention, then MLP, each normed and added"
+    x = x + self.attn(self.ln1(x), cache, pos)
+    return x + self.mlp(self.ln2(x))
 
-# %% ../../nbs/34_vqgan.ipynb #6781089d
+# %% ../../nbs/34_vqgan.ipynb #c018681a
 class Head(nn.Linear):
     "A linear layer whose result is float32"
-    def forward(self, x): return super().forward(x).float()
+    def forward(self, x, # [..., D] in any precision
+               ):
+        "Logits in float32"
+        return super().forward(x).float()
 
+# %% ../../nbs/34_vqgan.ipynb #9a45e046
 class CINTransformer(nn.Module):
     ("VQGAN's class-conditional transformer behind the `Policy` protocol; parameter "
      "names are the official ones")
-    def __init__(self, cfg:CINConfig):
+
+    def __init__(self, cfg:CINConfig, # its shape
+                ):
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
         self.gradient_checkpointing = False
@@ -290,59 +390,83 @@ class CINTransformer(nn.Module):
                 nn.init.normal_(m.weight, std=.02)
             if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
 
-    def check(self, cond):
-        "Refuse what is not a batch of class ids"
-        if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
-            raise ValueError("cond: expected class ids, a [N] tensor of "
-                             f"integers, got {_what(cond)}")
-        check_ids('cond', cond, self.cfg.num_classes,
-                   'num_classes; there is no null class')
+# %% ../../nbs/34_vqgan.ipynb #6a7d2b69
+@patch
+def check(self:CINTransformer, cond, # what should be [N] class ids
+         ):
+    "Refuse what is not a batch of class ids"
+    if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
+        raise ValueError("cond: expected class ids, a [N] tensor of "
+                         f"integers, got {_what(cond)}")
+    check_ids('cond', cond, self.cfg.num_classes,
+               'num_classes; there is no null class')
 
-    def trunk(self, ids:Tensor, cache=None, pos:int=0) -> Tensor:
-        "States [N, L, D] of ids [N, L], the label or tokens, at positions from `pos`"
-        x = self.tok_emb(ids) + self.pos_emb[:, pos:pos+ids.shape[1]]
-        for i, block in enumerate(self.blocks):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else: x = block(x, cache and cache[i], pos)
-        return self.ln_f(x)
+# %% ../../nbs/34_vqgan.ipynb #9359ddf1
+@patch
+def trunk(self:CINTransformer, ids:Tensor, # of label or tokens
+          cache=None, # of `new_cache`, or None
+          pos:int=0, # of the first id
+         ) -> Tensor:
+    "States [N, L, D] of ids [N, L], the label or tokens, at positions from `pos`"
+    x = self.tok_emb(ids) + self.pos_emb[:, pos:pos+ids.shape[1]]
+    for i, block in enumerate(self.blocks):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, use_reentrant=False)
+        else: x = block(x, cache and cache[i], pos)
+    return self.ln_f(x)
 
-    def hidden(self, context:Tensor, cond) -> Tensor:
-        "[N, T] context tokens to [N, T, D]; state t has seen the label and tokens before t"
-        if context.shape[1] > self.num_tokens:
-            raise ValueError(f"context: {context.shape[1]} tokens, expected "
-                             f"at most {self.num_tokens} "
-                             "(block_size); was it made by a tokenizer "
-                             "at another resolution?")
-        self.check(cond)
-        if len(context) != len(cond):
-            raise ValueError(f"context: {len(context)} rows for {len(cond)} conditions")
-        check_ids('context', context, self.vocab_size, 'vocab_size')
-        return self.trunk(torch.cat([cond[:, None], context[:, :-1]], 1))
+# %% ../../nbs/34_vqgan.ipynb #f44c0a8c
+@patch
+def hidden(self:CINTransformer, context:Tensor, # codes, given or drawn
+           cond, # [N] class ids
+          ) -> Tensor:
+    "[N, T] context tokens to [N, T, D]; state t has seen the label and tokens before t"
+    if context.shape[1] > self.num_tokens:
+        raise ValueError(f"context: {context.shape[1]} tokens, expected "
+                         f"at most {self.num_tokens} "
+                         "(block_size); was it made by a tokenizer "
+                         "at another resolution?")
+    self.check(cond)
+    if len(context) != len(cond):
+        raise ValueError(f"context: {len(context)} rows for {len(cond)} conditions")
+    check_ids('context', context, self.vocab_size, 'vocab_size')
+    return self.trunk(torch.cat([cond[:, None], context[:, :-1]], 1))
 
-    def forward(self, context:Tensor, cond) -> Tensor:
-        "Teacher-forced logits [N, T, V]"
-        return self.head(self.hidden(context, cond))
+# %% ../../nbs/34_vqgan.ipynb #e73351cf
+@patch
+def forward(self:CINTransformer, context:Tensor, # [N, T] codes
+            cond, # [N] class ids
+           ) -> Tensor:
+    "Teacher-forced logits [N, T, V]"
+    return self.head(self.hidden(context, cond))
 
-    def null_cond(self, cond):
-        "There is none"
-        raise ValueError("cfg_scale: this model has no null class and "
-                         "was trained without "
-                         "label dropout, so there is nothing to guide away from; use "
-                         "cfg_scale=1 (guidance 1 in run_eval, rollout_cfg_scale=1 "
-                         "in a configuration)")
+# %% ../../nbs/34_vqgan.ipynb #3bac23ce
+@patch
+def null_cond(self:CINTransformer, cond, # [N] class ids
+             ):
+    "There is none"
+    raise ValueError("cfg_scale: this model has no null class and "
+                     "was trained without "
+                     "label dropout, so there is nothing to guide away from; use "
+                     "cfg_scale=1 (guidance 1 in run_eval, rollout_cfg_scale=1 "
+                     "in a configuration)")
 
-    def example_cond(self, n:int) -> Tensor:
-        "`n` conditions of the right shape, without content"
-        return torch.zeros(n, dtype=torch.long)
+@patch
+def example_cond(self:CINTransformer, n:int, # how many
+                ) -> Tensor:
+    "`n` conditions of the right shape, without content"
+    return torch.zeros(n, dtype=torch.long)
 
-    def new_cache(self, n:int) -> list:
-        "Room for the keys and values of `n` sequences"
-        c = self.cfg
-        return [self.pos_emb.new_zeros(2, n, c.n_head, c.block_size, c.n_embd//c.n_head)
-                for _ in self.blocks]
+# %% ../../nbs/34_vqgan.ipynb #5eeb39f1
+@patch
+def new_cache(self:CINTransformer, n:int, # sequences
+             ) -> list: # one [2, n, heads, T, d] for each block
+    "Room for the keys and values of `n` sequences"
+    c = self.cfg
+    return [self.pos_emb.new_zeros(2, n, c.n_head, c.block_size, c.n_embd//c.n_head)
+            for _ in self.blocks]
 
-# %% ../../nbs/34_vqgan.ipynb #0602c494
+# %% ../../nbs/34_vqgan.ipynb #2fc766ac
 def taming_filters(top_k:int|None, # None: no filter at all; 0: no top-k
                    top_p:float, # ignored when top_k is None
                   ) -> tuple: # top_k, top_p for `filter_logits`
@@ -359,12 +483,26 @@ def taming_filters(top_k:int|None, # None: no filter at all; 0: no top-k
                       "top_k=0 to have it applied")
     return 0, 1.
 
+# %% ../../nbs/34_vqgan.ipynb #974363c9
+def _start(policy, cond, given):
+    "First tokens [N, t], none of them if none are given"
+    tokens = cond.new_empty(len(cond), 0) if given is None else given
+    if (tokens.dim() != 2 or len(tokens) != len(cond)
+        or tokens.shape[1] > policy.num_tokens
+            or tokens.is_floating_point()):
+        raise ValueError(f"given: {_what(tokens)}, expected ids [{len(cond)}, t] "
+                         f"with t at most {policy.num_tokens}")
+    check_ids('given', tokens, policy.vocab_size, 'vocab_size')
+    return tokens
+
+# %% ../../nbs/34_vqgan.ipynb #7be1c8f4
 @torch.no_grad()
 def generate(policy:CINTransformer, # in eval mode
              cond:Tensor, # [N] class ids
              streams:Streams, # one random stream per sample
-             # see `taming_filters`
-             *, temperature:float=1., top_k:int|None=0, top_p:float=1.,
+             *, temperature:float=1., # of the softmax, 0 for the likeliest codes
+             top_k:int|None=0, # see `taming_filters`
+             top_p:float=1., # see `taming_filters`
              cfg_scale:float=1., # must be 1
              greedy:bool=False, # most probable tokens, no randomness
              given:Tensor|None=None, # [N, t] first tokens, to be completed
@@ -377,12 +515,7 @@ def generate(policy:CINTransformer, # in eval mode
         raise ValueError(f"streams: {len(streams)} random streams for {len(cond)} "
                          "class ids, expected one per condition")
     top_k, top_p = taming_filters(top_k, top_p)
-    tokens = cond.new_empty(len(cond), 0) if given is None else given
-    if (tokens.dim() != 2 or len(tokens) != len(cond) or tokens.shape[1] > policy.num_tokens
-            or tokens.is_floating_point()):
-        raise ValueError(f"given: {_what(tokens)}, expected ids [{len(cond)}, t] "
-                         f"with t at most {policy.num_tokens}")
-    check_ids('given', tokens, policy.vocab_size, 'vocab_size')
+    tokens = _start(policy, cond, given)
     u = None if greedy else streams.uniform(policy.num_tokens, device=cond.device)
     cache, pos, x = (policy.new_cache(len(cond)), 0,
                      torch.cat([cond[:, None], tokens], 1))
@@ -395,20 +528,27 @@ def generate(policy:CINTransformer, # in eval mode
             tokens = torch.cat([tokens, x], 1)
             if progress: progress()
     return tokens
-
 CINTransformer.generate = generate
 
-# %% ../../nbs/34_vqgan.ipynb #65fc9611
-ALLOWED = ('pytorch_lightning.', 'lightning.', 'omegaconf.', 'numpy.', '_codecs.encode', 'typing.', 'pathlib.',
-           'collections.defaultdict', 'main.', '__main__.', 'taming.')
-
-PLAIN = dict, list, tuple, set, int, float, str, bool # named by settings; making one is harmless
-
+# %% ../../nbs/34_vqgan.ipynb #57704038
 class Inert:
     "Stands in for an object of a training program: accepts anything, does nothing"
-    def __init__(self, *args, **kwargs): pass
+    def __init__(self, *args, # of whatever it stands for
+                 **kwargs, # the same
+                ): pass
+
     def __setstate__(self, state): pass
 
+# %% ../../nbs/34_vqgan.ipynb #61687902
+ALLOWED = ('pytorch_lightning.', 'lightning.', 'omegaconf.', 'numpy.', '_codecs.encode',
+           'typing.', 'pathlib.',
+           'collections.defaultdict', 'main.', '__main__.', 'taming.')
+
+# %% ../../nbs/34_vqgan.ipynb #3efb7232
+# named by settings; making one is harmless
+PLAIN = dict, list, tuple, set, int, float, str, bool
+
+# %% ../../nbs/34_vqgan.ipynb #3b4b224e
 def _stand_in(name, kind=None):
     "A class of that name, whose objects are inert, or of a plain `kind`"
     module, _, cls = name.rpartition('.')
@@ -416,35 +556,60 @@ def _stand_in(name, kind=None):
     if kind: body['__new__'] = lambda cls, *args, **kwargs: kind()
     return type(cls, (Inert,), body)
 
+# %% ../../nbs/34_vqgan.ipynb #9f0016c9
 def _plain_kind(why):
     "The plain class that the reader's complaint asks for, if any"
     if 'SETITEM' in why: return OrderedDict
     return list if 'lists' in why else None
 
+# %% ../../nbs/34_vqgan.ipynb #efb1e977
 def read_lightning(path, # a checkpoint, Lightning's or any that `read_state_dict` opens
                   ) -> dict: # name → tensor
     "Open a checkpoint without executing what it pickles"
     stand_ins, filled = {}, set()
     while True: # each turn knows one name more
         try:
-            with torch.serialization.safe_globals([*PLAIN, *stand_ins.values()]): return read_state_dict(path)
+            with torch.serialization.safe_globals([*PLAIN, *stand_ins.values()]):
+                return read_state_dict(path)
         except Refused as e:
             name = e.name
             kind = _plain_kind(e.why)
-            if name not in stand_ins and name.startswith(ALLOWED): stand_ins[name] = _stand_in(name)
+            if name not in stand_ins and name.startswith(ALLOWED):
+                stand_ins[name] = _stand_in(name)
             elif name in stand_ins and name not in filled and kind:
                 stand_ins[name] = _stand_in(name, kind)
                 filled.add(name)
             else:
-                raise ValueError(f"{path}: refused, because reading it would execute {name}. If you trust its origin, "
-                                 "open it once where the program that wrote it is installed and keep the tensors: "
-                                 "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt'); "
+                raise ValueError(f"{path}: refused, because reading it would execute "
+                                 f"{name}. If you trust its origin, "
+                                 "open it once where the program that wrote it is "
+                                 "installed and keep the tensors: "
+                                 "torch.save(torch.load(FILE, "
+                                 "weights_only=False)['state_dict'], 'weights.pt'); "
                                  "then pass weights.pt") from e
 
-# %% ../../nbs/34_vqgan.ipynb #ec27a40f
-def split_state(state:dict,
+# %% ../../nbs/34_vqgan.ipynb #30772558
+def describe(state:dict, # name → tensor
+            ) -> str: # in words
+    "What a state dict belongs to, judged by its shapes"
+    shape = {k: list(v.shape) for k, v in state.items()}
+    depth = len({k.split('.')[1] for k in shape if k.startswith('blocks.')})
+    if 'tok_emb.weight' in shape and 'pos_emb' in shape:
+        return (f"a VQGAN transformer of {depth} layers, width "
+                f"{shape['tok_emb.weight'][1]}, "
+                f"{shape['tok_emb.weight'][0]} codes, context {shape['pos_emb'][1]}")
+    levels = len({k.split('.')[2] for k in shape if k.startswith('encoder.down.')})
+    if levels and 'quantize.embedding.weight' in shape:
+        k, c = shape['quantize.embedding.weight']
+        return f"a VQGAN tokenizer that shrinks {2**(levels-1)}-fold, {k} codes of {c}"
+    return (f"an unknown model with {len(shape)} tensors, first "
+            f"{', '.join(list(shape)[:3])}")
+
+# %% ../../nbs/34_vqgan.ipynb #52584bba
+def split_state(
                 # name → tensor, of a transformer with its tokenizer or of either alone
-              ) -> tuple: # transformer's and tokenizer's state, each empty if not there
+                state:dict,
+               ) -> tuple: # transformer's and tokenizer's state, each empty if not there
     "Sort a state dict by the published prefixes, without masks and training leftovers"
     state = {k: v for k, v in state.items()
              if not re.match(r'(first_stage_model\.)?loss\.', k)}
@@ -462,32 +627,20 @@ def split_state(state:dict,
         rest = [k for k in state
                 if not k.startswith(('transformer.', 'first_stage_model.'))]
         if rest:
-            raise ValueError(f"tensors of unknown use: {', '.join(rest[:6])}; expected those "
+            raise ValueError(f"tensors of unknown use: {', '.join(rest[:6])}; expected "
+                             "those "
                              "under transformer. and first_stage_model.")
         return transformer, tokenizer
     return (state, {}) if 'tok_emb.weight' in state else ({}, state)
 
-def describe(state:dict # name → tensor
-            ) -> str: # in words
-    "What a state dict belongs to, judged by its shapes"
-    shape = {k: list(v.shape) for k, v in state.items()}
-    depth = len({k.split('.')[1] for k in shape if k.startswith('blocks.')})
-    if 'tok_emb.weight' in shape and 'pos_emb' in shape:
-        return (f"a VQGAN transformer of {depth} layers, width "
-                f"{shape['tok_emb.weight'][1]}, "
-                f"{shape['tok_emb.weight'][0]} codes, context {shape['pos_emb'][1]}")
-    levels = len({k.split('.')[2] for k in shape if k.startswith('encoder.down.')})
-    if levels and 'quantize.embedding.weight' in shape:
-        k, c = shape['quantize.embedding.weight']
-        return f"a VQGAN tokenizer that shrinks {2**(levels-1)}-fold, {k} codes of {c}"
-    return (f"an unknown model with {len(shape)} tensors, first "
-            f"{', '.join(list(shape)[:3])}")
-
-# %% ../../nbs/34_vqgan.ipynb #bf6b9474
+# %% ../../nbs/34_vqgan.ipynb #bd53e543
 TOKENIZERS = dict(vqgan_f16_16384=VQGANConfig(),
                   vqgan_f16_1024=VQGANConfig(codebook_size=1024))
+
+# %% ../../nbs/34_vqgan.ipynb #2b2bebbc
 MODELS = dict(vqgan_cin=(CINConfig(), 'vqgan_f16_16384'))
 
+# %% ../../nbs/34_vqgan.ipynb #aa42a941
 def find_n_head(path, # of last.ckpt
                ) -> int|None: # None if there is no settings file, or none that names it
     "Number of heads in the settings that come with a checkpoint"
@@ -497,11 +650,13 @@ def find_n_head(path, # of last.ckpt
         if found := re.search(r'^\s*n_head:\s*(\d+)', p.read_text(), re.M):
             return int(found[1])
 
+# %% ../../nbs/34_vqgan.ipynb #6e9273bf
 def build_vqgan_tokenizer(name:str='vqgan_f16_16384', # key of TOKENIZERS
                           # None for the published file, any file with a tokenizer in
                           # it, or 'random'
                           weights=None,
-                          cache_dir=None, offline:bool|None=None, # see `weights.locate`
+                          cache_dir=None, # see `weights.locate`
+                          offline:bool|None=None, # see `weights.locate`
                          ) -> VQGAN: # on the CPU in float32 and eval mode
     "A VQGAN tokenizer with its weights"
     if name not in TOKENIZERS:
@@ -513,6 +668,16 @@ def build_vqgan_tokenizer(name:str='vqgan_f16_16384', # key of TOKENIZERS
         raise ValueError(f"{path}: holds {describe(transformer)}, but no tokenizer")
     return load_strict(VQGAN(TOKENIZERS[name]), state, path, describe).eval()
 
+# %% ../../nbs/34_vqgan.ipynb #02e92ea6
+def _heads(cfg, path):
+    "A configuration with the number of heads that a file's settings name"
+    if found := find_n_head(path): return replace(cfg, n_head=found)
+    warnings.warn(f"n_head: no settings file beside {path} names it and shapes do "
+                  f"not show it; assuming {cfg.n_head}. Pass n_head, or keep the "
+                  "folder's configs/ next to checkpoints/")
+    return cfg
+
+# %% ../../nbs/34_vqgan.ipynb #44c7ea41
 def build_vqgan(model:str='vqgan_cin', # key of MODELS
                 # None for the published file, a local one or its folder, a transformer
                 # alone, or 'random'
@@ -522,7 +687,8 @@ def build_vqgan(model:str='vqgan_cin', # key of MODELS
                 # `weights`
                 tokenizer_weights=None,
                 n_head:int|None=None, # None reads it from the settings beside the file
-                cache_dir=None, offline:bool|None=None, # see `weights.locate`
+                cache_dir=None, # see `weights.locate`
+                offline:bool|None=None, # see `weights.locate`
                ) -> tuple: # policy, tokenizer; both on the CPU in float32 and eval mode
     "A class-conditional VQGAN transformer and its tokenizer, with their weights"
     if model not in MODELS:
@@ -544,14 +710,7 @@ def build_vqgan(model:str='vqgan_cin', # key of MODELS
     if tokenizer_weights is None and tok:
         vq = load_strict(VQGAN(TOKENIZERS[name]), tok, path, describe).eval()
     else: vq = build_vqgan_tokenizer(name, tokenizer_weights, cache_dir, offline)
-    if n_head is None:
-        if found := find_n_head(path): cfg = replace(cfg, n_head=found)
-        else:
-            warnings.warn(f"n_head: no settings file beside {path} "
-                          "names it and shapes do "
-                          f"not show it; assuming {cfg.n_head}. Pass "
-                          "n_head, or keep the "
-                          "folder's configs/ next to checkpoints/")
+    if n_head is None: cfg = _heads(cfg, path)
     return load_strict(CINTransformer(cfg), ours, path, describe).eval(), vq
 
 # %% ../../nbs/34_vqgan.ipynb #ff262d7a

@@ -24,29 +24,46 @@ from ..systems import load_system
 from .saving import find_checkpoint
 from .trainer import train
 
-# %% ../../nbs/61_matrix.ipynb #63c4a8f3
+# %% ../../nbs/61_matrix.ipynb #467986f2
 _FEW = dict(vocab_size=24, num_classes=5)
-_LABELS, _MASK = torch.tensor([0, 3, 4, 3]), torch.tensor([[0, 1, 1, 1], [1]*4, [0, 0, 1, 1], [0, 1, 1, 1]])
+
+_LABELS, _MASK = torch.tensor([0, 3, 4, 3]), torch.tensor([[0, 1, 1, 1], [1]*4,
+        [0, 0, 1, 1], [0, 1, 1, 1]])
+
 _CAPTIONS = torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0)), _MASK
-_PROMPTS = torch.tensor([[5, 1, 20, 3], [1, 30, 31, 3], [5, 5, 1, 3], [5, 1, 22, 3]]), _MASK
 
+_PROMPTS = torch.tensor([[5, 1, 20, 3], [1, 30, 31, 3], [5, 5, 1, 3],
+                         [5, 1, 22, 3]]), _MASK
+
+# %% ../../nbs/61_matrix.ipynb #57ff677c
 def _vq16():
-    return VQModel(VQConfig(ch=8, encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2), num_res_blocks=1, z_channels=8,
-                            codebook_size=24, codebook_embed_dim=4, num_groups=4, image_size=8))
-def _gpt(**kind):
-    return GPT(GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=24, block_size=16, multiple_of=32, **kind))
+    return VQModel(VQConfig(ch=8, encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2),
+                            num_res_blocks=1, z_channels=8,
+                            codebook_size=24, codebook_embed_dim=4, num_groups=4,
+                            image_size=8))
 
+# %% ../../nbs/61_matrix.ipynb #33ce285d
+def _gpt(**kind):
+    return GPT(GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=24, block_size=16,
+                         multiple_of=32, **kind))
+
+# %% ../../nbs/61_matrix.ipynb #e141cb9b
 def _var():
-    vq = MultiScaleVQ(MultiScaleConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, codebook_size=24,
-                                       patch_nums=(1, 2, 4), num_groups=4, image_size=8))
+    vq = MultiScaleVQ(MultiScaleConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1,
+                                       z_channels=8, codebook_size=24,
+                                       patch_nums=(1, 2, 4), num_groups=4,
+                                       image_size=8))
     torch.nn.init.normal_(vq.quantize.embedding.weight)
-    return VAR(VARConfig(depth=2, embed_dim=32, num_heads=2, z_channels=8, patch_nums=(1, 2, 4), **_FEW),
+    return VAR(VARConfig(depth=2, embed_dim=32, num_heads=2, z_channels=8,
+                         patch_nums=(1, 2, 4), **_FEW),
                vq.quantize), vq
 
+# %% ../../nbs/61_matrix.ipynb #a306123c
 def _toy():
     toy = load_system('toy')
     return toy.policy, toy.tokenizer
 
+# %% ../../nbs/61_matrix.ipynb #3e2aefcc
 BACKBONES = { # name: what makes the policy and its tokenizer, and four conditions
     'toy': (_toy, _LABELS),
     'LlamaGen c2i': (lambda: (_gpt(num_classes=5), _vq16()), _LABELS),
@@ -60,37 +77,56 @@ BACKBONES = { # name: what makes the policy and its tokenizer, and four conditio
                                                    num_tokens=16, ids=SpecialIds(1, 2, 3, 4, 5))), _vq16()), _PROMPTS),
     'VAR': (_var, _LABELS)}
 
-def build_tiny(name:str # in BACKBONES
+# %% ../../nbs/61_matrix.ipynb #1f354d49
+def build_tiny(name:str, # in BACKBONES
               ) -> System: # in eval mode
     "A tiny system, the same at every call"
     torch.manual_seed(0)
     make, cond = BACKBONES[name]
     parts = make()
     with torch.no_grad():
-        for p in (p for m in parts for p in m.parameters()): p.add_(.1*torch.randn_like(p))
-    return System(name, *(m.eval() for m in parts), num_classes=5 if torch.is_tensor(cond) else 0)
+        for p in (p for m in parts for p in m.parameters()):
+            p.add_(.1*torch.randn_like(p))
+    return System(name, *(m.eval() for m in parts), num_classes=5
+                  if torch.is_tensor(cond) else 0)
 
+# %% ../../nbs/61_matrix.ipynb #acae131a
 class _Pictures:
     "Eight random pictures with the conditions of a backbone"
-    def __init__(self, cond, side):
-        self.cond, self.images = cond, torch.rand(8, 3, side, side, generator=torch.Generator().manual_seed(1))
+    def __init__(self, cond, # four conditions
+                 side, # in pixels
+                ):
+        self.cond, self.images = cond, torch.rand(8, 3, side, side,
+                generator=torch.Generator().manual_seed(1))
+
     def __len__(self): return 8
-    def load(self, rows):
+    def load(self, rows, # numbers below 8
+            ):
+        "Pictures and conditions of some rows"
         rows = torch.as_tensor(rows)
         pick = lambda c: c.repeat(2, *[1]*(c.dim()-1))[rows]
         return self.images[rows], pick(self.cond) if torch.is_tensor(self.cond) else tuple(map(pick, self.cond))
 
-# %% ../../nbs/61_matrix.ipynb #01f167de
+# %% ../../nbs/61_matrix.ipynb #90d5e791
 class _Bright:
-    def __call__(self, images, batch, state=None): return images.mean((-3, -2, -1)), state
+    def __call__(self, images, batch, state=None):
+        return images.mean((-3, -2, -1)), state
 
+# %% ../../nbs/61_matrix.ipynb #4b8f9b07
 def _rewards(names):
-    loo = LOOFIDReward(lambda x: x.mean((-2, -1)), (torch.full((3,), .5), torch.full((3,), .1)))
-    return WeightedSum({n: ({'bright': _Bright(), 'loo_fid': loo}[n], 1.) for n in names}, normalise=True)
+    loo = LOOFIDReward(lambda x: x.mean((-2, -1)), (torch.full((3,), .5),
+            torch.full((3,), .1)))
+    return WeightedSum({n: ({'bright': _Bright(), 'loo_fid': loo}[n], 1.)
+                        for n in names}, normalise=True)
 
+# %% ../../nbs/61_matrix.ipynb #f8f5e73a
 _BOTH = dict(rewards='bright+loo_fid')
-_SEQUENCE = dict(importance_sampling_level='sequence', kl_level='sequence', beta=.1, entropy_coef=1e-3,
+
+_SEQUENCE = dict(importance_sampling_level='sequence', kl_level='sequence', beta=.1,
+                 entropy_coef=1e-3,
                  entropy_control='adaptive')
+
+# %% ../../nbs/61_matrix.ipynb #5665751a
 CELLS = { # a method: changed fields of `BASE`
        'VA-π': dict(method='vapi'), 'straight-through': dict(method='ste'),
        'tokenizer': dict(method='tokenizer'), 'cross-entropy': dict(method='mle'),
@@ -98,16 +134,28 @@ CELLS = { # a method: changed fields of `BASE`
        'LOO-FID': dict(method='grpo', **_BOTH, **_SEQUENCE),
        'VA-π + LOO-FID': dict(method='mixed', **_BOTH)}
 
-# %% ../../nbs/61_matrix.ipynb #ece08900
+# %% ../../nbs/61_matrix.ipynb #cd735d91
 BASE = Config(model='tiny', steps=2, batch_size=4, num_generations=4,
               learning_rate=1e-3, save_steps=2, perceptual_coef=0., noise_rate=.2,
               gradient_checkpointing=True, micro_batch_size=3)
 
+# %% ../../nbs/61_matrix.ipynb #e42e86c4
 def _same(a, b):
     return all(torch.equal(x, y)
                for x, y in zip(a.state_dict().values(), b.state_dict().values(),
                                strict=True))
 
+# %% ../../nbs/61_matrix.ipynb #ecd8bfea
+def _check_rows(rows):
+    "Two steps of finite numbers, and a first ratio of 1"
+    if len(rows) != 2 or not all(v - v == 0 for r in rows for v in r.values()):
+        raise AssertionError('metrics: expected two steps of finite numbers, got '
+                             f'{rows}')
+    for key in ('policy/ratio', 'vapi/policy/ratio'):
+        if not abs(rows[0].get(key, 1.) - 1) < 1e-4:
+            raise AssertionError(f'{key}: {rows[0][key]} on the first step, expected 1')
+
+# %% ../../nbs/61_matrix.ipynb #f6265d47
 def run_cell(backbone:str, # in BACKBONES
              changes:dict, # fields of `BASE`, such as those in CELLS
              out, # folder for the run
@@ -120,16 +168,11 @@ def run_cell(backbone:str, # in BACKBONES
     data = _Pictures(BACKBONES[backbone][1], system.tokenizer.image_size)
     rows = train(system, data, cfg, out, reward=_rewards(cfg.rewards.split('+'))
                  if cfg.method in FREE else None, progress=False)
-    if len(rows) != 2 or not all(v - v == 0 for r in rows for v in r.values()):
-        raise AssertionError('metrics: expected two steps of finite '
-                             f'numbers, got {rows}')
+    _check_rows(rows)
     if _same(getattr(system, trained), getattr(before, trained)):
         raise AssertionError(f'{trained}: has not moved')
     if not _same(getattr(system, frozen), getattr(before, frozen)):
         raise AssertionError(f'{frozen}: has moved, but should be frozen')
-    for key in ('policy/ratio', 'vapi/policy/ratio'):
-        if not abs(rows[0].get(key, 1.) - 1) < 1e-4:
-            raise AssertionError(f'{key}: {rows[0][key]} on the first step, expected 1')
     load_weights(getattr(fresh, trained), find_checkpoint(out))
     if not _same(getattr(fresh, trained), getattr(system, trained)):
         raise AssertionError(f'{trained}: the checkpoint holds other weights '
