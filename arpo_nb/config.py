@@ -6,10 +6,10 @@
 __all__ = ['METHODS', 'SAMPLING', 'FREE', 'SCALES', 'NOT_HERE', 'TRL_ONLY', 'PAIRS', 'SWITCH', 'BEFORE_TRL', 'RENAMED',
            'VARIANTS', 'RELEASED_VAPI', 'RELEASED_JANUS', 'RECIPES', 'SHARED', 'BESIDE', 'BASELINES',
            'LOOFID_ABLATIONS', 'VAR_EXPERIMENTS', 'TOY_VAR_ARMS', 'TOY_ARMS', 'ARMS', 'Config', 'check_loss',
-           'check_types', 'field_type', 'check_config', 'contexts', 'uses_perceptual', 'parse_rewards', 'clip_is_inert',
-           'in_vain', 'override', 'no_field', 'read', 'to_json', 'from_json', 'migrate', 'field_help', 'add_options',
-           'given_options', 'vapi_llamagen', 'vapi_janus', 'vapi_toy', 'loofid', 'ar_grpo', 'var_grpo', 'loofid_toy',
-           'var_toy', 'preset', 'read_settings', 'from_settings', 'choose_baselines', 'choose_arms']
+           'check_life', 'check_types', 'field_type', 'check_config', 'contexts', 'uses_perceptual', 'parse_rewards',
+           'clip_is_inert', 'in_vain', 'override', 'no_field', 'read', 'to_json', 'from_json', 'migrate', 'field_help',
+           'add_options', 'given_options', 'vapi_llamagen', 'vapi_janus', 'vapi_toy', 'loofid', 'ar_grpo', 'var_grpo',
+           'loofid_toy', 'var_toy', 'preset', 'read_settings', 'from_settings', 'choose_baselines', 'choose_arms']
 
 # %% ../nbs/02_config.ipynb #8d732f08
 import difflib
@@ -96,6 +96,8 @@ class Config:
     # how captioned pictures become squares: 'adm' (LlamaGen's rule), or 'bicubic' in
     # one go
     image_crop: str = 'adm'
+    # of a picture with several captions: 'whole' text, the 'first', or each in its 'turn'
+    captions: str = 'whole'
     # what class prompts call ImageNet's classes: 'short', or 'synonyms', all of
     # WordNet's
     class_names: str = 'short'
@@ -229,7 +231,32 @@ class Config:
     update_dropout: bool = False # the released code leaves dropout on in the update
     # compute activations again in the backward pass: less memory, more time
     gradient_checkpointing: bool = False
+
+    # --- The life of a run: kept, watched, stopped
     save_steps: int = 25 # a checkpoint every so many rollouts
+    # weights alone, kept under their step's name every so many rollouts; 0 for none
+    keep_every: int = 0
+    save_total_limit: int = 0 # of those, the newest so many stay; 0 keeps all
+    # share that stays in a moving average of the trained weights; 0 for none
+    ema_decay: float = 0.
+    # a checkpoint, or kept weights, of any run with this model to start from: its step,
+    # its place in the data, its reward's state
+    resume_from_checkpoint: str = ''
+    # trackers that accelerate knows, joined by commas, as in 'tensorboard,wandb', or
+    # package.module:Class of your own
+    log_with: str = ''
+    tracker_project: str = 'arpo_nb' # their name for what belongs together
+    sample_every: int = 0 # pictures of fixed seeds every so many rollouts; 0 for none
+    eval_every: int = 0 # a measurement every so many rollouts; 0 for none
+    eval_images: int = 1000 # pictures drawn for it
+    # metric of a row that early stopping looks at, as in 'eval/fid'
+    metric_for_best_model: str = ''
+    greater_is_better: bool = True # which way it is better
+    # values without a better one after which the run ends; 0 for never
+    early_stopping_patience: int = 0
+    # functions of step, metrics and system, package.module:name, joined by commas; one
+    # that returns True ends the run
+    callbacks: str = ''
 
     def __post_init__(self):
         scale = SCALES.get(str(self.scale_rewards).lower(), self.scale_rewards)
@@ -283,6 +310,17 @@ def check_loss(cfg:'Config'):
         raise ValueError(f"use_bias_correction_kl=True: corrects a KL per token, and kl_level={cfg.kl_level!r} has "
                          "one per sequence")
 
+def check_life(cfg:'Config'):
+    "What is kept, watched and stopped"
+    if not 0 <= cfg.ema_decay < 1: raise ValueError(f"ema_decay={cfg.ema_decay}: expected a value from 0 to below 1")
+    if cfg.early_stopping_patience and not cfg.metric_for_best_model:
+        raise ValueError(f"early_stopping_patience={cfg.early_stopping_patience}: name the metric that decides, as in "
+                         "metric_for_best_model='eval/fid' with eval_every=10")
+    if cfg.metric_for_best_model.startswith('eval/') and cfg.early_stopping_patience and not cfg.eval_every:
+        raise ValueError(f"metric_for_best_model={cfg.metric_for_best_model!r}: is measured every eval_every steps, "
+                         "which is 0")
+
+
 # %% ../nbs/02_config.ipynb #148bfb13
 def check_types(cfg:Config):
     "Numbers where numbers belong; integers may stand in for floats"
@@ -303,6 +341,7 @@ def field_type(f) -> type:
 
 _ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'),
                method=tuple(METHODS), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'),
+               captions=('whole', 'first', 'turn'),
                class_names=('short', 'synonyms'), mixed_precision=('no', 'bf16'), noise_kernel=('others', 'all'),
                credit=('image', 'token'),
                scale_rewards=('group', 'batch', 'none'), importance_sampling_level=('token', 'sequence', 'product'),
@@ -311,14 +350,15 @@ _ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 's
                covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'),
                ref_policy=('frozen', 'ema'),
                entropy_control=('constant', 'schedule', 'adaptive'))
-_AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_importance_sampling_clip_max=0, seed=0,
-                 num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0, micro_batch_size=0,
-                 generate_batch_size=0, decode_batch_size=1,
-                 logps_chunk=1, prior_coef=0, mse_coef=0, perceptual_coef=0, epsilon=0, advantage_clip=0, beta=0,
-                 learning_rate=0, warmup_steps=0, weight_decay=0, max_grad_norm=0, save_steps=1, pca_dim=0,
-                 rollout_cfg_scale=1, rollout_top_k=0,
-                 free_generations=0, free_coef=0, advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0,
-                 entropy_coef_min=0, entropy_coef_max=0)
+_AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_importance_sampling_clip_max=0,
+                 seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0,
+                 micro_batch_size=0, generate_batch_size=0, decode_batch_size=1, logps_chunk=1, prior_coef=0,
+                 mse_coef=0, perceptual_coef=0, epsilon=0, advantage_clip=0, beta=0, learning_rate=0,
+                 warmup_steps=0, weight_decay=0, max_grad_norm=0, save_steps=1, keep_every=0,
+                 save_total_limit=0, sample_every=0, eval_every=0, eval_images=2, early_stopping_patience=0,
+                 pca_dim=0, rollout_cfg_scale=1, rollout_top_k=0, free_generations=0, free_coef=0,
+                 advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0, entropy_coef_min=0,
+                 entropy_coef_max=0)
 _SHARES = dict(ema_weight='LOO-FID\'s α', rollout_top_p='kept probability', class_split='share of classes')
 
 _AT_MOST = dict(seed=2**63 - 1, batch_size=10**6, num_generations=10**6, num_processes=10**6)
@@ -346,6 +386,7 @@ def check_config(cfg:Config):
         if not 0 < getattr(cfg, name) <= 1:
             raise ValueError(f"{name}={getattr(cfg, name)}: {what}, use a value above 0 and up to 1")
     if not 0 <= cfg.ref_decay < 1: raise ValueError(f"ref_decay={cfg.ref_decay}: expected a value from 0 to below 1")
+    check_life(cfg)
     if not 0 <= cfg.brightness_threshold < 1:
         raise ValueError(f"brightness_threshold={cfg.brightness_threshold}: a luminance, use a value above 0 and below "
                          "1, or 0 for the default")

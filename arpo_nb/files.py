@@ -6,7 +6,7 @@
 __all__ = ['RATIO', 'ROOM', 'MOMENTS', 'user_path', 'home_cache', 'split_part', 'BadFile', 'reading', 'open_file', 'read_bytes',
            'inside', 'decode_text', 'read_text', 'read_lines', 'parse_json', 'read_json', 'read_records', 'Bounded',
            'open_packed', 'npy_header', 'read_npy', 'open_npz', 'read_npz', 'read_moments', 'refuse_foreign',
-           'need_space', 'write_atomically', 'plain_terminal']
+           'need_space', 'write_atomically', 'write_json', 'plain_terminal']
 
 # %% ../nbs/08_files.ipynb #6d2ac899
 import bz2, codecs, csv, errno, gzip, json, lzma, math, os, re, shutil, stat, sys, tempfile, zipfile
@@ -332,6 +332,12 @@ def write_atomically(path, write, # function of an open binary file
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         raise OSError(e.errno, _full(path, path.parent, shutil.disk_usage(path.parent).free)) from e
     finally: tmp.unlink(missing_ok=True)
+
+def write_json(path, value):
+    "A value as a JSON file that is never there by half"
+    text = json.dumps(value, indent=1)
+    write_atomically(path, lambda f: f.write(text.encode()))
+
 
 # %% ../nbs/08_files.ipynb #27955aaa
 def plain_terminal():

@@ -7,6 +7,7 @@ __all__ = ['DROWNED', 'check_images', 'error_maps', 'reconstruction_loss', 'pool
 
 # %% ../nbs/20_rewards.ipynb #d07332fe
 import math
+import time
 import warnings
 
 import torch
@@ -226,6 +227,7 @@ class WeightedSum:
         "Log each term's say, and warn once of a term that leaves the others none"
         total = sum(says.values())
         shares = {name: s/total for name, s in says.items()} if total else {}
+        self.stats |= {f'reward/{name}_say': s for name, s in says.items()}
         self.stats |= {f'reward/{name}_share': s for name, s in shares.items()}
         loud = [name for name, s in shares.items() if s > DROWNED and len(shares) > 1]
         if loud and not self.drowned:
@@ -243,7 +245,8 @@ class WeightedSum:
         terms, new, says = [], {}, {}
         inside = images.clamp(0, 1) if self.unclamped else images
         for name, (reward, weight) in self.rewards.items():
-            seen = images if getattr(reward, 'unclamped', False) else inside
+            seen, start = (images if getattr(reward, 'unclamped', False) else inside,
+                           time.perf_counter())
             r, new[name] = _rows(name, reward, seen, batch, (state or {}).get(name),
                                  self.chunk_size, name in self._straight)
             self._straight.add(name)
@@ -252,7 +255,8 @@ class WeightedSum:
             mean, std = (torch.stack([scores.mean(), scores.std()]).tolist()
                          if len(scores) > 1 else (scores.mean().item(), 0.))
             # of the last step, for the log
-            self.stats |= {f'reward/{name}': mean, f'reward/{name}_std': std}
+            self.stats |= {f'reward/{name}': mean, f'reward/{name}_std': std,
+                           f'time/reward/{name}': time.perf_counter() - start}
             terms.append(weight*r/(std or 1.) if self.normalise else weight*r)
             says[name] = weight*(bool(std) if self.normalise else std)
         self._weigh(says)

@@ -92,6 +92,7 @@ class ModelSpec:
     image_size: int = 0 # side in pixels
     files: dict = field(default_factory=dict) # policy, tokenizer (if apart from it) and text: keys of `weights.FILES`
     layout: str = '' # of the policy's file, as its authors store it
+    export: Any = None # function of a system, the trained part and the base file to what that file holds
     # function of `weights`, `tokenizer_weights` and the run's `model_args` to further arguments of `build`, where
     # files show the shape; None where the name alone does
     shape: Any = None

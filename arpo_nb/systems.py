@@ -24,6 +24,7 @@ import torch
 from .config import FREE, Config, from_json, parse_rewards, uses_perceptual
 from .data.captions import DiskFeatures, NamedClasses, PromptData, T5Features, TextData
 from .data.images import ArrayData, LabelData, folder_data, hub_data, imagenet_ids, is_hub_folder
+from .files import plain_terminal
 from .maths.moments import Reference
 from .own_rewards import find_reward
 from .protocols import MetricNet, System
@@ -409,7 +410,7 @@ def _text_data(cfg, system):
               and system.encode_prompts is None else prompt_encoder(system, kind))
     if cfg.method != 'grpo':
         return TextData(cfg.data, system.tokenizer.image_size, encode,
-                        crop=cfg.image_crop)
+                        crop=cfg.image_crop, captions=cfg.captions)
     if encode is None or isinstance(encode, DiskFeatures):
         raise ValueError(f"text_features={kind!r}: prompts alone come without features; "
                          "name a T5 encoder such as 'google/flan-t5-xl'")
@@ -451,6 +452,7 @@ def load_metric_net(model, # name, dotted path, or record
 # %% ../nbs/37_models.ipynb #3c630060
 def main(argv=None):
     "python -m arpo_nb.systems [NAME ...]"
+    plain_terminal()
     p = argparse.ArgumentParser(prog='python -m arpo_nb.systems',
                                 description='The models and what is known about them.')
     p.add_argument('names', nargs='*', metavar='NAME', help='of models, or package.module:function; all if left out')

@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import resource
 import struct
 import tarfile
 import tempfile
@@ -79,6 +80,23 @@ LOADERS = dict( # name of the file, its bytes, and what reads it
     torch_zip=('a.pt', saved(lambda f: torch.save(tensors(), f)), read_state_dict), torch_old=('a.pt', saved(lambda f: torch.save(tensors(), f, _use_new_zipfile_serialization=False)), read_state_dict),
     safetensors=('a.safetensors', safetensors(tensors()), read_state_dict), index=('a.index.json', b'{"weight_map": {"weight": "b.safetensors", "bias": "b.safetensors"}}', read_state_dict),
     idx=('a-idx3', b'\0\0\x08\x02' + struct.pack('>II', 3, 4) + bytes(12), read_idx), settings=('samples.json', b'{"n": 4}', lambda p: settle(p.parent, dict(n=4))))
+
+MEMORY = 1 << 31 # bytes that reading any of these may take on top of what is there
+
+
+@pytest.fixture(autouse=True)
+def little_memory():
+    "A loader that believes a header of terabytes gets a MemoryError, which is none of ours"
+    now = int(Path('/proc/self/statm').read_text().split()[0])*os.sysconf('SC_PAGE_SIZE')
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_the_limit_holds():
+    with pytest.raises(MemoryError): np.ones(MEMORY)
+
 
 NONSENSE = [b'', b'\0', b'\xff'*8, b'null', b'-1', b'1e999', b'NaN', b'[]', b'{}', b'"', b'[[[['*50, b'\xed\xa0\x80', b'\r\n', b'99999999999999999999', b'../', b'/dev/zero', '\u2028'.encode(), b'\x7f\xff\xff\xff']
 where = st.floats(0, 1, exclude_max=True)

@@ -174,7 +174,7 @@ def test_a_crash_anywhere_in_the_swap_resumes(tmp_path, monkeypatch, crash):
     monkeypatch.undo()
     again = tiny(); go(tmp_path/'x', system=again)
     assert same_weights(whole.policy, again.policy)
-    assert {p.name for p in (tmp_path/'x').iterdir()} == {'checkpoint', 'config.json', 'metrics.jsonl', 'run.lock'}
+    assert {p.name for p in (tmp_path/'x').iterdir()} == {'checkpoint', 'config.json', 'metrics.jsonl', 'run.lock', 'run.log'}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -271,6 +271,27 @@ def test_the_environment_does_not_change_the_mathematics(tmp_path, monkeypatch):
 
 def test_two_precisions_in_one_process(tmp_path):
     go(tmp_path/'a', replace(CFG, steps=1)); go(tmp_path/'b', replace(CFG, steps=1, mixed_precision='bf16')); go(tmp_path/'c', replace(CFG, steps=1))
+    a, b, c = (load_file(tmp_path/n/'checkpoint'/'model.safetensors') for n in 'abc')
+    assert all(torch.equal(a[k], c[k]) for k in a) and not all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_room_for_two_checkpoints_is_asked_for_before_the_first_step(tmp_path, monkeypatch):
+    import arpo_nb.training.run_folder as folder
+    from arpo_nb.training.plan import make_plan
+    from arpo_nb.training.trainer import state_bytes
+    system = tiny()
+    n = 16*sum(p.numel() for p in system.policy.parameters())
+    monkeypatch.setattr(folder, 'disk_of', lambda f: ('/disk', 2*n - 1))
+    with pytest.raises(OSError, match='this run, for its checkpoints, needs .* GB on the disk at /disk'): go(tmp_path/'x', system=system)
+    assert not (tmp_path/'x'/'metrics.jsonl').exists()
+    toy = sum(p.numel() for p in __import__('arpo_nb.systems', fromlist=['x']).load_system('toy').policy.parameters())
+    assert sum(make_plan(preset('toy')).disk.values()) == 2*16*toy
+
+
+def test_two_runs_in_one_kernel(tmp_path):
+    "With another precision, and the first again"
+    cfg = replace(TOY, steps=1)
+    for name, precision in dict(a='no', b='bf16', c='no').items(): run(replace(cfg, mixed_precision=precision), tmp_path/name, progress=False)
     a, b, c = (load_file(tmp_path/n/'checkpoint'/'model.safetensors') for n in 'abc')
     assert all(torch.equal(a[k], c[k]) for k in a) and not all(torch.equal(a[k], b[k]) for k in a)
 

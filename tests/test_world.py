@@ -297,3 +297,77 @@ def test_ascii_terminals():
     env = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONIOENCODING': 'ascii', 'PYTHONCOERCECLOCALE': '0'}
     done = subprocess.run([sys.executable, '-m', 'arpo_nb.weights', '--list'], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and 'clip_l14' in done.stdout, done.stderr[-500:]
+
+
+@pytest.mark.parametrize('seed', [2**32, 2**63 - 1])
+def test_seeds_up_to_63_bits(tmp_path, seed):
+    from arpo_nb.scores.maniqa import random_corners
+    assert random_corners(300, 300, seed=seed) == random_corners(300, 300, seed=seed) != random_corners(300, 300, seed=seed - 1)
+    from test_run_life import CFG, go
+    from dataclasses import replace
+    assert len(go(tmp_path, replace(CFG, steps=1, seed=seed, update_dropout=True))) == 1
+
+
+def test_home_in_every_argument(tmp_path, monkeypatch):
+    from arpo_nb.evaluation.geneval import official_command
+    from arpo_nb.evaluation.sample_writer import image_path, missing_samples
+    from arpo_nb.maths.moments import as_reference
+    from arpo_nb.models.janus import text_tokenizer_file
+    monkeypatch.setenv('HOME', str(tmp_path))
+    picture(tmp_path/'s'/'000000.png'); (tmp_path/'tokenizer.json').write_text('{}'); np.savez(tmp_path/'r.npz', mu=np.zeros(2), sigma=np.eye(2))
+    assert missing_samples('~/s', 2) == [1] and image_path('~/s', 0).exists() and text_tokenizer_file('~') == tmp_path/'tokenizer.json'
+    assert as_reference('~/r.npz').mean.shape == (2,) and not any('~' in w for w in official_command('~/s', '~/o', '~/geneval', 'python', '~/models'))
+
+
+def test_several_captions_by_option(tmp_path):
+    from dataclasses import replace
+    from arpo_nb.config import Config
+    with pytest.raises(ValueError, match="captions='both': choose one of whole, first, turn"): Config(captions='both')
+    picture(tmp_path/'a.png'); (tmp_path/'metadata.jsonl').write_text(json.dumps(dict(file_name='a.png', text=['one', 'two'])))
+    from arpo_nb.systems import load_data
+    from arpo_nb.protocols import System
+    class Pixels: image_size = 8
+    system = System('x', torch.nn.Linear(1, 1), Pixels(), encode_prompts=lambda texts: (torch.ones(len(texts), 1, 1), torch.ones(len(texts), 1)))
+    cfg = Config(data=str(tmp_path), captions='first')
+    batch = next(load_data(cfg, system).batches(1, 0, 0, 1))
+    assert batch.prompts == ['one']
+    with pytest.raises(ValueError, match='no usable record'): load_data(replace(cfg, captions='whole'), system)
+
+
+def test_files_of_features_are_opened_as_files(tmp_path):
+    from arpo_nb.maths.moments import read_file
+    for kind in 'pt', 'safetensors':
+        os.mkfifo(tmp_path/f'x.{kind}')
+        with pytest.raises(ValueError, match='a FIFO'): read_file(tmp_path/f'x.{kind}')
+
+
+def test_config_json_of_janus_is_read_as_a_file_of_the_world(tmp_path):
+    from arpo_nb.models.janus import silently_wrong
+    save_file(net().state_dict(), tmp_path/'model.safetensors')
+    for bad in b'', b'[]', b'\xff':
+        (tmp_path/'config.json').write_bytes(bad)
+        with pytest.raises(BadFile, match='config.json'): silently_wrong(tmp_path)
+
+
+def test_small_files_are_whole_or_not_there(tmp_path):
+    from matplotlib.figure import Figure
+    from arpo_nb.evaluation.plots import save_figure
+    from arpo_nb.files import write_json
+    write_json(tmp_path/'a.json', dict(a=1))
+    with pytest.raises(TypeError): write_json(tmp_path/'a.json', dict(a=object()))
+    assert json.loads((tmp_path/'a.json').read_text()) == dict(a=1)
+    fig = Figure(figsize=(1, 1)); save_figure(fig, tmp_path/'a.png'); before = (tmp_path/'a.png').read_bytes()
+    fig.savefig = lambda f, **kw: (f.write(b'half'), 1/0)
+    with pytest.raises(ZeroDivisionError): save_figure(fig, tmp_path/'a.png')
+    assert (tmp_path/'a.png').read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+    for page in (ROOT/'nbs').glob('run_*.ipynb'):
+        for cell in json.loads(page.read_text())['cells']:
+            code = ''.join(cell['source'])
+            assert cell['cell_type'] != 'code' or not ('savefig(' in code or '.write_text(' in code), page.name
+
+
+def test_the_command_lines_speak_ascii():
+    env = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONIOENCODING': 'ascii', 'PYTHONCOERCECLOCALE': '0', 'PYTHONPATH': str(ROOT)}
+    for words in (['arpo_nb.training.launch', '--help'], ['arpo_nb.training.launch', '--model', 'toy', '--dry-run'], ['arpo_nb.systems', 'toy']):
+        done = subprocess.run([sys.executable, '-m', *words], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-500:]

@@ -398,16 +398,19 @@ class ClassifierDetector:
 # %% ../../nbs/55_geneval.ipynb #17d7d604
 def official_command(folder, results, repo, python, detector) -> list:
     "The command that runs GenEval's own evaluator"
-    return [str(x) for x in (python, Path(repo)/'evaluation'/'evaluate_images.py', Path(folder).resolve(),
-                             '--outfile', Path(results).resolve(), '--model-path', detector)]
+    script = user_path(repo, 'repo')/'evaluation'/'evaluate_images.py'
+    folder, results = user_path(folder, 'folder').resolve(), user_path(results, 'results').resolve()
+    return [str(x) for x in (python, script, folder, '--outfile', results, '--model-path',
+                             user_path(detector, 'detector'))]
 
 def check_official(repo, python, detector):
     "Raise, before pictures are drawn, unless clone, Python and detector are there"
-    script = Path(repo)/'evaluation'/'evaluate_images.py'
+    repo, detector = user_path(repo, 'repo'), user_path(detector, 'detector')
+    script = repo/'evaluation'/'evaluate_images.py'
     if not script.exists():
         raise FileNotFoundError(f"repo {repo}: no {script.relative_to(repo)} there; clone "
                                 "https://github.com/djghosh13/geneval and pass its folder")
-    if not Path(detector).is_dir():
+    if not detector.is_dir():
         raise FileNotFoundError(f"detector {detector}: no such folder; put the detector there with the clone's "
                                 "download_models.sh")
     try: done = subprocess.run([str(python), '-c', ''], capture_output=True, text=True)

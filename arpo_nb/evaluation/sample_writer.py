@@ -62,7 +62,7 @@ def choose_labels(labels:str, # balanced, random, seen or unseen
 # %% ../../nbs/51_sample_writer.ipynb #69931fb9
 def image_path(folder, i:int) -> Path:
     "The file of image `i`, NNNNNN.png"
-    return Path(folder)/f'{i:06d}.png'
+    return user_path(folder, 'folder')/f'{i:06d}.png'
 
 def _plain(x):
     "What JSON does not know: numbers as numbers, functions and their fixed arguments by name"
@@ -75,8 +75,9 @@ def settle(folder, # of pictures, there already
            settings:dict, # that a continuation must share
            pattern='[0-9]*.png'): # of the files that will be written
     "Remember a run's settings in its folder, and refuse to continue another run's, or among somebody else's pictures"
-    path, settings = Path(folder)/'samples.json', json.loads(json.dumps(settings, default=_plain))
-    foreign = next(Path(folder).glob(pattern), None) # first: another process may be writing both
+    folder = user_path(folder, 'folder')
+    path, settings = folder/'samples.json', json.loads(json.dumps(settings, default=_plain))
+    foreign = next(folder.glob(pattern), None) # first: another process may be writing both
     if path.exists():
         old = read_json(path)
         if not isinstance(old, dict):
@@ -135,7 +136,7 @@ def _bar(total, done):
 # %% ../../nbs/51_sample_writer.ipynb #f5865cf3
 def missing_samples(folder, n:int=50_000) -> list: # indices of images that are not there
     "Which of `n` images a folder lacks"
-    there = {p.name for p in Path(folder).glob('[0-9]*.png')}
+    there = {p.name for p in user_path(folder, 'folder').glob('[0-9]*.png')}
     return [i for i in range(n) if f'{i:06d}.png' not in there]
 
 def write_npz(folder, # with NNNNNN.png

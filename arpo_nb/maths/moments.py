@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import open_file, open_npz, read_npy, read_npz
+from ..files import open_file, open_npz, read_bytes, read_npy, read_npz, user_path
 
 # %% ../../nbs/15_moments.ipynb #1adf14a0
 def fid_diag(mean:Tensor, # [..., D]
@@ -172,17 +172,17 @@ def _pt(path):
     rebuild.__module__, rebuild.__qualname__ = 'numpy.core.multiarray', '_reconstruct'
     kinds = [type(np.dtype(d)) for d in ('f2', 'f4', 'f8')]
     with torch.serialization.safe_globals([rebuild, np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, *kinds]):
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with open_file(path) as f: return torch.load(f, map_location='cpu', weights_only=True)
 
 def _safetensors(path):
-    from safetensors.torch import load_file
-    return load_file(path)
+    from safetensors.torch import load
+    return load(read_bytes(path, 1 << 34))
 
 READERS = {'.npz': _npz, '.npy': _npy, '.pt': _pt, '.pth': _pt, '.safetensors': _safetensors}
 
 def read_file(path): # contents, by name where they have names
     "A file of moments or features"
-    path, given = Path(path), f"reference={str(path)!r}"
+    path, given = user_path(path, 'reference'), f"reference={str(path)!r}"
     if not path.exists():
         raise FileNotFoundError(f"{given}: no such file; give one with mu and sigma, or with features")
     if path.is_dir():
@@ -251,7 +251,8 @@ def as_reference(reference, # anything in the table above
     "A `Reference`, checked once"
     if isinstance(reference, Reference): return reference
     if not isinstance(reference, (str, Path)): return _build(_Source(*find_moments(reference)))
-    at = Path(reference).stat() if Path(reference).exists() else None
+    path = user_path(reference, 'reference')
+    at = path.stat() if path.exists() else None
     return _build_file(str(reference), at and (at.st_mtime_ns, at.st_size))
 
 # %% ../../nbs/15_moments.ipynb #e31526e3

@@ -19,12 +19,13 @@ from ..files import BadFile, inside, open_file, read_json, reading, split_part, 
 from .llamagen import GPT, SIZES, GPTConfig, gpt_config
 from .tokenizers import VQConfig, VQModel
 from ..specs import PAPERS, ModelSpec, Recipe, split_args
-from ..weights import FILES, Published, file_sha256, locate, plan_file
+from ..weights import FILES, Published, fetch_repo, file_sha256, locate, plan_file
 
 # %% ../../nbs/38_checkpoints.ipynb #e53acec0
 WRAPPERS = 'model', 'module', 'state_dict'
 AVERAGED = 'ema', 'model_ema', 'ema_model', 'ema_state_dict', 'state_dict_ema'
-WHOLE = 'consolidated.pth', 'consolidated.pt', 'model.safetensors', 'pytorch_model.bin', 'model.pt'
+WHOLE = ('policy.safetensors', 'tokenizer.safetensors', 'consolidated.pth', 'consolidated.pt', 'model.safetensors',
+         'pytorch_model.bin', 'model.pt')
 
 def _damaged(path, why):
     "The error for a file that cannot be a checkpoint"
@@ -187,7 +188,8 @@ def read_state_dict(path, # file, index of shards, or folder; FILE#KEY for one o
                     wanted=(), # names of the tensors, to choose by among several models
                    ) -> dict: # name → tensor
     "Open a checkpoint, whatever its wrapping"
-    path, part = split_part(path)
+    path, part = split_part(fetch_repo(path))
+    if path.is_dir(): path, part = _of_run(path, part)
     if path.is_dir() and (parts := [p for p in (path, path/SHARDED) if (p/'.metadata').exists()]):
         return read_parts(parts[0])
     if path.is_dir(): path = _file_of_folder(path)
@@ -201,6 +203,12 @@ def read_state_dict(path, # file, index of shards, or folder; FILE#KEY for one o
     else: state = _unwrap(_read_file(path), path, ema, key, wanted, part)
     check_values(state, path)
     return _plain_names(state)
+
+def _of_run(path, part):
+    "In the folder of a run, its checkpoint; in that, the weights that a part names"
+    if (path/'config.json').is_file() and (path/'checkpoint').is_dir(): path = path/'checkpoint'
+    named = path/f"{'ema' if part in AVERAGED else part}.safetensors"
+    return (named, None) if part and named.is_file() else (path, part)
 
 def _file_of_folder(path):
     "The one checkpoint in a folder"
@@ -435,7 +443,8 @@ def _spec(name, size, side, text):
     policy, vq = llamagen_files(name)
     title = f"LlamaGen-{size}, {'text' if text else 'classes'}, {side} px"
     return ModelSpec(name, partial(build_llamagen, name), title, image_size=side, reference='imagenet256_reference',
-                     files=dict(policy=policy, tokenizer=vq), layout="LlamaGen's: a torch file, tensors under `model`",
+                     files=dict(policy=policy, tokenizer=vq), export='arpo_nb.models.layouts:llamagen_file',
+                     layout="LlamaGen's: a torch file, tensors under `model`",
                      sampling=_guided(size, text), **(_TEXT if text else _CLASSES))
 
 SPECS = [_spec(name, *shape) for name, shape in MODELS.items()]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..maths.sampling import guide, sample_token
+from ..files import BadFile, read_json, user_path
 from .checkpoints import load_strict, read_state_dict
 from .llamagen import packed_weights
 from .tokenizers import VQConfig, VQModel
@@ -594,10 +595,12 @@ def merge_policy(policy:JanusPolicy, # after training
 def silently_wrong(folder, # what someone would hand to transformers' `from_pretrained`
                   ) -> list: # reasons, empty if it loads right
     "Why transformers would load a folder without an error, and wrongly"
-    folder, tf = Path(folder), import_transformers('janus')
+    folder, tf = user_path(folder, 'folder'), import_transformers('janus')
     if not (folder/'config.json').exists():
         raise FileNotFoundError(f"{folder}: no config.json; expected a folder as from_pretrained takes it")
-    config, state = json.loads((folder/'config.json').read_text()), read_state_dict(folder)
+    config, state = read_json(folder/'config.json'), read_state_dict(folder)
+    if not isinstance(config, dict):
+        raise BadFile(folder/'config.json', f'a {type(config).__name__}, expected an object')
     if config.get('model_type') != 'janus':
         return [f"config.json has the type {config.get('model_type')!r} of the official layout: JanusConfig "
                 "accepts it with a warning and builds its default size; build_janus reads this folder"]
@@ -670,7 +673,8 @@ class WordHash:
 def text_tokenizer_file(weights, # a file or folder
                        ) -> Path|None: # None if there is none
     "The text tokenizer in a folder, or beside a file"
-    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    path = user_path(weights, 'weights')
+    folder = path if path.is_dir() else path.parent
     return folder/'tokenizer.json' if (folder/'tokenizer.json').exists() else None
 
 # %% ../../nbs/39_janus.ipynb #df7ebfc2
@@ -791,6 +795,7 @@ def _spec(name):
                      image_size=384, files=dict(policy=name, text=f'{name}_text'), text_beside=text_tokenizer_file,
                      encoder=partial(load_prompt_encoder, name), answers=answers, guidance=CFG_SCALE,
                      sampling={'VA-π': dict(cfg_scale=CFG_SCALE)},
+                     export='arpo_nb.models.layouts:janus_file',
                      layout="DeepSeek's: a torch file of tensors, or its folder", reference='imagenet256_reference',
                      recipes={**PAPERS, **_OWN})
 

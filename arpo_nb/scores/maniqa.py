@@ -191,7 +191,7 @@ def random_corners(height:int, width:int, n:int=20, seed:int=0, size:int=224,
                   ) -> list: # of (top, left)
     "The original's random crops, from a generator of their own"
     # the original draws top, left, top, left, … from the global one
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(seed if seed < 2**32 else [seed % 2**32, seed >> 32])
     return [tuple(int(rng.randint(0, s - size)) if s > size else 0
                   for s in (height, width)) for _ in range(n)]
 

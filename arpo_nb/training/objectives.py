@@ -31,22 +31,29 @@ def choose_forcing(policy, kind:str): # of a configuration
 class Objective(nn.Module):
     "A rollout in, a loss and its metrics out; `model` is what is trained"
     def __init__(self, system:System,
-                 # all of it is frozen, then the trained parameters are freed
+                 # all of it is frozen but the trained parameters that came free, or all of
+                 # those if none did
                  cfg:Config):
         super().__init__()
         self.cfg, self.system = cfg, system
         choose_forcing(system.policy, cfg.teacher_forcing)
         self.model = self.trained()
+        # a network that comes partly frozen, as with adapters, stays so
+        free = self.parameters_to_train() or self.candidates()
         for m in system.modules(): m.requires_grad_(False).eval()
-        for p in self.parameters_to_train(): p.requires_grad_(True)
+        for p in free: p.requires_grad_(True)
 
     def trained(self) -> nn.Module:
         "The network that moves"
         return self.system.policy
 
-    def parameters_to_train(self) -> list:
-        "Those of its parameters that do"
+    def candidates(self) -> list:
+        "Those of its parameters that may"
         return list(self.model.parameters())
+
+    def parameters_to_train(self) -> list:
+        "Those that do"
+        return [p for p in self.candidates() if p.requires_grad]
 
 # %% ../../nbs/45_objectives.ipynb #f2daaa3a
 def prior(target_logps:Tensor, # [B, T] nats
@@ -147,7 +154,7 @@ class StraightThrough(Objective):
 class TokenizerPostTraining(Objective):
     "Reconstruction loss of sampled tokens, in the decoder's parameters (VA-π App. C.2)"
     def trained(self): return self.system.tokenizer
-    def parameters_to_train(self): return self.model.decoder_parameters()
+    def candidates(self): return self.model.decoder_parameters()
 
     def forward(self, rollout:Rollout):
         with autocast(rollout.tokens.device.type, enabled=False):

@@ -33,6 +33,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .. import rewards, systems
 from ..config import Config, override, preset, uses_perceptual
+from ..files import plain_terminal
 from ..maths.moments import Reference
 from ..protocols import Batch, Streams, System, map_cond
 from ..scores import clip
@@ -518,6 +519,7 @@ def rehearsed(cfg:Config, shards:int=1) -> Rehearsal:
 # %% ../../nbs/44_rehearse.ipynb #966f0c6c
 def main(argv=None):
     "python -m arpo_nb.training.rehearse --model NAME [--method M] [--variant V] [--set A=1,B=2] [--shards N] [--device NAME] [--fit]"
+    plain_terminal()
     p = argparse.ArgumentParser(prog='python -m arpo_nb.training.rehearse',
                                 description='Run two steps at full size on tensors without content.')
     p.add_argument('--model', required=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPORARY', 'SAME_RUN', 'CHECKPOINTS', 'MARK', 'sync', 'write_whole', 'disk_of', 'is_full', 'in_words', 'check_room',
-           'differences', 'run_hash', 'read_config', 'named_by_checkpoint', 'is_ours', 'claim_folder', 'RunLock',
-           'read_rows', 'MetricsLog']
+           'why_not_longer', 'differences', 'run_hash', 'read_config', 'named_by_checkpoint', 'is_ours', 'claim_folder',
+           'RunLock', 'read_rows', 'MetricsLog']
 
 # %% ../../nbs/47_run_folder.ipynb #c43c4124
 import errno
@@ -93,20 +93,37 @@ def check_room(folder:str|Path, need:int, # bytes
 # %% ../../nbs/47_run_folder.ipynb #1fe3ef74
 SAME_RUN = (('num_processes', 'micro_batch_size', 'generate_batch_size',
              'decode_batch_size', 'logps_chunk', 'save_steps', 'gradient_checkpointing',
-             'ref_offload'))
+             'ref_offload', 'keep_every', 'save_total_limit', 'log_with',
+             'tracker_project', 'sample_every', 'eval_every', 'eval_images',
+             'metric_for_best_model', 'greater_is_better', 'early_stopping_patience',
+             'callbacks'))
+
+def why_not_longer(cfg:Config) -> str: # '' if nothing in a step depends on their number
+    "What makes a run with more steps another run from its first step on"
+    if cfg.lr_scheduler_type == 'cosine':
+        return "lr_scheduler_type='cosine' falls to zero at the last step"
+    if cfg.entropy_coef and cfg.entropy_control != 'constant':
+        return f'entropy_control={cfg.entropy_control!r} follows the share of steps made'
+    return ''
 
 def differences(there:Config, cfg:Config) -> list: # such as 'seed 0 → 1'
     "What makes a configuration another run"
     pairs = {k: (getattr(there, k), getattr(cfg, k)) for k in vars(cfg)
              if k not in SAME_RUN}
-    return [f'{k} {a!r} → {b!r}' for k, (a, b) in pairs.items() if a != b]
+    longer, why = there.steps < cfg.steps, why_not_longer(cfg)
+    if longer and not why: pairs.pop('steps')
+    say = dict(steps=f': {why}, so it can not be extended; weights={"RUN"!r} in another '
+               'out_dir starts a new schedule from its weights') if longer else {}
+    return [f"{k} {a!r} → {b!r}{say.get(k, '')}" for k, (a, b) in pairs.items()
+            if a != b]
 
 def run_hash(cfg:Config) -> str: # hexadecimal
     ("A name for a run: of what it changes from the defaults, so that a field added "
      "later changes no name")
     changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
                if getattr(cfg, f.name) != f.default}
-    mine = {k: v for k, v in changed.items() if k not in SAME_RUN}
+    free = SAME_RUN if why_not_longer(cfg) else (*SAME_RUN, 'steps')
+    mine = {k: v for k, v in changed.items() if k not in free}
     return hashlib.sha256(json.dumps(mine, sort_keys=True, default=str)
                           .encode()).hexdigest()
 

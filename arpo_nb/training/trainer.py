@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'StopSignal', 'Stopped', 'ignore_foreign', 'accelerator', 'on_first', 'all_see', 'as_used', 'warn_of',
-           'failure', 'train', 'state_bytes']
+           'failure', 'Watch', 'train', 'state_bytes']
 
 # %% ../../nbs/41_trainer.ipynb #d27cf186
 import copy
@@ -32,12 +32,17 @@ from ..protocols import System
 from .engines import load_sampler
 from .objectives import OBJECTIVES, bonus_weight, entropy_target
 from .rollout import Clock
-from .run_folder import MetricsLog, RunLock, claim_folder, run_hash, write_whole
-from .saving import (check_state, check_weights, find_checkpoint, load_checkpoint, save_checkpoint,
-                                     settle)
+from .run_folder import MetricsLog, RunLock, check_room, claim_folder, run_hash, write_whole
+from .saving import (begin_at, check_state, check_weights,
+                                     find_checkpoint, keep_snapshot,
+                                     load_checkpoint, save_checkpoint, settle)
 from .sharding import agree, check_layout, follow, prepare
-from .steps import (Place, RollOut, learning_rate, make_optimizer, mean_over_processes, reward_parts,
-                                    update)
+from .steps import (Place, RollOut, learning_rate, make_optimizer,
+                                    mean_over_processes, reward_parts, update)
+from .watching import (EarlyStopping, RunLog, draw_grid,
+                                       end_trackers, find_trackers,
+                                       fixed_conditions, load_callbacks,
+                                       start_trackers, write_picture)
 
 # %% ../../nbs/41_trainer.ipynb #12c94c7f
 class StopSignal:
@@ -53,7 +58,8 @@ class StopSignal:
         if self.old is not None: signal.signal(signal.SIGTERM, self.old)
 
 class Stopped(SystemExit):
-    "A run ended on request, and can be continued: exit code 75, as BSD's sysexits calls a temporary failure"
+    ("A run ended on request, and can be continued: exit code 75, as BSD's sysexits "
+     "calls a temporary failure")
     def __init__(self, message:str):
         super().__init__(75)
         self.message = message
@@ -61,26 +67,36 @@ class Stopped(SystemExit):
     def __str__(self): return self.message
 
 # %% ../../nbs/41_trainer.ipynb #e15ec62e
-FOREIGN = dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=('1', 'micro_batch_size'), ACCELERATE_DYNAMO_BACKEND=('no', 'compile'),
-               ACCELERATE_MIXED_PRECISION=('no', 'mixed_precision')) # neutral values, and the fields that mean the same
+FOREIGN = dict(
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS=('1', 'micro_batch_size'),
+    ACCELERATE_DYNAMO_BACKEND=('no', 'compile'), ACCELERATE_MIXED_PRECISION=(
+        'no',
+        'mixed_precision')) # neutral values, and the fields that mean the same
 
 def ignore_foreign(cfg:Config):
     "Take what accelerate would read past the configuration out of the environment"
     for name, (neutral, field) in FOREIGN.items():
         value, ours = os.environ.pop(name, neutral), getattr(cfg, field)
         if value.lower() not in (neutral, '', str(ours).lower()):
-            warnings.warn(f"{name}={value} in the environment is ignored: the configuration says {field}={ours!r}")
+            warnings.warn(
+                f"{name}={value} in the environment is ignored: the configuration "
+                f"says {field}={ours!r}"
+            )
 
 def accelerator(cfg:Config) -> Accelerator:
     "This process among those that were started"
     ignore_foreign(cfg)
     several = int(os.environ.get('WORLD_SIZE', 1)) > 1
-    cpus = several and not torch.cuda.is_available() # without a GPU accelerate must be told to look for the others
-    AcceleratorState._reset_state() # an earlier run in this kernel may have had another precision
+    cpus = several and not torch.cuda.is_available(
+    ) # without a GPU accelerate must be told to look for the others
+    AcceleratorState._reset_state(
+    ) # an earlier run in this kernel may have had another precision
     acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpus)
     if acc.num_processes == cfg.num_processes: return acc
-    raise ValueError(f"num_processes={cfg.num_processes}: {acc.num_processes} processes were started; start as many "
-                     f"as the configuration says, or set num_processes={acc.num_processes}")
+    raise ValueError(
+        f"num_processes={cfg.num_processes}: {acc.num_processes} processes were "
+        f"started; start as many "
+        f"as the configuration says, or set num_processes={acc.num_processes}")
 
 # %% ../../nbs/41_trainer.ipynb #09b4b678
 def on_first(acc:Accelerator, f):
@@ -98,154 +114,339 @@ def all_see(acc:Accelerator, path:Path):
     "Raise on every process unless all of them see a file"
     seen = acc.gather(torch.tensor([int(path.is_file())], device=acc.device)).tolist()
     blind = [i for i, s in enumerate(seen) if not s]
-    if blind: raise FileNotFoundError(f"{path}: processes {blind} can't see it; out_dir must lie on a disk that all "
-                                      "machines share")
+    if blind:
+        raise FileNotFoundError(
+            f"{path}: processes {blind} can't see it; out_dir must lie on a disk "
+            f"that all "
+            "machines share")
 
 # %% ../../nbs/41_trainer.ipynb #ac10dfef
 def as_used(cfg:Config, reward) -> Config:
     "The configuration with the rewards that are really used, where an object was given"
     if reward is None or cfg.method not in FREE: return cfg
     used = reward_name(reward)
-    return cfg if parse_rewards(used) == parse_rewards(cfg.rewards) else replace(cfg, rewards=used)
+    return cfg if parse_rewards(used) == parse_rewards(cfg.rewards) else replace(
+        cfg, rewards=used)
 
 # %% ../../nbs/41_trainer.ipynb #7a5d7822
 def warn_of(cfg:Config):
-    "Settings without effect, and samples that are scored under another distribution than they were drawn from"
+    ("Settings without effect, and samples that are scored under another "
+     "distribution than they were drawn from")
     for vain in in_vain(cfg): warnings.warn(vain)
     if cfg.method in FREE and cfg.rollout_cfg_scale != 1 and cfg.logprob_cfg == 'off':
-        warnings.warn(f"rollout_cfg_scale={cfg.rollout_cfg_scale} with logprob_cfg='off': samples are drawn from the "
-                      "guided distribution, but scored and moved under the conditional policy, as LOO-FID and AR-GRPO "
-                      "do; logprob_cfg='guided' scores what was sampled, at twice the cost of the update")
+        warnings.warn(
+            f"rollout_cfg_scale={cfg.rollout_cfg_scale} with logprob_cfg='off': "
+            f"samples are drawn from the "
+            "guided distribution, but scored and moved under the conditional "
+            "policy, as LOO-FID and AR-GRPO "
+            "do; logprob_cfg='guided' scores what was sampled, at twice the cost of "
+            "the update"
+        )
 
 # %% ../../nbs/41_trainer.ipynb #a0f70ec3
 def failure(e:Exception, step:int, out:Path, saved:bool) -> Exception: # to be raised
     "What went wrong, where, and what is left"
     left = 'nothing was saved yet'
     if saved: left = f"{out/'checkpoint'} holds the state before it"
-    elif (out/'checkpoint'/'manifest.json').exists(): left = f"{out/'checkpoint'} holds an earlier whole state"
+    elif (out/'checkpoint'/'manifest.json').exists():
+        left = f"{out/'checkpoint'} holds an earlier whole state"
     if 'nothing' not in left: left += ', from which the same command continues'
     numbers = isinstance(e, FloatingPointError)
-    cure = ("; if numbers ran away, look at the last lines of metrics.jsonl: a smaller learning_rate or "
-            "max_grad_norm usually helps") if numbers else ''
-    return (FloatingPointError if numbers else RuntimeError)(f"step {step}: {e}; {left}{cure}")
+    cure = (
+        "; if numbers ran away, look at the last lines of metrics.jsonl: a smaller "
+        "learning_rate or "
+        "max_grad_norm usually helps") if numbers else ''
+    return (FloatingPointError
+            if numbers else RuntimeError)(f"step {step}: {e}; {left}{cure}")
 
 # %% ../../nbs/41_trainer.ipynb #70e4886d
 def _frozen_copy(module): return copy.deepcopy(module).eval().requires_grad_(False)
 
+# %% ../../nbs/41_trainer.ipynb #c0ffee02
+class Watch:
+    "Pictures and measurements of a run, every so many steps"
+    def __init__(self, acc, system: System, data, cfg: Config, out: Path, model,
+                 average, evaluate):
+        self.acc, self.cfg, self.out, self.evaluate = acc, cfg, out, evaluate
+        self.alone = not acc.is_fsdp2 # a sharded policy needs every process
+        part = 'tokenizer' if cfg.method == 'tokenizer' else 'policy'
+        self.systems = {'': system} | ({} if average is None else
+                                       {'ema': replace(system, **{part: average})})
+        self.cond = self._conditions(system, data) if cfg.sample_every else None
+
+    def _conditions(self, system, data):
+        stream = getattr(data, 'batches', None) or partial(batches, data)
+        acc, c = self.acc, self.cfg
+        first = None if system.num_classes else next(
+            iter(
+                stream(c.batch_size, c.seed, 0, 1, acc.process_index,
+                       acc.num_processes, position=0)))
+        return fixed_conditions(system, first)
+
+    def pictures(self, step:int): # steps made
+        "Draw the grid of a step, if it is one's turn"
+        if not self.cfg.sample_every or step % self.cfg.sample_every: return
+        for name, system in self.systems.items():
+            if self.alone and not self.acc.is_main_process: continue
+            with self.acc.autocast():
+                grid = draw_grid(system, self.cfg, self.cond, self.acc.device)
+            if not self.acc.is_main_process: continue
+            write_picture(self.out/'samples'/f"{step:06d}{name and '_' + name}.png",
+                          grid)
+            for t in getattr(self.acc, 'trackers', ()):
+                if hasattr(t, 'log_images'):
+                    t.log_images({f"samples{name and '/' + name}": grid[None]},
+                                 step=step)
+
+    def __call__(self, step:int) -> dict: # metrics
+        "After a step: the pictures, and what was measured"
+        self.pictures(step)
+        if not self.cfg.eval_every or step % self.cfg.eval_every: return {}
+        start, got = time.perf_counter(), {}
+        for name, system in self.systems.items():
+            ask = lambda: {k: float(v) for k, v in self.evaluate(system).items()}
+            seen = on_first(self.acc, ask) if self.alone else ask()
+            got |= {f"eval/{name and name + '/'}{k}": v for k, v in seen.items()}
+        return got | {'time/eval': time.perf_counter() - start}
+
 # %% ../../nbs/41_trainer.ipynb #e23a5c6d
-def train(system:System, # what to train
-          data, # has a length and `load(rows)`, see `data.images`; or `batches`, see `data.captions`
-          cfg:Config,
-          out_dir:str|Path, # gets config.json, metrics.jsonl and checkpoint/
-          *, reward=None, # `Reward` of free-running samples, or in place of VA-π's reconstruction reward
-          resume:bool=True, # continue a run found in `out_dir`
-          progress:bool=True, # one bar, on the main process
-         ) -> list: # metrics, one dict per step
+def train(
+    system: System, # what to train
+    # has a length and `load(rows)`, see `data.images`; or `batches`, see
+    # `data.captions`
+    data,
+    cfg: Config,
+    out_dir: str | Path, # gets config.json, metrics.jsonl and checkpoint/
+    *,
+    # `Reward` of free-running samples, or in place of VA-π's reconstruction reward
+    reward=None,
+    resume: bool = True, # continue a run found in `out_dir`
+    progress: bool = True, # one bar, on the main process
+    callbacks=(), # functions of step, metrics and system, see `watching`
+    evaluate=None, # function of a `System` to numbers, asked every `eval_every` steps
+) -> list: # metrics, one dict per step
     "Post-train a system; returns the metrics of all steps, resumed ones included"
     acc, cfg = accelerator(cfg), as_used(cfg, reward)
     check_layout(acc, cfg)
     agree(acc, cfg)
     out = on_first(acc, lambda: claim_folder(out_dir, cfg, resume))
+    if cfg.eval_every and evaluate is None:
+        raise ValueError(
+            f"eval_every={cfg.eval_every}: nothing measures {cfg.model}; pass "
+            f"evaluate=, a function of a "
+            "system, or use a model whose record has a metric")
+    callbacks = [*callbacks, *load_callbacks(cfg.callbacks)]
+    find_trackers(cfg.log_with)
     lock = RunLock(out)
     on_first(acc, lock.acquire)
     try:
-        with StopSignal() as stop: return _train(acc, system, data, cfg, out, reward, progress, stop)
+        with StopSignal() as stop, RunLog(out, acc.process_index) as log:
+            return _train(acc, system, data, cfg, out, reward, progress, stop, log,
+                          callbacks, evaluate)
     finally:
+        end_trackers(acc)
         if acc.is_main_process: lock.release()
 
-def _train(acc, system, data, cfg, out, reward, progress, stop):
+def _train(acc, system, data, cfg, out, reward, progress, stop, diary, callbacks,
+           evaluate):
+    diary.say(
+        f'{cfg.model} {cfg.method} for {cfg.steps} steps: process '
+        f'{acc.process_index} of {acc.num_processes} on {acc.device}'
+    )
     if acc.is_main_process: warn_of(cfg)
     for m in system.modules():
-        if not (acc.is_fsdp2 and m is system.policy): m.to(acc.device) # a sharded one goes there in parts
+        if not (acc.is_fsdp2 and m is system.policy):
+            m.to(acc.device) # a sharded one goes there in parts
     raw = OBJECTIVES[cfg.method](system, cfg)
     if hasattr(system.policy, 'gradient_checkpointing'):
         system.policy.gradient_checkpointing = cfg.gradient_checkpointing
-    ref_policy = _frozen_copy(system.policy) if cfg.beta and cfg.method in SAMPLING else None
+    ref_policy = _frozen_copy(
+        system.policy) if cfg.beta and cfg.method in SAMPLING else None
     moving = ref_policy if cfg.ref_policy == 'ema' else None
+    average = _frozen_copy(raw.model) if cfg.ema_decay else None
+    if average is not None and acc.is_fsdp2:
+        raise ValueError(
+            f"ema_decay={cfg.ema_decay}: not with a policy that is sharded; use "
+            f"ema_decay=0"
+        )
+    networks = {'tokenizer' if cfg.method == 'tokenizer' else 'policy': raw.model}
+    if average is not None: networks['ema'] = average
     sampler = load_sampler(cfg, system.policy)
-    objective, opt = prepare(acc, raw, partial(make_optimizer, cfg=cfg), ref_policy, cfg.ref_offload)
+    objective, opt = prepare(acc, raw, partial(make_optimizer, cfg=cfg), ref_policy,
+                             cfg.ref_offload)
     for _, part in reward_parts(reward):
         if hasattr(part, 'to'): part.to(acc.device)
     clock = Clock(acc.device)
     here = Place(acc.autocast, acc.gather, acc.process_index, clock)
     roll_out = RollOut(system, cfg, reward, ref_policy, here, sampler)
 
-    found = on_first(acc, lambda: settle(out, find_checkpoint(out, True, run_hash(cfg))))
+    found = on_first(acc,
+                     lambda: settle(out, find_checkpoint(out, True, run_hash(cfg))))
     run = dict(step=0, reward_state=None, entropy=None, position=0)
     if found:
         all_see(acc, found/'run.pt')
-        run = load_checkpoint(acc, found, moving, (raw.model, opt))
+        run = load_checkpoint(acc, found, moving, (raw.model, opt), average)
+        diary.say(f"continues at step {run['step']} from {found}")
+    elif cfg.resume_from_checkpoint:
+        run |= begin_at(acc, cfg.resume_from_checkpoint, networks,
+                        ref_policy=moving, trained=(raw.model, opt),
+                        average=average)
+        run |= dict(early={}, ended='')
+        diary.say(f"begins at step {run['step']} of {cfg.resume_from_checkpoint}")
+        if run['step'] >= cfg.steps:
+            raise ValueError(
+                f"steps={cfg.steps}: resume_from_checkpoint={cfg.resume_from_checkpoint!r} is at step "
+                f"{run['step']} already; use more steps")
     if acc.is_main_process: write_whole(out/'config.json', to_json(cfg))
     start = run['step']
+    need = state_bytes(raw, moving, networks)
+    # the last checkpoint stays until the next is whole
+    on_first(
+        acc,
+        lambda: check_room(out, need
+                           if found else 2*need, 'this run, for its checkpoints,'))
     log = MetricsLog(out/'metrics.jsonl', start, acc.is_main_process)
-    save = partial(save_checkpoint, acc, out, ref_policy=moving, trained=(raw.model, opt), config=run_hash(cfg),
-                   need=state_bytes(raw, moving))
+    save = partial(save_checkpoint, acc, out, ref_policy=moving,
+                   trained=(raw.model, opt), config=run_hash(cfg), need=need,
+                   plain=networks)
+    watch = Watch(acc, system, data, cfg, out, raw.model, average, evaluate)
+    early = EarlyStopping(cfg, **run.get('early', {}))
+    if found and run.get('ended') and (cfg.early_stopping_patience or callbacks):
+        diary.say(f"has ended at step {start}: {run['ended']}")
+        return log.rows
+    start_trackers(acc, cfg, out)
+    if not start: watch.pictures(0)
 
-    bar = tqdm(total=cfg.steps, initial=start, desc=f'{cfg.model} {cfg.method}', mininterval=1,
-               disable=not (progress and acc.is_main_process))
+    bar = tqdm(total=cfg.steps, initial=start, desc=f'{cfg.model} {cfg.method}',
+               mininterval=1, disable=not (progress and acc.is_main_process))
     stream = getattr(data, 'batches', None) or partial(batches, data)
-    left = stream(cfg.batch_size, cfg.seed, start, cfg.steps, acc.process_index, acc.num_processes,
-                  position=run['position'])
+    left = stream(cfg.batch_size, cfg.seed, start, cfg.steps, acc.process_index,
+                  acc.num_processes, position=run['position'])
     tied = False
     for step, batch in enumerate(left, start):
         # dropout; everything else has its own stream
-        torch.manual_seed(cfg.seed*1_000_003 + step*acc.num_processes + acc.process_index)
-        t0, batch, clock.seconds, updates = time.perf_counter(), batch.to(acc.device), {}, []
+        torch.manual_seed(
+            (cfg.seed*1_000_003 + step*acc.num_processes + acc.process_index)
+            % 2**63)
+        t0, batch, clock.seconds, updates = time.perf_counter(), batch.to(
+            acc.device), {}, []
         raw.model.eval()
         try:
             rollouts, reward_state, stats = roll_out(batch, run['reward_state'])
             check_state(reward_state, storable=step == start)
             counts = getattr(data, 'counts', dict)()
-            stats |= {f'data/{k}': v*acc.num_processes for k, v in counts.items()} # of which the mean is the sum
+            stats |= {f'data/{k}': v*acc.num_processes
+                      for k, v in counts.items()} # of which the mean is the sum
             stats['stop'] = float(stop.received) # all processes must agree to stop
             stats = mean_over_processes(acc, stats)
             stopping, t1 = stats.pop('stop') > 0, time.perf_counter()
-            bad = [k for k in stats if k.endswith('reward/mean') and not math.isfinite(stats[k])]
+            bad = [
+                k for k in stats
+                if k.endswith('reward/mean') and not math.isfinite(stats[k])
+            ]
             if bad: raise FloatingPointError(f"mean reward is {stats[bad[0]]}")
             if stats.get('reward/tied_groups') == 1. and not tied:
                 tied = True
-                warnings.warn(f"step {step}: all rewards are equal within every group, so this step teaches nothing; "
-                              "check the reward. Said once: reward/tied_groups counts the later ones")
+                warnings.warn(
+                    f"step {step}: all rewards are equal within every group, so "
+                    f"this step teaches nothing; "
+                    "check the reward. Said once: reward/tied_groups counts the "
+                    "later ones"
+                )
             if cfg.entropy_coef:
-                entropy = normalized_entropy(stats.get('policy/rollout_entropy', 0.), system.policy.vocab_size)
+                entropy = normalized_entropy(
+                    stats.get('policy/rollout_entropy', 0.),
+                    system.policy.vocab_size)
                 if run['entropy'] is None: run['entropy'] = entropy
                 raw.entropy_coef = bonus_weight(cfg, step, entropy, run['entropy'])
                 stats['policy/entropy_coef'] = raw.entropy_coef
-                stats['policy/entropy_error'] = entropy_target(cfg, run['entropy']) - entropy
+                stats['policy/entropy_error'] = entropy_target(
+                    cfg, run['entropy']) - entropy
             for g in opt.param_groups: g['lr'] = learning_rate(cfg, step)
             if cfg.update_dropout: raw.model.train()
             stats |= update(acc, objective, opt, rollouts, cfg, updates)
         except Exception as e:
-            whole = acc.num_processes == 1 and not updates and not isinstance(e, FloatingPointError)
-            raise failure(e, step, out, whole and step > start and _saved(save, raw.model, run)) from e
+            whole = acc.num_processes == 1 and not updates and not isinstance(
+                e, FloatingPointError)
+            raise failure(e, step, out, whole and step > start
+                          and _saved(save, raw.model, run)) from e
         if moving is not None: follow(moving, system.policy, cfg.ref_decay)
-        run |= dict(step=step+1, reward_state=reward_state, position=int(batch.streams.index[:, 0].max()) + 1)
+        if average is not None: follow(average, raw.model, cfg.ema_decay)
+        run |= dict(step=step + 1, reward_state=reward_state,
+                    position=int(batch.streams.index[:, 0].max()) + 1)
         stats |= {'optim/lr': learning_rate(cfg, step), 'time/rollout': t1 - t0,
                   'time/update': time.perf_counter() - t1}
         stats |= {f'time/{k}': v for k, v in clock.seconds.items()}
-        log.write(dict(step=step, **stats))
-        shown = {k.split('/')[-1]: f'{stats[k]:.4f}' for k in ('reward/mean', 'policy/prior_ce') if k in stats}
+        raw.model.eval()
+        stats |= watch(step + 1)
+        row = dict(step=step, **stats)
+        log.write(row)
+        acc.log(stats, step=step)
+        if step == start: early.check(row)
+        ended = early(row)
+        asked = [bool(f(step, row, system)) for f in callbacks]
+        if callbacks and mean_over_processes(acc,
+                                             dict(end=float(any(asked))))['end']:
+            ended = ended or 'a callback'
+        run |= dict(early=early.state(), ended=ended)
+        shown = {
+            k.split('/')[-1]: f'{stats[k]:.4f}'
+            for k in ('reward/mean', 'policy/prior_ce')
+            if k in stats
+        }
         bar.update(); bar.set_postfix(shown)
-        last = step+1 == cfg.steps
+        last = step+1 == cfg.steps or bool(ended)
+        if cfg.keep_every and (step + 1) % cfg.keep_every == 0:
+            _keep(acc, out, run, networks, cfg)
         if last or stopping or (step+1) % cfg.save_steps == 0:
             try: check_weights(raw.model, step+1)
             except FloatingPointError as e: raise failure(e, step, out, False) from e
             save(run)
+            diary.say(f'checkpoint after step {step}')
+        if ended:
+            diary.say(f'ends after step {step}: {ended}')
+            break
         if stopping and not last:
-            raise Stopped(f"stopped by SIGTERM after step {step}; resume=True continues from {out/'checkpoint'}")
+            raise Stopped(
+                f"stopped by SIGTERM after step {step}; resume=True continues from "
+                f"{out/'checkpoint'}"
+            )
     bar.close()
     raw.model.eval()
     acc.free_memory()
     return log.rows
 
-def state_bytes(objective, moving=None) -> int:
-    "Size of a checkpoint: what is trained, twice as much for Adam, and a moving reference"
-    kept = [p.numel()*p.element_size() for m in (objective, moving) if m is not None for p in m.parameters()]
-    adam = [2*p.numel()*p.element_size() for p in objective.parameters() if p.requires_grad]
+def _keep(acc, out, run, networks, cfg):
+    "Keep weights; a sharded run has them in its checkpoints alone"
+    if acc.is_fsdp2:
+        raise ValueError(
+            f"keep_every={cfg.keep_every}: not with a policy that is sharded; use "
+            f"keep_every=0"
+        )
+    position = acc.gather(torch.tensor([run['position']], device=acc.device)).tolist()
+    on_first(
+        acc, lambda: keep_snapshot(out, run | dict(position=position), networks,
+                                   run_hash(cfg), cfg.save_total_limit))
+
+def state_bytes(objective, moving=None, networks=None) -> int:
+    ("Size of a checkpoint: what is trained, twice as much for Adam, a moving "
+     "reference, and networks by name")
+    kept = [
+        p.numel()*p.element_size()
+        for m in (objective, moving, *(networks or {}).values()) if m is not None
+        for p in m.parameters()
+    ]
+    adam = [
+        2*p.numel()*p.element_size()
+        for p in objective.parameters()
+        if p.requires_grad
+    ]
     return sum(kept) + sum(adam)
 
 def _saved(save, model, run) -> bool:
     "Save after an error; one of saving must not hide the first"
     try: check_weights(model, run['step']); save(run)
-    except Exception as e: warnings.warn(f"after the error the state could not be saved either: {e}"); return False
+    except Exception as e:
+        warnings.warn(f"after the error the state could not be saved either: {e}")
+        return False
     return True
