@@ -17,7 +17,7 @@ MODULES = sorted(p for p in (ROOT/'arpo_nb').rglob('*.py') if not p.stem.startsw
 def test_a_chapter_reads_like_one(name):
     m = book.measure(PAGES[name])
     sizes = sorted(m['sizes'])
-    assert sizes[len(sizes)//2] <= 9 and sizes[int(.9*len(sizes))] <= 22 and sizes[-1] <= 40
+    assert sizes[len(sizes)//2] <= 10 and sizes[int(.9*len(sizes))] <= 22 and sizes[-1] <= 40
     assert book.share(m['used']) >= 95 and book.share(m['follows']) >= 85
     assert m['checks'] >= 3*len(m['own']) and m['pictures'] >= 2
     assert book.share(m['docments']) >= 95
