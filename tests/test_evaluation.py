@@ -102,8 +102,8 @@ def test_run_eval_on_prompts(tmp_path):
     assert len(list((tmp_path/'out'/'base_geneval'/'00001'/'samples').glob('*.png'))) == 10
 
 @pytest.mark.parametrize('params, message', [(dict(model='toyy'), "did you mean 'toy'"), (dict(checkpoint='gone.pt'), 'no such file'), (dict(part='head'), 'choose policy or tokenizer'), (dict(labels='sorted'), 'choose balanced, random, seen or unseen'),
-    (dict(model='llamagen_b', base='random', inception='random', reference='gone.npz', batch_size=8), 'no such file'),
-    (dict(detector='classifier'), "GenEval's format"), (dict(scores='clipp'), 'no such CLIP')], ids=lambda x: str(next(iter(x.values()))) if isinstance(x, dict) else '')
+    (dict(model='llamagen_b', weights='random', inception='random', reference='gone.npz', batch_size=8), 'no such file'),
+    (dict(detector='classifier'), "GenEval's format"), (dict(scores='clipp'), "no score 'clipp'")], ids=lambda x: str(next(iter(x.values()))) if isinstance(x, dict) else '')
 def test_bad_requests_fail_at_once(tmp_path, params, message):
     done = papermill('run_eval', tmp_path/'x.ipynb', **{'n': 10, 'out_dir': tmp_path/'out', **params})
     assert done.returncode != 0 and message in done.stderr, done.stderr[-1500:]

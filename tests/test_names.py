@@ -169,7 +169,7 @@ def test_examples_run_by_their_own_commands(tmp_path):
         words = shlex.split(line)[1:]
         words[words.index('--out_dir') + 1] = str(tmp_path/path.stem)
         small = ['--steps', '1', '--batch_size', '2', '--num_generations', '2'] if words[0] == 'train' else ['--batch_size', '20']
-        done = subprocess.run([sys.executable, '-c', 'from arpo_nb.training.launch import arpo; arpo()', *words, *small], env=ENV, capture_output=True, text=True, cwd=path.parent)
+        done = subprocess.run([sys.executable, '-c', 'import sys; from arpo_nb.training.launch import arpo; sys.exit(arpo())', *words, *small], env=ENV, capture_output=True, text=True, cwd=path.parent)
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
         if words[0] == 'train': assert len(rows(tmp_path/path.stem)) == 1
         else: assert json.loads((tmp_path/path.stem/'eval.json').read_text())['metrics']['base']['own_metric.sharpness'] > 0

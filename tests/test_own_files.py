@@ -32,7 +32,7 @@ TINY = 'batch_size=2,num_generations=2,mini_batch_size=0,micro_batch_size=0,mixe
 
 
 def arpo(*words, cwd, **env):
-    return subprocess.run([sys.executable, '-c', 'from arpo_nb.training.launch import arpo; arpo()', *map(str, words)], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
+    return subprocess.run([sys.executable, '-c', 'import sys; from arpo_nb.training.launch import arpo; sys.exit(arpo())', *map(str, words)], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
 
 
 def ok(done):

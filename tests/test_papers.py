@@ -3,6 +3,7 @@ import json
 import warnings
 from dataclasses import replace
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,9 @@ def test_released_scoring_leaves_sampling_alone(janus):
 
 def test_mle_needs_no_perceptual_network(monkeypatch, tmp_path):
     asked, real = [], load_system
-    def load(*args, **kw): asked.append(kw.get('perceptual', True)); return real(*args, **kw)
+    def load(*args, **kw):
+        asked.append(signature(real).bind(*args, **kw).arguments.get('perceptual', True))
+        return real(*args, **kw)
     monkeypatch.setattr(arpo_nb.systems, 'load_system', load)
     for i, (want, more) in enumerate(((False, dict(method='mle')), (False, dict(overrides='perceptual_coef=0')), (True, {}))):
         asked.clear()
@@ -136,7 +139,8 @@ def test_pictures_in_folders_named_by_numbers(tmp_path):
     source = next(s for c in json.loads((ROOT/'nbs'/'run_eval.ipynb').read_text())['cells'] if 'if pictures:' in (s := ''.join(c['source'])))
     from arpo_nb.data.images import class_ids
     from arpo_nb.evaluation.metrics import image_files
-    space = dict(pictures=str(tmp_path), text=False, model='x', system=type('S', (), dict(num_classes=12)), class_ids=class_ids, image_files=image_files, torch=torch)
+    from arpo_nb.files import user_path
+    space = dict(pictures=str(tmp_path), text=False, model='x', system=type('S', (), dict(num_classes=12)), class_ids=class_ids, image_files=image_files, torch=torch, user_path=user_path)
     exec(source[source.index('if pictures:'):], space)
     assert space['shown'].tolist() == [int(Path(f).parent.name) for f in image_files(str(tmp_path))]
 

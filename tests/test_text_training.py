@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from arpo_nb.config import Config
-from arpo_nb.training.launch import free_port
+from arpo_nb.training.processes import free_port
 from arpo_nb.models.llamagen import GPT, GPTConfig
 from arpo_nb.systems import load_data
 from arpo_nb.protocols import System

@@ -10,7 +10,6 @@ import copy
 import queue
 import threading
 from contextlib import nullcontext
-from importlib import import_module
 from itertools import chain
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import FREE, Config
 from ..protocols import map_cond
+from ..specs import resolve
 from .rollout import Guided, token_logps
 from .sharding import give_back, is_sharded
 
@@ -52,12 +52,14 @@ class PolicyCopy:
             own[name].copy_(t)
 
     @torch.no_grad()
-    def generate(self, cond, streams, *, temperature:float=1., top_k:int=0, top_p:float=1., cfg_scale:float=1., return_logps:bool=False):
+    def generate(self, cond, streams, *, temperature:float=1., top_k:int=0, top_p:float=1., cfg_scale:float=1.,
+                 return_logps:bool=False):
         "Tokens [N, T], with `return_logps` also their log-probabilities"
         device = next(self.copy.parameters()).device
         cond = map_cond(lambda c: c.to(device, self.dtype) if c.is_floating_point() else c.to(device), cond)
         with torch.autocast(device.type, enabled=False):
-            tokens = self.copy.generate(cond, streams, temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale, **self.options)
+            tokens = self.copy.generate(cond, streams, temperature=temperature, top_k=top_k, top_p=top_p,
+                cfg_scale=cfg_scale, **self.options)
             if not return_logps: return tokens
             view = Guided(self.copy, cfg_scale) if cfg_scale != 1 else self.copy
             return tokens, token_logps(view, view.hidden(tokens, cond), tokens[:, None], temperature)[0][:, 0]
@@ -107,7 +109,8 @@ class Watched:
         box, device = queue.Queue(1), torch.cuda.current_device() if torch.cuda.is_available() else None
         def work():
             try:
-                with torch.cuda.device(device) if device is not None else nullcontext(): box.put((f(*args, **kwargs), None))
+                with torch.cuda.device(device) if device is not None else nullcontext():
+                    box.put((f(*args, **kwargs), None))
             except BaseException as e: box.put((None, e))
         threading.Thread(target=work, daemon=True).start()
         try: answer, error = box.get(timeout=self.timeout)
@@ -135,12 +138,15 @@ def load_sampler(cfg:Config, policy:nn.Module # before it is sharded
     seen = cfg.rollout_cfg_scale == 1 or cfg.logprob_cfg == 'guided'
     engine = None
     if cfg.sampler and cfg.method in FREE:
-        module, _, name = cfg.sampler.replace(':', '.').rpartition('.')
-        try: make = getattr(import_module(module or 'arpo_nb.training.engines'), name)
-        except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"sampler={cfg.sampler!r}: expected module.Class of an engine that can be imported, or 'PolicyCopy' [{e}]") from e
-        if bad := [m for m in ('sync', 'generate') if not callable(getattr(make, m, None))]: raise ValueError(f"sampler={cfg.sampler!r}: has no {' and no '.join(bad)}; an engine has sync(named_tensors) and generate(cond, streams, **sampling)")
+        # a name alone is one of ours
+        dotted = ':' in cfg.sampler or '.' in cfg.sampler
+        make = resolve(cfg.sampler if dotted else f'arpo_nb.training.engines:{cfg.sampler}', 'sampler')
+        if bad := [m for m in ('sync', 'generate') if not callable(getattr(make, m, None))]:
+            raise ValueError(f"sampler={cfg.sampler!r}: has no {' and no '.join(bad)}; an engine has "
+                             "sync(named_tensors) and generate(cond, streams, **sampling)")
         try: made = make(policy, **sampler_args(cfg.sampler_args))
-        except TypeError as e: raise ValueError(f"sampler_args={cfg.sampler_args!r}: {cfg.sampler} does not take them [{e}]") from e
+        except TypeError as e:
+            raise ValueError(f"sampler_args={cfg.sampler_args!r}: {cfg.sampler} does not take them [{e}]") from e
         engine = Watched(made, policy, cfg.sampler, 0. if isinstance(made, PolicyCopy) else cfg.sampler_timeout)
     if cfg.vllm_importance_sampling_correction and not (seen and getattr(engine or policy, 'has_sampler_logps', False)):
         raise ValueError("vllm_importance_sampling_correction=True: needs the log-probabilities that the sampler drew with, under what the policy is scored by; use an engine "
