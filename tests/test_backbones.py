@@ -61,7 +61,7 @@ def small(monkeypatch, lpips):
     small = {n: replace(families()[n], build=lambda weights=None, n=n: tuple(m.eval() for m in SMALL[n]())) for n in SMALL}
     known = {**families(), **small}
     monkeypatch.setattr('arpo_nb.specs.families', lambda: known)
-    monkeypatch.setattr('arpo_nb.systems.LPIPSFeatures', lambda random: copy.deepcopy(lpips)) # of full size, so made once
+    monkeypatch.setattr('arpo_nb.systems.LPIPSFeatures', lambda net, random, path: copy.deepcopy(lpips)) # of full size, so made once
     monkeypatch.setattr('arpo_nb.systems.T5Features', TinyT5)
     monkeypatch.setattr('arpo_nb.systems.check_hub_model', lambda *args: None) # it would ask for the T5 whose place that takes
     monkeypatch.setattr('arpo_nb.systems.model_files', lambda *args: [])
@@ -143,12 +143,12 @@ def random_pictures(folder, n, seed=0):
 
 @pytest.mark.parametrize('model', ['vqgan_cin', 'llamagen_t2i_xl', 'janus_pro_1b', 'var_d16'])
 def test_run_eval(model, pictures, monkeypatch):
-    monkeypatch.setattr('arpo_nb.scores.classifier.load_resnet50', lambda: load_resnet50('random'))
+    monkeypatch.setattr('arpo_nb.scores.classifier.load_resnet50', lambda path: load_resnet50('random'))
     monkeypatch.setattr(torch, 'compile', lambda f, mode: f)
     options = dict(vqgan_cin=dict(inception='random', labels='random', reference=random_pictures(pictures/'reference', 8)), var_d16=dict(reference='none', labels='unseen', classifier=True, guidance=2.5, dtype='bfloat16'))
     text = dict(prompts=kites(pictures), scores='clip_b32', score_weights='random', dtype='bfloat16', compile=model.startswith('llamagen'))
     with pytest.warns(UserWarning) if model == 'vqgan_cin' else patch('os.sep', os.sep):
-        space = run_cells('run_eval', model=model, base='random', n=5, size=16, batch_size=2, out_dir=str(pictures/'eval'), **options.get(model, text))
+        space = run_cells('run_eval', model=model, weights='random', n=5, size=16, batch_size=2, out_dir=str(pictures/'eval'), **options.get(model, text))
     kept = json.loads((pictures/'eval'/'eval.json').read_text())
     measured = dict(vqgan_cin='frechet', var_d16='top5').get(model, 'clip_b32')
     assert kept['metrics'].keys() == {'base', 'temperature 0.85'} and all(measured in m for m in kept['metrics'].values())
@@ -166,7 +166,7 @@ def test_run_eval_of_a_run(model, pictures):
     "What a run leaves takes the place of the base's policy, whose tokenizer and prompts stay"
     run_cells('run_vapi', model=model, data=str(pictures/'data'), out_dir=str(pictures/'run'), baselines='none', overrides=f'{SIZES},learning_rate=0.1', **COMMON)
     asked = dict(reference='none', classifier=False) if model == 'vqgan_cin' else dict(prompts=kites(pictures))
-    space = run_cells('run_eval', model=model, base='random', checkpoint=str(pictures/'run'/'checkpoint'), n=4, size=16, batch_size=2, out_dir=str(pictures/'eval'), **asked)
+    space = run_cells('run_eval', model=model, weights='random', checkpoint=str(pictures/'run'/'checkpoint'), n=4, size=16, batch_size=2, out_dir=str(pictures/'eval'), **asked)
     pixels = [np.stack([np.asarray(Image.open(p)) for p in sorted((pictures/'eval'/arm).glob('*.png'))]) for arm in ('base', 'tuned')]
     assert list(space['results']) == ['base', 'tuned'] and len(pixels[0]) == 4 and (pixels[0] != pixels[1]).any()
 
@@ -184,7 +184,7 @@ def test_compiled_steps_have_plain_weights():
 
 
 def test_run_eval_makes_another_folders_reference(tmp_path):
-    options = dict(model='vqgan_cin', base='random', n=5, size=16, batch_size=5, inception='random', out_dir=str(tmp_path/'eval'))
+    options = dict(model='vqgan_cin', weights='random', n=5, size=16, batch_size=5, inception='random', out_dir=str(tmp_path/'eval'))
     first, other, again = (run_cells('run_eval', reference=r, **options)['real'] for r in (random_pictures(tmp_path/'a', 8), random_pictures(tmp_path/'b', 6, 9), str(tmp_path/'b')))
     assert (first.source, first.n, other.source, other.n) == ('a', 8, 'b', 6) and not torch.equal(first.mu, other.mu) and again.sha256 == other.sha256
 
@@ -198,8 +198,8 @@ def test_run_eval_on_real_pictures(tmp_path):
 
 
 REFUSED = [(dict(n=3), 'more than k=3'), (dict(n=0), 'n=0'), (dict(labels='sorted'), 'balanced, random, seen or unseen'), (dict(labels='unseen', class_split=1.), 'leaves none'), (dict(dtype='float16'), 'float32 or bfloat16'),
-           (dict(model='toy_var', compile=True), 'does not take compile'), (dict(prompts='', detector='.'), "GenEval's format"), (dict(model='vqgan_cin', base='random', inception='random', reference='wrong.npz'), 'mu of 9 dimensions'),
-           (dict(model='llamagen_t2i_xl', base='random', prompts={}, detector='.'), 'evaluate_images.py'), (dict(model='llamagen_t2i_xl', base='random', prompts=dict(count=0)), 'count 0'),
+           (dict(model='toy_var', compile=True), 'does not take compile'), (dict(prompts='', detector='.'), "GenEval's format"), (dict(model='vqgan_cin', weights='random', inception='random', reference='wrong.npz'), 'mu of 9 dimensions'),
+           (dict(model='llamagen_t2i_xl', weights='random', prompts={}, detector='.'), 'evaluate_images.py'), (dict(model='llamagen_t2i_xl', weights='random', prompts=dict(count=0)), 'count 0'),
            (dict(checkpoint='run/checkpoint', labels='seen', class_split=.5), 'class_split=0.3 and seed=4')]
 
 @pytest.mark.parametrize('params, message', REFUSED, ids=[m for _, m in REFUSED])
