@@ -145,6 +145,7 @@ def test_every_shared_field_is_accounted_for(trl):
     compared = {k for kw in COMBINATIONS for k in kw}
     plain = {'seed', 'num_generations', 'num_iterations', 'temperature', 'scale_rewards', 'learning_rate', 'lr_scheduler_type', 'warmup_steps', 'weight_decay', 'adam_beta1', 'adam_beta2',
              'max_grad_norm', 'gradient_checkpointing', 'save_steps', 'entropy_coef_min', 'entropy_coef_max',
+             'save_total_limit', 'resume_from_checkpoint', 'metric_for_best_model', 'greater_is_better',
              'vllm_importance_sampling_correction', 'vllm_importance_sampling_mode', 'vllm_importance_sampling_clip_min', 'vllm_importance_sampling_clip_max'}
     assert theirs & mine == compared | plain
     assert set(TRL_ONLY) <= theirs and not set(TRL_ONLY) & mine
