@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+sys.path.insert(0, str(ROOT/'scripts'))
+from outputs import tidy, without_places
+
 NBS = ROOT/'nbs'
 WIDTH = 88
 PAGES = {p.name: json.loads(p.read_text(encoding='utf-8')) for p in sorted(NBS.glob('*.ipynb'))}
@@ -247,6 +250,17 @@ def test_figures_have_alternative_text(name):
     drawn = [c for c in PAGES[name]['cells'] if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
     assert not [source(c)[:80] for c in drawn if not re.search(r'^#\|\s*fig-alt: .{15,}', source(c), re.M)]
     assert not re.search(r'!\[\]\(', prose(name))
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_outputs_say_nothing_of_the_machine(name):
+    assert PAGES[name] == tidy(json.loads((NBS/name).read_text(encoding='utf-8'))), 'run python scripts/outputs.py'
+
+
+def test_outputs_lose_places_and_keep_what_was_said():
+    warned = '/tmp/ipykernel_1/2.py:3: UserWarning: one picture skipped, /tmp/tmpab12cd34/a.png\n  warnings.warn(text)\n'
+    library = '/x/lib/python3.11/site-packages/tqdm/auto.py:21: TqdmWarning: no bar\n  from .autonotebook import tqdm\n'
+    assert without_places(library + warned + '  indented\n') == 'UserWarning: one picture skipped, TMP/a.png\n  indented\n'
 
 
 @pytest.mark.parametrize('name', PAGES)

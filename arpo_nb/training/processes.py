@@ -39,10 +39,12 @@ def launcher_words(launcher:str) -> list:
     for program, module in ENGINES.items():
         names = program.split()
         for i, word in enumerate(words):
-            if [Path(word).name, *words[i+1:i+len(names)]] == names: return [*words[:i], sys.executable, '-m', module, *words[i+len(names):]]
+            if [Path(word).name, *words[i+1:i+len(names)]] == names:
+                return [*words[:i], sys.executable, '-m', module, *words[i+len(names):]]
     if set(words) & set(ENGINES.values()): return words
-    raise ValueError(f"launcher={launcher!r}: expected a command line of accelerate launch or torchrun, without the program to be started, "
-                     "as in 'accelerate launch --config_file accelerate/fsdp2.yaml' or 'torchrun --nproc_per_node 8'")
+    raise ValueError(f"launcher={launcher!r}: expected a command line of accelerate launch or torchrun, without the "
+                     "program to be started, as in 'accelerate launch --config_file accelerate/fsdp2.yaml' "
+                     "or 'torchrun --nproc_per_node 8'")
 
 # %% ../../nbs/44_processes.ipynb #188785ac
 def free_port() -> int:
@@ -83,22 +85,26 @@ def read_launcher(launcher:str) -> dict: # 'processes': how many, or None where 
     n = _flag(words, 'num_processes', 'n') or conf.get('num_processes')
     n = None if n is None else int(n)
     sharded = '--use_fsdp' in words or conf.get('distributed_type') == 'FSDP' and '--multi_gpu' not in words
-    if sharded and n == 1: raise ValueError(f"launcher={launcher!r}: distributed_type FSDP with one process, which has nobody to share with; start at least two")
+    if sharded and n == 1:
+        raise ValueError(f"launcher={launcher!r}: distributed_type FSDP with one process, which has nobody to share "
+                         "with; start at least two")
     return dict(processes=n, shards=_shards(launcher, conf.get('parallelism_config') or {}, n) if sharded else 1)
 
 def _shards(launcher, split, n):
     parts = {k: int(split.get(f'parallelism_config_dp_{k}_size', 1)) for k in ('shard', 'replicate')}
     if not split: return n
     if n is not None and parts['shard']*parts['replicate'] != n:
-        raise ValueError(f"launcher={launcher!r}: {parts['replicate']} replicas of {parts['shard']} shards don't make {n} processes; "
-                         "parallelism_config_dp_replicate_size times parallelism_config_dp_shard_size must be num_processes")
+        raise ValueError(f"launcher={launcher!r}: {parts['replicate']} replicas of {parts['shard']} shards don't make "
+                         f"{n} processes; parallelism_config_dp_replicate_size times "
+                         "parallelism_config_dp_shard_size must be num_processes")
     return parts['shard']
 
 def check_launcher(launcher:str, cfg:Config):
     "Raise if a launcher starts another number of processes than the configuration says"
     n = read_launcher(launcher)['processes']
     if n not in (None, cfg.num_processes):
-        raise ValueError(f"launcher={launcher!r} starts {n} processes, but num_processes={cfg.num_processes}; set num_processes={n}, or change the launcher")
+        raise ValueError(f"launcher={launcher!r} starts {n} processes, but num_processes={cfg.num_processes}; "
+                         f"set num_processes={n}, or change the launcher")
 
 # %% ../../nbs/44_processes.ipynb #760bcb64
 def slurm_rank(env) -> dict: # RANK and the others; {} where Slurm started no tasks
@@ -108,15 +114,18 @@ def slurm_rank(env) -> dict: # RANK and the others; {} where Slurm started no ta
     if tasks == 1 or script or 'SLURM_PROCID' not in env or 'WORLD_SIZE' in env: return {}
     rank, job = int(env['SLURM_PROCID']), re.sub(r'\D', '', env.get('SLURM_JOB_ID', '0'))
     local = env.get('SLURM_LOCALID', str(rank % max(1, torch.cuda.device_count())))
-    return dict(RANK=str(rank), WORLD_SIZE=str(tasks), LOCAL_RANK=local, MASTER_ADDR=env.get('MASTER_ADDR') or _first_node(env),
+    return dict(RANK=str(rank), WORLD_SIZE=str(tasks), LOCAL_RANK=local,
+                MASTER_ADDR=env.get('MASTER_ADDR') or _first_node(env),
                 MASTER_PORT=env.get('MASTER_PORT') or str(20_000 + int(job) % 20_000))
 
 def _first_node(env):
     nodes = next((env[k] for k in ('SLURM_STEP_NODELIST', 'SLURM_JOB_NODELIST', 'SLURM_NODELIST') if env.get(k)), '')
     if int(env.get('SLURM_STEP_NUM_NODES') or env.get('SLURM_NNODES') or 1) == 1: return '127.0.0.1'
     if found := re.match(r'([^,\[]+)(?:\[(\d+))?', nodes): return found[1] + (found[2] or '')
-    raise ValueError("several machines under Slurm, and no SLURM_JOB_NODELIST that says where they meet; set MASTER_ADDR to the first machine's name, or start "
-                     "torchrun on each: srun torchrun --nnodes $SLURM_NNODES --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 -m arpo_nb.training.launch ...")
+    raise ValueError("several machines under Slurm, and no SLURM_JOB_NODELIST that says where they meet; set "
+                     "MASTER_ADDR to the first machine's name, or start torchrun on each: srun torchrun --nnodes "
+                     "$SLURM_NNODES --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 "
+                     "-m arpo_nb.training.launch ...")
 
 # %% ../../nbs/44_processes.ipynb #9ed7921f
 def send_weights(module, device):
@@ -141,12 +150,15 @@ def load_once(cfg:Config, acc:Accelerator,
     read = time.perf_counter() - start
     if acc.num_processes > 1: system = _share(cfg, acc, system, box)
     n = acc.num_processes
-    if first: say(f'{cfg.model}: ready in {time.perf_counter() - start:.1f} s' + (f', read by one of {n} processes in {read:.1f} s' if n > 1 else ''))
+    shared = f', read by one of {n} processes in {read:.1f} s' if n > 1 else ''
+    if first: say(f'{cfg.model}: ready in {time.perf_counter() - start:.1f} s{shared}')
     return system
 
 def _share(cfg, acc, system, box):
     broadcast_object_list(box)
-    if box[2] is not None: raise box[2] if acc.is_main_process else RuntimeError(f'process 0 could not load {cfg.model}: {box[2]}')
+    if box[2] is not None:
+        if acc.is_main_process: raise box[2]
+        raise RuntimeError(f'process 0 could not load {cfg.model}: {box[2]}')
     if system is None:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # that weights read into shapes are lost
