@@ -9,7 +9,6 @@ __all__ = ['FORMATS', 'SUFFIXES', 'MAX_PIXELS', 'CROPS', 'as_rgb', 'open_picture
 # %% ../../nbs/07_image_io.ipynb #64225a54
 import io, os, warnings
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import warnings
-import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

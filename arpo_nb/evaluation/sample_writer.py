@@ -21,7 +21,7 @@ from numpy.lib import format as npy_format
 from ..data.captions import read_prompts
 from ..data.image_io import open_picture, resize_pixels, to_uint8
 from ..data.images import LabelData
-from ..files import BadFile, need_space, plain_terminal, read_json, refuse_foreign, user_path, write_atomically
+from ..files import BadFile, need_space, plain_terminal, read_json, refuse_foreign, user_path, write_atomically, write_json
 from ..protocols import LABEL, Streams, map_cond
 
 # %% ../../nbs/51_sample_writer.ipynb #3020c42e
@@ -91,7 +91,7 @@ def settle(folder, # of pictures, there already
                               f"{folder}: holds files such as {foreign.name}, but no samples.json that says this "
                               "library wrote them, so they are not counted as samples and not replaced; give an empty "
                               "folder")
-    else: write_atomically(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
+    else: write_json(path, settings)
 
 @torch.no_grad()
 def write_samples(policy, # see `protocols.Policy`

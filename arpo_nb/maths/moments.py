@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 import math
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile, is_zipfile
+from zipfile import is_zipfile
 import zlib
 
 import numpy as np

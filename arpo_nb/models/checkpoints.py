@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..files import BadFile, inside, open_file, read_json, reading, split_part, user_path
+from ..files import BadFile, inside, open_file, read_json, split_part
 from .llamagen import GPT, SIZES, GPTConfig, gpt_config
 from .tokenizers import VQConfig, VQModel
 from ..specs import PAPERS, ModelSpec, Recipe, split_args
-from ..weights import FILES, Published, fetch_repo, file_sha256, locate, plan_file
+from ..weights import FILES, Published, fetch_repo, locate
 
 # %% ../../nbs/38_checkpoints.ipynb #e53acec0
 WRAPPERS = 'model', 'module', 'state_dict'

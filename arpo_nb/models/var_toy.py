@@ -6,7 +6,6 @@
 __all__ = ['TOY_PATCHES', 'SPECS', 'toy_multiscale_config', 'toy_var_config', 'build_toy_var']
 
 # %% ../../nbs/34_var_toy.ipynb #5ec54c05
-from .checkpoints import load_weights
 from .multiscale_vq import MultiScaleConfig, MultiScaleVQ
 from .toy import ASSETS, TOY, TOY_RECIPES
 from .var import VAR, VARConfig, load_tokenizer, load_var, own_tokenizer, randomise

@@ -25,6 +25,7 @@ import torch
 
 from ..config import Config, preset
 from ..data.images import LabelData
+from ..files import write_atomically
 from ..evaluation.evaluate import evaluate, generate_images
 from ..models.checkpoints import load_weights
 from ..models.toy import TOY
@@ -179,7 +180,7 @@ def run_missing(folder:str|Path, names, seeds, size:str='reduced', minutes:float
         if path.exists() or time.time() > stop: return None
         got = run_one(name, seed, size)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(got, indent=1) + '\n')
+        write_atomically(path, lambda f: f.write((json.dumps(got, indent=1) + '\n').encode()))
         print(f"{name}, seed {seed}: {got['wall_s']} s", flush=True)
         return path
     with ThreadPoolExecutor(workers) as pool: return [p for p in pool.map(one, product(seeds, names)) if p]

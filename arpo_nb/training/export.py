@@ -15,13 +15,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..config import Config, parse_rewards
 from ..files import plain_terminal, refuse_foreign, split_part, write_atomically, write_json
 from ..models.checkpoints import load_weights
 from ..specs import find_model, resolve
-from ..systems import load_shapes, load_system
+from ..systems import own_files, system_of
 from .run_folder import read_config, read_rows
 from .saving import SNAPSHOTS, find_checkpoint, read_run
 from ..weights import FILES, _hub, locate
@@ -40,6 +40,7 @@ def run_folder(given) -> Path: # the folder with config.json
         f"or RUN/{SNAPSHOTS}/STEP")
 
 def trained_part(cfg: Config) -> str:
+    "The part of a system that a method moves"
     return 'tokenizer' if cfg.method == 'tokenizer' else 'policy'
 
 def trained_weights(given) -> str: # path of weights, see `load_weights`
@@ -52,8 +53,7 @@ def trained_weights(given) -> str: # path of weights, see `load_weights`
 def trained_system(given): # System and Config
     "A run's system with its trained part"
     cfg = read_config(run_folder(given))
-    system = load_system(cfg.model, cfg.weights, cfg.seed, perceptual=False,
-                         tokenizer_weights=cfg.tokenizer_weights)
+    system = system_of(cfg, perceptual=False)
     load_weights(getattr(system, trained_part(cfg)), trained_weights(given))
     return system, cfg
 
@@ -88,8 +88,8 @@ def _base(cfg, spec):
     ("The file that a run started from; None for random weights and for those that "
      "came with the package")
     if cfg.weights == 'random' or 'policy' not in spec.files: return None
-    return locate(spec.files['policy'],
-                  None if cfg.weights == 'default' else cfg.weights)
+    mine = own_files(spec, cfg.weights, cfg.tokenizer_weights, cfg.files)
+    return locate(spec.files['policy'], mine['policy'])
 
 def _as_safetensors(contents, to, cfg):
     "Flat tensors in one file, or in parts with an index"
@@ -98,7 +98,7 @@ def _as_safetensors(contents, to, cfg):
         k: v.contiguous().clone()
         for k, v in (inner[0] if inner else contents).items()
     }
-    if to.suffix: return save_file(state, to, dict(format='pt'))
+    if to.suffix: return write_atomically(to, lambda f: f.write(save(state, dict(format='pt'))))
     from huggingface_hub import save_torch_state_dict
     to.mkdir()
     save_torch_state_dict(state, to)
@@ -154,12 +154,15 @@ def model_card(given, # folder of a run
          and spec.files.get('policy') in FILES else f'`{_shown(cfg.weights)}`')
         + '.'
     ]
-    pictures = sorted((folder/'samples').glob('*.png'))
+    pictures = _pictures(folder)
     if pictures:
         said.insert(2,
                     f'![Samples after the last step](samples/{pictures[-1].name})')
     return f'---\n{ModelCardData(**card_data(cfg, spec, licence)).to_yaml()}\n---\n\n' + '\n\n'.join(
         said) + '\n'
+
+def _pictures(folder): # of the policy itself, oldest first
+    return sorted(p for p in (folder/'samples').glob('*.png') if p.stem.isdigit())
 
 def _shown(value):
     "A value without the folders of this machine"
@@ -207,7 +210,7 @@ def push(given, # folder of a run, a checkpoint or a snapshot
                 f"{source}: no policy.safetensors; an older version wrote it, or it "
                 f"is in parts. "
                 "Export it first, and upload that")
-        pictures = sorted((folder/'samples').glob('*.png'))[-1:]
+        pictures = _pictures(folder)[-1:]
         for path in (*kept, folder/'README.md', folder/'summary.json', *pictures):
             if path.is_file():
                 _link(path, Path(d)/('samples'*(path in pictures))/path.name)

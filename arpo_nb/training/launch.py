@@ -22,7 +22,6 @@ import threading
 import time
 import traceback
 from dataclasses import asdict
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import torch
 from ..config import (RECIPES, VARIANTS, Config, add_options, from_json, from_settings, given_options, override,
                             read_settings)
 from ..evaluation.evaluate import evaluate
-from ..files import plain_terminal
+from ..files import plain_terminal, write_json
 from ..specs import known_models
 from ..systems import load_data, load_metric_net, load_reward
 from .notebooks import lay_out, run_notebook
@@ -41,7 +40,7 @@ from .processes import check_launcher, launch_command, load_once, read_launcher,
 from .run_folder import TEMPORARY, claim_folder, read_rows
 from .sharding import check_layout
 from .trainer import Stopped, accelerator, on_first, train
-from .watching import how_sampled
+from .watching import sampling_of
 
 # %% ../../nbs/42_launch.ipynb #5071a69a
 def make_evaluation(cfg:Config): # function of a `System` to numbers; None if there is none
@@ -56,7 +55,7 @@ def make_evaluation(cfg:Config): # function of a `System` to numbers; None if th
         net.net.to(device)
         return evaluate(system.policy, system.tokenizer, net, system.num_classes, n=cfg.eval_images, seed=cfg.seed,
                         batch_size=min(512, cfg.decode_batch_size), progress=False, device=device,
-                        **how_sampled(system, cfg))
+                        **sampling_of(cfg, system.spec))
     return measure
 
 def run(cfg:Config, out_dir:str|Path, resume:bool=True, progress:bool=True,
@@ -134,7 +133,8 @@ def attend(child, job:Path, progress:bool, stop_s:float) -> tuple:
         reader.start() # a full pipe would hold them up
         end(child, stop_s)
         reader.join(5)
-        if isinstance(e, SystemExit) and (job/'stopped').exists(): return 0, lines
+        # they stopped whole, or had just ended
+        if isinstance(e, SystemExit) and child.returncode == 0: return 0, lines
         raise
 
 def end(child, stop_s:float):
@@ -161,11 +161,13 @@ def provenance() -> dict:
     "Versions, commit and hardware, to store with every number"
     import accelerate
     import arpo_nb
-    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'],
-                         cwd=Path(arpo_nb.__file__).parent, capture_output=True,
-                         text=True)
+    home, commit = Path(arpo_nb.__file__).parents[1], ''
+    # ours, not that of a repository that a wheel was installed into
+    if (home/'.git').exists() and shutil.which('git'):
+        ask = ['git', 'rev-parse', '--short', 'HEAD']
+        commit = subprocess.run(ask, cwd=home, capture_output=True, text=True).stdout
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return dict(arpo_nb=arpo_nb.__version__, commit=git.stdout.strip() or None,
+    return dict(arpo_nb=arpo_nb.__version__, commit=commit.strip() or None,
                 torch=torch.__version__, accelerate=accelerate.__version__,
                 python=platform.python_version(), hardware=gpus
                 or [platform.processor() or platform.machine()],
@@ -200,7 +202,7 @@ def as_process(job:Path|None, start, rank:int, pipe:bool=False) -> list:
     except Exception as e:
         note = dict(rank=rank, time=time.time(), message=f'{type(e).__name__}: {e}',
                     traceback=traceback.format_exc())
-        if job is not None: (job/f'failed-{rank}.json').write_text(json.dumps(note))
+        if job is not None: write_json(job/f'failed-{rank}.json', note)
         print(note['traceback'], file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)

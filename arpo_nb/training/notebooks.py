@@ -61,11 +61,13 @@ def read_value(text:str, default, name:str):
     from arpo_nb.config import read
     return read(text, type(default), name)
 
+def _split(words): # --NAME=VALUE in two
+    return [part for w in words for part in (w.split('=', 1) if w.startswith('--') else [w])]
+
 def read_words(words:list, notebook) -> dict: # parameter: value
     "Parameters from --NAME VALUE pairs, or --NAME=VALUE"
     known = {f.name: ast.literal_eval(f.default) for f in parameters_of(notebook)}
-    split = lambda w: w.split('=', 1) if w.startswith('--') else [w]
-    pairs, words = {}, [part for word in words for part in split(word)]
+    pairs, words = {}, _split(words)
     for name, value in zip(words[::2], words[1::2] + [None]*(len(words) % 2)):
         key = name.removeprefix('--').replace('-', '_')
         if not name.startswith('--') or key not in known:
@@ -98,10 +100,13 @@ def run_notebook(name:str, # of a run notebook, without run_
     if {'-h', '--help'} & {*words}: return print(help_text(notebook, name)) or 0
     if find_spec('papermill') is None:
         raise ImportError("papermill is needed: pip install 'arpo_nb[notebooks]'")
-    words = list(words)
+    words = _split(words)
     if '--output' in words:
-        output = words.pop(at := words.index('--output') + 1)
-        words.pop(at - 1)
+        at = words.index('--output')
+        if at + 1 == len(words):
+            raise ValueError('--output: a value is missing; write --output FILE.ipynb')
+        output = words[at + 1]
+        del words[at:at + 2]
     given = read_words(words, notebook)
     output = user_path(output or f"{given.get('out_dir') or name}.ipynb", 'output')
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'DECODER', 'PEAKS', 'SOURCES', 'CURES', 'HELD', 'Plan', 'disk_estimate', 'memory_estimate', 'flop_estimate',
-           'make_plan', 'check_disk', 'describe', 'device_memory', 'check_memory', 'sampling_of', 'eval_command',
-           'sampling_memory', 'check_sampling']
+           'make_plan', 'check_disk', 'describe', 'device_memory', 'check_memory', 'eval_command', 'sampling_memory',
+           'check_sampling']
 
 # %% ../../nbs/43_plan.ipynb #2c01a9b3
 import os, shutil, warnings
@@ -21,6 +21,7 @@ from ..specs import find_model
 from ..systems import check_data, check_rewards, model_files, reward_files, shapes_of
 from .rehearse import rehearsed
 from .sharding import shard_count, shard_units
+from .watching import sampling_of
 from ..weights import FILES, _hub, local_files, plan_file, url_cache
 
 # %% ../../nbs/43_plan.ipynb #0f26d176
@@ -80,6 +81,7 @@ def memory_estimate(cfg:Config, system, # `System`, may be on the meta device
     width = getattr(getattr(system.tokenizer, 'cfg', None), 'ch', 128)
     out = {'weights, gradients, Adam': n*16//shards,
            'frozen networks': 4*(_count(system.modules()) - n)
+           + 4*n*(cfg.ema_decay > 0) # the moving average
            + (4*n//shards if cfg.beta and cfg.method in SAMPLING
               and not cfg.ref_offload else 0)}
     if half: out['weights in half precision'] = 2*n
@@ -298,20 +300,13 @@ def _refuse(cfg, needed, parts, total, whose):
 
 
 # %% ../../nbs/43_plan.ipynb #45660642
-def sampling_of(cfg:Config) -> dict: # arguments of `policy.generate`
-    "How the policy that a run trains is asked for pictures"
-    if cfg.method not in FREE:
-        return dict(temperature=cfg.temperature,
-                    cfg_scale=find_model(cfg.model).guidance)
-    return dict(temperature=cfg.temperature, cfg_scale=cfg.rollout_cfg_scale,
-                top_k=cfg.rollout_top_k, top_p=cfg.rollout_top_p)
-
 def eval_command(cfg:Config, folder, # of the run
                  n:int=0, # images; 0 for 50,000, or GenEval's 2,212 for text
                  labels:str='', # 'seen' or 'unseen' classes of a run on a share of them
                 ) -> str:
     "The command that measures a run as it was trained"
-    spec, given = find_model(cfg.model), sampling_of(cfg)
+    spec = find_model(cfg.model)
+    given = sampling_of(cfg, spec)
     usual = dict(temperature=1., top_k=0, top_p=1.)
     text = not spec.num_classes
     asked = dict(model=cfg.model, checkpoint=f'{folder}/checkpoint',

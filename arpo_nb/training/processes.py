@@ -10,9 +10,7 @@ __all__ = ['ENGINES', 'launcher_words', 'free_port', 'launch_command', 'read_lau
 import os
 import re
 import shlex
-import shutil
 import socket
-import subprocess
 import sys
 import time
 import warnings

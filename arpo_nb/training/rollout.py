@@ -49,7 +49,7 @@ def token_logps(policy, # `Policy`
 
 # %% ../../nbs/40_rollout.ipynb #13460cbc
 def _slices(n:int, size:int):
-    return [slice(i, i+size) for i in range(0, n, size)] if size else [slice(0, n)]
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)] if size else [slice(0, n)]
 
 @torch.no_grad()
 def encode_images(tokenizer, # `Tokenizer`

@@ -346,12 +346,12 @@ def begin_at(
 ) -> dict: # as `load_checkpoint`
     "Start from what another run left"
     folder = Path(folder).expanduser()
-    if not (folder/'run.pt').exists(): folder = find_checkpoint(folder, True) or folder
+    if (folder/'run.pt').exists(): check_parts(folder)
+    else: folder = find_checkpoint(folder, True) or folder # which has checked them
     if not (folder/'run.pt').is_file():
         raise FileNotFoundError(
             f"resume_from_checkpoint={str(folder)!r}: holds no run.pt; expected "
             f"RUN/checkpoint, RUN/{SNAPSHOTS}/STEP or RUN")
-    check_parts(folder)
     if (folder/'optimizer.bin').exists() or (folder/SHARDED).is_dir():
         average = kwargs.pop('average', None)
         kept = (folder/'ema.safetensors').exists()
@@ -368,6 +368,9 @@ def begin_at(
             raise Damaged(
                 f"{file}: can't be loaded ({_first(e)}); it is of another model"
             ) from e
+    # a moving reference begins at the weights, as an average does
+    if kwargs.get('ref_policy') is not None:
+        kwargs['ref_policy'].load_state_dict(next(iter(networks.values())).state_dict())
     run = read_run(folder, 'cpu' if acc.device.type == 'cpu' else acc.device)
     if acc.is_main_process:
         warnings.warn(

@@ -26,7 +26,7 @@ from ..rewards import ReconstructionReward
 from ..specs import resolve
 from .engines import load_sampler, sampling_weights
 from .objectives import scored_policy
-from .rollout import (Clock, encode_images, free_running, rollout_logps, sampling_gap, score_groups,
+from .rollout import (Clock, _slices, encode_images, free_running, rollout_logps, sampling_gap, score_groups,
                                       teacher_forced)
 from .sharding import is_sharded
 
@@ -130,8 +130,6 @@ def compare(rewards:Tensor, # [B, G] or [B, G, T] of this process
             else advantages)
 
 # %% ../../nbs/46_steps.ipynb #3adda9e3
-def _parts(n, size): return [slice(i, min(i+size, n)) for i in range(0, n, size)]
-
 @torch.no_grad()
 def reference_logps(ref_policy, # `Policy`; sent back to the CPU with `ref_offload`
                     # [B, G, T] nats
@@ -143,7 +141,7 @@ def reference_logps(ref_policy, # `Policy`; sent back to the CPU with `ref_offlo
     if cfg.micro_batch_size: rows = max(1, cfg.micro_batch_size//r.context.shape[1])
     with autocast():
         logps = [rollout_logps(policy, r.take(s), cfg.temperature, cfg.logps_chunk)[0]
-                 for s in _parts(len(r), rows)]
+                 for s in _slices(len(r), rows)]
     # a sharded one stays there in parts
     if cfg.ref_offload and not is_sharded(ref): ref.to('cpu')
     return torch.cat(logps)
@@ -272,7 +270,7 @@ def micro_batches(rollouts:dict, k:int, # number of the mini-batch
         size, weight = (len(r)//n, cfg.free_coef if cfg.method == 'mixed'
                         and not prefix else 1.)
         part = r.take(slice(k*size, (k+1)*size))
-        for m in _parts(size, cfg.micro_batch_size or size):
+        for m in _slices(size, cfg.micro_batch_size):
             work.append((prefix, weight, (m.stop - m.start)/size, part.take(m)))
     return work
 
@@ -313,11 +311,11 @@ def update(acc:Accelerator, objective, opt,
         bad = [name for name in stats if name.endswith('loss')
                and not math.isfinite(stats[name])]
         if bad: raise FloatingPointError(f"{bad[0]} is {stats[bad[0]]}")
-        norm = acc.clip_grad_norm_(objective.parameters(), cfg.max_grad_norm
-                                   or math.inf)
-        stats['optim/grad_norm'] = float(norm)
-        if not math.isfinite(float(norm)):
-            raise FloatingPointError(f"the gradient's norm is {float(norm)}")
+        norm = float(acc.clip_grad_norm_(objective.parameters(),
+                                         cfg.max_grad_norm or math.inf))
+        stats['optim/grad_norm'] = norm
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm}")
         seen.append(stats)
         opt.step(); opt.zero_grad()
     first = {f'{k}_first': v for k, v in seen[0].items()

@@ -165,7 +165,7 @@ def _frozen_copy(module): return copy.deepcopy(module).eval().requires_grad_(Fal
 # %% ../../nbs/41_trainer.ipynb #c0ffee02
 class Watch:
     "Pictures and measurements of a run, every so many steps"
-    def __init__(self, acc, system: System, data, cfg: Config, out: Path, model,
+    def __init__(self, acc, system: System, data, cfg: Config, out: Path,
                  average, evaluate):
         self.acc, self.cfg, self.out, self.evaluate = acc, cfg, out, evaluate
         self.alone = not acc.is_fsdp2 # a sharded policy needs every process
@@ -236,19 +236,19 @@ def train(
             f"evaluate=, a function of a "
             "system, or use a model whose record has a metric")
     callbacks = [*callbacks, *load_callbacks(cfg.callbacks)]
-    find_trackers(cfg.log_with)
+    trackers = find_trackers(cfg.log_with)
     lock = RunLock(out)
     on_first(acc, lock.acquire)
     try:
         with StopSignal() as stop, RunLog(out, acc.process_index) as log:
             return _train(acc, system, data, cfg, out, reward, progress, stop, log,
-                          callbacks, evaluate)
+                          callbacks, evaluate, trackers)
     finally:
         end_trackers(acc)
         if acc.is_main_process: lock.release()
 
 def _train(acc, system, data, cfg, out, reward, progress, stop, diary, callbacks,
-           evaluate):
+           evaluate, trackers):
     diary.say(
         f'{cfg.model} {cfg.method} for {cfg.steps} steps: process '
         f'{acc.process_index} of {acc.num_processes} on {acc.device}'
@@ -309,12 +309,12 @@ def _train(acc, system, data, cfg, out, reward, progress, stop, diary, callbacks
     save = partial(save_checkpoint, acc, out, ref_policy=moving,
                    trained=(raw.model, opt), config=run_hash(cfg), need=need,
                    plain=networks)
-    watch = Watch(acc, system, data, cfg, out, raw.model, average, evaluate)
+    watch = Watch(acc, system, data, cfg, out, average, evaluate)
     early = EarlyStopping(cfg, **run.get('early', {}))
     if found and run.get('ended') and (cfg.early_stopping_patience or callbacks):
         diary.say(f"has ended at step {start}: {run['ended']}")
         return log.rows
-    start_trackers(acc, cfg, out)
+    start_trackers(acc, cfg, out, trackers)
     if not start: watch.pictures(0)
 
     bar = tqdm(total=cfg.steps, initial=start, desc=f'{cfg.model} {cfg.method}',
