@@ -575,7 +575,10 @@ def migrate(values:dict) -> dict:
     "A configuration's values as written before fields took TRL's meanings"
     old = {RENAMED.get(k, k): v for k, v in values.items()}
     if not BEFORE_TRL.keys() & values.keys(): return old
-    return old | dict(epsilon_high=old.get('epsilon_high') or None)
+    high = old.get('epsilon_high')
+    # 0 was none; a text where YAML was read
+    none = high in (None, '') or str(high).replace('.', '').strip('0') == ''
+    return old | dict(epsilon_high=None if none else high)
 
 # %% ../nbs/02_config.ipynb #f9b8d376
 def field_help() -> dict: # group: {field: comment}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPERS', 'is_dotted', 'names_object', 'resolve', 'Recipe', 'ModelSpec', 'find_recipe', 'read_args', 'split_args',
-           'families', 'registered', 'pick', 'known_models', 'find_model', 'check_model']
+           'families', 'registered', 'pick', 'known_models', 'find_model']
 
 # %% ../nbs/02_specs.ipynb #056cca9b
 import difflib, importlib.util, os, re, sys
@@ -217,10 +217,6 @@ def find_model(model, # name, dotted path, or a record, which is its own answer
     if is_dotted(model): return _record(model, resolve(model, 'model'))
     raise ValueError(f"model={model!r}: no such model{_near(model, known_models()) or '.'} Known: "
                      f"{', '.join(known_models())}, or package.module:function of your own")
-
-def check_model(model:str):
-    "Raise for an unknown model, listing the known ones"
-    find_model(model)
 
 # %% ../nbs/02_specs.ipynb #a445f4da
 def _record(name, found):

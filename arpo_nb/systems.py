@@ -275,10 +275,10 @@ def load_reward(cfg:Config, # its rewards and how they are combined
                 system:System):
     "The reward of free-running samples; None for methods without"
     if cfg.method not in FREE: return None
-    names, spec, random = parse_rewards(cfg.rewards), spec_of(system), cfg.weights == 'random'
+    weights, spec, random = parse_rewards(cfg.rewards), spec_of(system), cfg.weights == 'random'
     judge = resolve(spec.judge)(system) if spec.judge else None
-    own = own_rewards(names, system) # those that no factory makes
-    names = {n: w for n, w in names.items() if n not in own}
+    own = own_rewards(weights, judge) # those that no factory makes
+    names = {n: w for n, w in weights.items() if n not in own}
     options = dict(normalise=cfg.normalize_rewards, pca=cfg.pca_dim,
                    loo_fid=dict(ema_weight=cfg.ema_weight, covariance=cfg.covariance))
     if 'loo_fid' in names: options |= _loo_fid_options(cfg, spec, judge)
@@ -290,7 +290,6 @@ def load_reward(cfg:Config, # its rewards and how they are combined
     terms = make_rewards(names, **options).rewards if names else {}
     for name, threshold in zip(('brightness', 'darkness'), spec.brightness):
         if name in terms: terms[name][0].threshold = cfg.brightness_threshold or threshold
-    weights = parse_rewards(cfg.rewards)
     terms = {n: (own[n], w) if n in own else terms[n] for n, w in weights.items()}
     total = WeightedSum(terms, normalise=cfg.normalize_rewards, chunk_size=cfg.decode_batch_size,
                        allow_constant=terms.keys() & {'brightness', 'darkness', 'class_score'})
@@ -313,10 +312,11 @@ def reward_files(cfg:Config, system:System) -> list: # keys of `weights.FILES`
     return needed_files(names, given, 0, spec.judge)
 
 def own_rewards(names, # of rewards
-                system:System) -> dict: # name: `Reward`
+                judge=None, # the model's own, where it has one
+               ) -> dict: # name: `Reward`
     "Those of the names that stand for a reward of your own, or for the judge of the model"
-    judge, known = spec_of(system).judge, (*REWARDS, 'class_score')
-    out = {'class_score': ClassScore(resolve(judge)(system))} if judge and 'class_score' in names else {}
+    known = *REWARDS, 'class_score'
+    out = {} if judge is None or 'class_score' not in names else dict(class_score=ClassScore(judge))
     return out | {n: r for n in names if (r := find_reward(n, known)) is not None}
 
 def _loo_fid_options(cfg, spec, judge):
@@ -325,7 +325,7 @@ def _loo_fid_options(cfg, spec, judge):
     if cfg.reference != 'default': return seen | dict(reference=cfg.reference)
     if spec.reference == 'own': return seen | dict(reference=own_reference(spec, judge))
     # a rehearsal has nothing to be compared with
-    if cfg.weights == 'random': return seen | dict(reference=(torch.zeros(2048), torch.ones(2048)))
+    if cfg.weights == 'random': return seen | dict(reference=(torch.zeros(2048), torch.eye(2048)))
     if not spec.reference:
         raise ValueError(f"reference='default': {spec.name} comes with no view of real images; give an npz of moments, "
                          "as arpo_nb.evaluation.metrics.make_reference makes it")

@@ -1,6 +1,7 @@
 "The ledger end to end: its command runs an arm, stores it, and judges from what is stored"
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -27,6 +28,15 @@ def test_the_command_runs_stores_and_prints(tmp_path):
 def test_unknown_names_are_refused_before_work(argv, tmp_path):
     with pytest.raises(ValueError, match='choose one of'): main([*argv, '--results', str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_commands_of_the_ledger_name_parameters_that_are_there():
+    for claim in CLAIMS:
+        for notebook, rest in re.findall(r'papermill nbs/(\S+) \S+((?: -p \S+ \S+)*)', claim.real):
+            cells = json.loads((ROOT/'nbs'/notebook).read_text(encoding='utf-8'))['cells']
+            text = next(''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', []))
+            wrong = {n for n in re.findall(r'-p (\S+)', rest) if not re.search(rf'^{n} = ', text, re.M)}
+            assert not wrong, f'{claim.where}: {notebook} has no {wrong}'
 
 
 def test_results_in_the_repository_are_whole():

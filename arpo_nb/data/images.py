@@ -152,7 +152,8 @@ _SPLITS = 'train', 'training', 'val', 'valid', 'validation', 'test'
 
 def class_folders(root:str|Path) -> list: # names, sorted
     "The folders of a folder that are classes: visible, and no links back upwards"
-    root, up = user_path(root, 'data'), {Path(root).resolve(), *Path(root).resolve().parents}
+    root = user_path(root, 'data')
+    up = {root.resolve(), *root.resolve().parents}
     with reading(root, expected='a folder of class folders'):
         found = sorted(d for d in root.iterdir() if d.is_dir() and not is_hidden(d.name))
     if back := [d.name for d in found if d.resolve() in up]:
@@ -164,11 +165,12 @@ def class_ids(root:str|Path, # folder with a folder for each class
               num_classes:int, # of the policy
              ) -> dict: # folder name to class id
     "Class ids by the names of folders, see `name_ids`"
+    root = user_path(root, 'data')
     where, names = f"data={str(root)!r}", class_folders(root)
     splits = [n for n in names if n.lower() in _SPLITS]
     if splits and (splits == names or len(splits) > 1):
         raise ValueError(f"{where}: holds {', '.join(splits)}, which are splits and no classes; give the folder of "
-                         f"one of them, such as {str(Path(root)/splits[0])!r}")
+                         f"one of them, such as {str(root/splits[0])!r}")
     return name_ids(names, num_classes, where)
 
 # %% ../../nbs/04_data.ipynb #422bf743
