@@ -125,7 +125,7 @@ def janus_pro(case):
         case.close(embeds, 'out.understanding_embeds', tol['logits_abs'])
         states = policy.trunk(policy.language_model.embed_tokens(prompt[None]), torch.ones(1, len(prompt), dtype=torch.bool))
         case.close(states @ parts.understanding['lm_head.weight'].T, 'out.text_logits.A', tol['logits_abs'])
-    merged = merge_policy(policy, state)
+    merged = merge_policy(policy.state_dict(), state)
     assert all(torch.equal(merged[k], v) for k, v in (to_transformers(state) if is_official(state) else state).items())
 
 def left_padded(case, cfg):

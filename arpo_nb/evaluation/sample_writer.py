@@ -21,7 +21,8 @@ from numpy.lib import format as npy_format
 from ..data.captions import read_prompts
 from ..data.image_io import open_picture, resize_pixels, to_uint8
 from ..data.images import LabelData
-from ..files import BadFile, need_space, plain_terminal, read_json, refuse_foreign, user_path, write_atomically, write_json
+from ..files import (BadFile, need_space, plain_terminal, read_json, refuse_foreign, user_path,
+                           write_atomically, write_json)
 from ..protocols import LABEL, Streams, map_cond
 
 # %% ../../nbs/51_sample_writer.ipynb #3020c42e

@@ -45,6 +45,12 @@ class Refused(ValueError):
 # %% ../../nbs/38_checkpoints.ipynb #4c602251
 _NOT_WEIGHTS = {b'version https://git-lfs': 'a Git LFS pointer', b'<!DOCTYPE': 'a web page', b'<html': 'a web page'}
 
+def _no_room(path, e):
+    "The error for a file whose reader ran out of memory"
+    try: bytearray(2*path.stat().st_size) # is there room for all that it can hold?
+    except MemoryError: return MemoryError(f"{path}: not enough memory to read it ({e})")
+    return _damaged(path, 'asks for more memory than its size can fill')
+
 def _read_file(path):
     "The contents of one file, tensors mapped from disk where possible"
     with open_file(path) as f: head = f.read(64)
@@ -59,10 +65,7 @@ def _read_file(path):
             with open_file(path) as f: return torch.load(f, map_location='cpu', weights_only=True)
         return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as e: raise _why_not(path, zipped, e) from e
-    except MemoryError as e:
-        try: bytearray(2*path.stat().st_size) # is there room for all that it can hold?
-        except MemoryError: raise MemoryError(f"{path}: not enough memory to read it ({e})") from e
-        raise _damaged(path, 'asks for more memory than its size can fill') from e
+    except MemoryError as e: raise _no_room(path, e) from e
     except Exception as e:
         raise _damaged(path, 'truncated or damaged download') from e # whatever the reader stumbles over
 
@@ -71,10 +74,7 @@ def _looks_like_safetensors(head): return head[8:9] == b'{' and 2 <= int.from_by
 def _read_safetensors(path):
     from safetensors.torch import load_file
     try: return load_file(path)
-    except MemoryError as e:
-        try: bytearray(2*path.stat().st_size) # is there room for all that it can hold?
-        except MemoryError: raise MemoryError(f"{path}: not enough memory to read it ({e})") from e
-        raise _damaged(path, 'asks for more memory than its size can fill') from e
+    except MemoryError as e: raise _no_room(path, e) from e
     except Exception as e: raise _damaged(path, f'truncated or damaged safetensors file [{e}]') from e
 
 def is_torchscript(path) -> bool:

@@ -6,9 +6,9 @@
 __all__ = ['VQ', 'CFG_SCALE', 'CONFIGS', 'TAGS', 'RENAMED', 'VQ_RENAMED', 'VQ_BACK', 'QUESTIONS', 'SPECS', 'SpecialIds',
            'JanusConfig', 'llama_config', 'Cache', 'Aligner', 'GenerationHead', 'JanusPolicy', 'generate',
            'format_prompt', 'special_ids', 'encode_prompts', 'PromptEncoder', 'is_official', 'to_transformers', 'Parts',
-           'split_parts', 'describe', 'transformers_config', 'merge_policy', 'silently_wrong', 'read_janus',
-           'build_janus', 'WordHash', 'text_tokenizer_file', 'load_prompt_encoder', 'load_text_head', 'answer_logps',
-           'understanding_change', 'Answers']
+           'split_parts', 'describe', 'transformers_config', 'merge_policy', 'tokenizer_names', 'silently_wrong',
+           'read_janus', 'build_janus', 'WordHash', 'text_tokenizer_file', 'load_prompt_encoder', 'load_text_head',
+           'answer_logps', 'understanding_change', 'Answers']
 
 # %% ../../nbs/39_janus.ipynb #02aa8318
 import json
@@ -28,7 +28,7 @@ from ..files import BadFile, read_json, user_path
 from .checkpoints import load_strict, read_state_dict
 from .llamagen import packed_weights
 from .tokenizers import VQConfig, VQModel
-from ..protocols import Streams, check_ids
+from ..protocols import Streams, check_ids, describe_value
 from ..specs import PAPERS, ModelSpec, Recipe
 from ..weights import import_transformers, locate
 
@@ -146,13 +146,6 @@ def forward(self:GenerationHead, x, # [..., dim]
     "State by state"
     return self.vision_head(nn.functional.gelu(self.proj_out(x)))
 
-# %% ../../nbs/39_janus.ipynb #771cd9e0
-def _what(x):
-    "A value in an error message"
-    if torch.is_tensor(x): return f'{str(x.dtype)[6:]} {list(x.shape)}'
-    if isinstance(x, (tuple, list)): return f"({', '.join(map(_what, x))})"
-    return type(x).__name__
-
 # %% ../../nbs/39_janus.ipynb #b4b43cea
 def _is_pair(cond):
     "Whether a condition is two matrices of whole numbers of one shape"
@@ -176,7 +169,6 @@ class JanusPolicy(nn.Module):
             nn.Embedding(cfg.vocab_size, cfg.code_dim), Aligner(cfg.code_dim, cfg.dim))
         self.generation_head = GenerationHead(cfg.dim, cfg.head_hidden or cfg.dim,
                                               cfg.vocab_size)
-    teacher_forcing = 'causal' # or 'released_code', see `released_states`
     teacher_forcing = 'causal' # or 'released_code', see `released_states`
 
 # %% ../../nbs/39_janus.ipynb #23d6fcb2
@@ -219,7 +211,7 @@ def check(self:JanusPolicy, cond, # what should be ids and mask
     if not _is_pair(cond):
         raise ValueError("cond: expected a pair of prompt ids [N, L] "
                          "and mask [N, L], got "
-                         f"{_what(cond)}; janus.encode_prompts makes one")
+                         f"{describe_value(cond)}; janus.encode_prompts makes one")
     ids, mask, c = cond[0], cond[1].bool(), self.cfg
     if ids.shape[1] + c.num_tokens - 1 > c.max_positions:
         raise ValueError(f"cond: prompts of {ids.shape[1]} tokens and "
@@ -583,13 +575,17 @@ def transformers_config(cfg:JanusConfig, # of the policy
                                                     tie_word_embeddings=False)
 
 # %% ../../nbs/39_janus.ipynb #8ec7ef2e
-def merge_policy(policy:JanusPolicy, # after training
+def merge_policy(ours:dict, # tensors after training, of a policy or of `tokenizer_names`
                  state:dict, # of the model it came from, either layout
                 ) -> dict: # transformers' layout, for `JanusForConditionalGeneration`
     "A whole model's state dict with the trained part replaced"
-    ours, full = policy.state_dict(), to_transformers(state) if is_official(state) else state
-    return {k: ours.get(k.removeprefix('model.'), v).to(v.dtype) for k,
-            v in full.items()}
+    full = to_transformers(state) if is_official(state) else state
+    return {k: ours.get(k.removeprefix('model.'), v).to(v.dtype)
+            for k, v in full.items()}
+
+def tokenizer_names(state:dict) -> dict:
+    "A tokenizer's tensors under the names that transformers has for them"
+    return {f'vqmodel.{_rename(k, VQ_RENAMED)}': v for k, v in state.items()}
 
 # %% ../../nbs/39_janus.ipynb #e781c136
 def silently_wrong(folder, # what someone would hand to transformers' `from_pretrained`

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import read_state_dict
-from .janus import is_official, merge_policy, to_transformers
+from .janus import is_official, merge_policy, to_transformers, tokenizer_names
 from ..protocols import System
 
 # %% ../../nbs/38_layouts.ipynb #9de2757d
@@ -62,13 +62,15 @@ def janus_file(system:System, part:str='policy',
             "the policy lacks; "
             "export a run that started from a file, not from random weights")
     state = base if isinstance(base, dict) else read_state_dict(base)
-    if layout == 'transformers': return whole(merge_policy(system.policy, state))
+    ours = getattr(system, part).state_dict()
+    if part == 'tokenizer': ours = tokenizer_names(ours)
+    if layout == 'transformers': return whole(merge_policy(ours, state))
     if not is_official(state):
         raise ValueError(
             f"layout='official': {base} has transformers' layout, which lacks parts "
             f"of the official "
             "vision tower; use layout='transformers'")
-    ours, out = system.policy.state_dict(), {}
+    out = {}
     for name, value in state.items():
         new = [n.removeprefix('model.') for n in to_transformers({name: value})]
         mine = ours.get(new[0]) if len(new) == 1 else None

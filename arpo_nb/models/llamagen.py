@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'GPTConfig', 'rope_table', 'rotate', 'RMSNorm', 'Attention', 'FeedForward', 'Block', 'ClassEmbedding',
-           'CaptionMLP', 'CaptionEmbedding', 'GPT', 'packed_weights', 'generate', 'gpt_config']
+           'CaptionMLP', 'CaptionEmbedding', 'GPT', 'key_dtype', 'packed_weights', 'generate', 'gpt_config']
 
 # %% ../../nbs/31_llamagen.ipynb #80c08dde
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..maths.sampling import guide, sample_token
-from ..protocols import Streams, check_ids
+from ..protocols import Streams, check_classes, check_ids, describe_value
 
 # %% ../../nbs/31_llamagen.ipynb #ad291a32
 @dataclass(frozen=True)
@@ -188,13 +188,6 @@ def forward(self:Block, x, # [B, n, dim]
     x = x + self.attention(self.attention_norm(x), rope, mask, cache, pos)
     return x + self.feed_forward(self.ffn_norm(x))
 
-# %% ../../nbs/31_llamagen.ipynb #7b62cdc0
-def _what(x):
-    "A value in an error message"
-    if torch.is_tensor(x): return f'{str(x.dtype)[6:]} {list(x.shape)}'
-    if isinstance(x, (tuple, list)): return f"({', '.join(map(_what, x))})"
-    return type(x).__name__
-
 # %% ../../nbs/31_llamagen.ipynb #2849367d
 class ClassEmbedding(nn.Module):
     "One prefix token per class id; id `num_classes` is the null class"
@@ -220,12 +213,9 @@ def null(self:ClassEmbedding, cond:Tensor, # [N] class ids
 def check(self:ClassEmbedding, cond, # what should be [N] class ids
          ):
     "Refuse what is not a batch of class ids"
-    if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
-        raise ValueError("cond: expected class ids, a [N] tensor of "
-                         f"integers, got {_what(cond)}")
-    check_ids('cond', cond, self.embedding_table.num_embeddings,
-               f"num_classes={self.num_classes}"
-               + (f", null class {self.num_classes}" if self.p else ''))
+    null = f", null class {self.num_classes}" if self.p else ''
+    check_classes(cond, self.embedding_table.num_embeddings,
+                  f"num_classes={self.num_classes}{null}")
 
 # %% ../../nbs/31_llamagen.ipynb #4626f53b
 @patch
@@ -281,7 +271,7 @@ def check(self:CaptionEmbedding, cond, # what should be features and mask
             or cond[1].shape != cond[0].shape[:2]):
         raise ValueError("cond: expected a pair of text features [N, "
                          f"{want[0]}, {want[1]}] "
-                         f"and mask [N, {want[0]}], got {_what(cond)}")
+                         f"and mask [N, {want[0]}], got {describe_value(cond)}")
     if tuple(cond[0].shape[1:]) != want:
         raise ValueError(f"cond: text features of shape {list(cond[0].shape)}, "
                          "expected "
@@ -424,16 +414,19 @@ def example_cond(self:GPT, n:int, # how many
             torch.ones(n, self.cfg.cond_len, dtype=torch.long))
 
 # %% ../../nbs/31_llamagen.ipynb #d8d911e6
+def key_dtype(p:Tensor): # of the parameters
+    "The precision that keys computed with them will have"
+    kind = p.device.type
+    half = kind != 'meta' and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if half else p.dtype
+
 @patch
 def new_cache(self:GPT, n:int, # sequences
               length:int, # tokens, prefix included
              ) -> list: # one [2, n, kv heads, length, d] for each block
     "Room for the keys and values of `n` sequences"
     kv, p = self.cfg.n_kv_head or self.cfg.n_head, self.tok_embeddings.weight
-    kind = p.device.type # in the precision that its keys will have
-    half = kind != 'meta' and torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if half else p.dtype
-    return [p.new_zeros(2, n, kv, length, self.cfg.head_dim, dtype=dtype)
+    return [p.new_zeros(2, n, kv, length, self.cfg.head_dim, dtype=key_dtype(p))
             for _ in self.layers]
 
 # %% ../../nbs/31_llamagen.ipynb #050561a1
@@ -479,7 +472,8 @@ def packed_weights(module:nn.Module, # its linear layers
 
 # %% ../../nbs/31_llamagen.ipynb #04b6a21d
 def _both(a, b):
-    return tuple(map(_both, a, b)) if isinstance(a, tuple) else torch.cat([a, b])
+    return (tuple(map(_both, a, b)) if isinstance(a, (tuple, list))
+            else torch.cat([a, b]))
 
 # %% ../../nbs/31_llamagen.ipynb #8ca7820f
 def _compiler(policy, compile):
@@ -498,8 +492,8 @@ def _check_batch(policy, cond, n):
     if policy.cfg.cond == 'class':
         check_ids('cond', cond, policy.cfg.num_classes,
                    "num_classes; the null class is for guidance alone")
-    if len(cond[0] if isinstance(cond, tuple) else cond) != n:
-        raise ValueError(f"streams: {n} random streams for {_what(cond)}, "
+    if len(cond[0] if isinstance(cond, (tuple, list)) else cond) != n:
+        raise ValueError(f"streams: {n} random streams for {describe_value(cond)}, "
                          "expected one per condition")
 
 # %% ../../nbs/31_llamagen.ipynb #5bae4f3c

@@ -23,9 +23,8 @@ from ..files import split_part
 from ..maths.sampling import filter_logits, guide, sample_token
 from ..maths.scalewise import block_causal_mask, scale_index, scale_sizes
 from .checkpoints import FILES, _read_file, _states, load_strict, locate, read_state_dict
-from .llamagen import _what
 from .multiscale_vq import MultiScaleConfig, MultiScaleQuantizer, MultiScaleVQ, check_patch_nums
-from ..protocols import Streams, check_ids
+from ..protocols import Streams, check_classes, check_ids, describe_value
 from ..specs import PAPERS, ModelSpec, split_args
 
 # %% ../../nbs/33_var.ipynb #0ca1d89f
@@ -316,12 +315,8 @@ def check_cond(self:VAR, cond, # what should be [N] class ids
               ):
     "Refuse what is not a batch of class ids"
     n = self.cfg.num_classes
-    if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
-        raise ValueError("cond: expected class ids, a [N] tensor of "
-                         f"integers, got {_what(cond)}")
-    check_ids('cond', cond, n + null,
-               f"num_classes={n}" + (f", null class {n}" if null
-                                     else "; the null class is for guidance alone"))
+    more = f', null class {n}' if null else '; the null class is for guidance alone'
+    check_classes(cond, n + null, f'num_classes={n}{more}')
 
 @patch
 def null_cond(self:VAR, cond:Tensor, # [N] class ids
@@ -458,7 +453,7 @@ def generate(policy:VAR, # whose tokens are drawn
     "Draw token maps free-running, a scale at a time"
     policy.check_cond(cond)
     if len(cond) != len(streams):
-        raise ValueError(f"streams: {len(streams)} random streams for {_what(cond)}, "
+        raise ValueError(f"streams: {len(streams)} random streams for {describe_value(cond)}, "
                          "expected one per condition")
     tokens, logps, u = ([], [], None if greedy
                         else streams.uniform(policy.num_tokens,
