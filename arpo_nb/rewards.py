@@ -172,8 +172,9 @@ def _check_scores(name, scores, allow_constant):
         raise ValueError(f"reward {name!r}: all {len(scores)} images "
                          "of this step score "
                          f"{scores[0].item():.6g}, so it teaches nothing. "
-                         "Check its weights and prompts; "
-                         "if that can honestly happen (a 0/1 reward), pass "
+                         "Check its weights and prompts; if that can honestly happen "
+                         "(a 0/1 reward), the reward says so by an attribute "
+                         "allow_constant = True, or its sum by "
                          f"allow_constant=({name!r},)")
 
 DROWNED = .95 # share of the say of one term, from which the others are drowned
@@ -214,6 +215,8 @@ class WeightedSum:
             raise ValueError("allow_constant: no reward named "
                              f"{', '.join(sorted(unknown))}; "
                              f"there is {', '.join(rewards)}")
+        self.allow_constant |= {k for k, (r, _) in rewards.items()
+                                if getattr(r, 'allow_constant', False) is True}
 
     @property
     def gather(self): return self._gather

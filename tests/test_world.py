@@ -67,6 +67,15 @@ def test_hidden_folders_shift_nothing_and_holes_are_said(tmp_path):
     assert data.labels.tolist() == [0] and '2 of 3 class folders' in text and '1 .tif' in text and '2 (empty)' in text and '1 pictures lie beside' in text
 
 
+def test_names_beside_numbers_shift_no_ids(tmp_path):
+    for name in '0', '10', '2': picture(tmp_path/name/'a.png')
+    (tmp_path/'lost+found').mkdir(); (tmp_path/'11').symlink_to(tmp_path/'nowhere'); picture(tmp_path/'2'/'b.jfif', format='JPEG'); picture(tmp_path/'0'/'bare', format='PNG')
+    data, text = said(lambda: folder_data(tmp_path, 8, 12))
+    assert data.labels.tolist() == [0, 10, 2, 2] and '1 links lead nowhere' in text and 'without an ending' in text
+    (tmp_path/'extra').mkdir()
+    with pytest.raises(ValueError, match='class folders extra; beside numbers'): class_ids(tmp_path, 4)
+
+
 # pictures
 
 def test_grey_of_16_bits_is_scaled(tmp_path):
@@ -185,6 +194,29 @@ def test_sidecars_and_tables(tmp_path):
     assert [r['text'] for r in TextImages(tmp_path/'side', 8, captions='turn', start=1 << 40, endless=False)][0] == 'two'
     picture(tmp_path/'t'/'sub'/'a.png'); (tmp_path/'t'/'metadata.csv').write_text('\ufefffile_name,text\r\nsub\\a.png,"a, b"\r\n', encoding='utf-8')
     assert [r['text'] for r in TextImages(tmp_path/'t', 8)] == ['a, b']
+
+
+def test_what_a_list_leaves_out_is_said(tmp_path):
+    for name in 'a.png', 'b.png': picture(tmp_path/name)
+    (tmp_path/'metadata.jsonl').write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}'); (tmp_path/'metadata.csv').touch()
+    got, text = said(lambda: [r['text'] for r in TextImages(tmp_path, 8)])
+    assert got == ['x', 'y'] and '1 of 2 pictures are not in it' in text and 'metadata.csv beside it is not' in text
+
+
+def test_content_decides_what_a_text_is(tmp_path):
+    for ending in 'txt', 'json', 'jsonl':
+        (tmp_path/f'a.{ending}').write_text('{"text": "a"}\n{"text": "b"}\n')
+        assert read_prompts(tmp_path/f'a.{ending}') == ['a', 'b']
+
+
+def test_a_bad_caption_in_a_shard_is_named(tmp_path):
+    import tarfile
+    png = picture(tmp_path/'a.png').read_bytes()
+    with tarfile.open(tmp_path/'x.tar', 'w') as tar:
+        for name, data in {'a.png': png, 'a.txt': b'M\xf6we', '../b.png': png, '../b.txt': b'up'}.items():
+            info = tarfile.TarInfo(name); info.size = len(data); tar.addfile(info, io.BytesIO(data))
+    got, text = said(lambda: [r['text'] for r in TextImages(tmp_path/'x.tar', 8)])
+    assert got == ['up'] and 'x.tar, a, line 1: not UTF-8' in text
 
 
 def test_emptied_prompts_are_counted():

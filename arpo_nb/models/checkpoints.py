@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'AVERAGED', 'WHOLE', 'MAX_WEIGHT', 'SHARDED', 'MODELS', 'OF_FILE', 'SPECS', 'Refused', 'is_torchscript',
-           'read_state_dict', 'check_values', 'check_index', 'read_parts', 'looks_like', 'load_strict', 'load_weights',
-           'llamagen_files', 'build_llamagen']
+           'read_state_dict', 'check_values', 'check_index', 'read_parts', 'looks_like', 'check_fit', 'load_strict',
+           'read_weights', 'load_weights', 'llamagen_files', 'build_llamagen']
 
 # %% ../../nbs/38_checkpoints.ipynb #6e8b2261
 import argparse, pickle, pickletools, re, warnings, zipfile
@@ -325,13 +325,8 @@ def looks_like(state:dict, # name → tensor
 
 def _some(names): return ', '.join(sorted(names)[:6]) + (f' and {len(names)-6} more' if len(names) > 6 else '')
 
-def load_strict(module:nn.Module, # filled in place
-                state:dict, # name → tensor
-                path, # where it came from, for the message
-                describe=looks_like, # puts a state dict into words
-                assign:bool=False, # take the tensors as they are, for a module without memory
-               ) -> nn.Module: # the same module
-    "Load a state dict whose names and shapes must all agree"
+def check_fit(module:nn.Module, state:dict, path, describe=looks_like): # see `load_strict`
+    "Raise unless all names, shapes and kinds of numbers agree"
     want = module.state_dict()
     kinds = {k: (state[k].is_floating_point(), want[k].is_floating_point()) for k in want.keys() & state.keys()}
     wrong = dict(missing=want.keys() - state.keys(), surplus=state.keys() - want.keys(),
@@ -341,8 +336,28 @@ def load_strict(module:nn.Module, # filled in place
     if any(wrong.values()):
         raise ValueError(f"{path} does not fit: it looks like {describe(state)}, but the model is {describe(want)}. "
                          + '; '.join(f'{len(v)} {k}: {_some(v)}' for k, v in wrong.items() if v))
+
+def load_strict(module:nn.Module, # filled in place
+                state:dict, # name → tensor
+                path, # where it came from, for the message
+                describe=looks_like, # puts a state dict into words
+                assign:bool=False, # take the tensors as they are, for a module without memory
+               ) -> nn.Module: # the same module
+    "Load a state dict whose names and shapes must all agree"
+    check_fit(module, state, path, describe)
     module.load_state_dict(state, assign=assign)
     return module
+
+def read_weights(module:nn.Module, # left as it is, perhaps one without memory
+                 path, # see `read_state_dict`
+                 ema:bool=False, # take the averaged weights
+                 key:str|None=None, # see `read_state_dict`
+                ) -> dict: # name → tensor
+    "The weights in a checkpoint, if they fit a module"
+    state = read_state_dict(path, ema, key, module.state_dict().keys())
+    state.pop('freqs_cis', None)
+    check_fit(module, state, path)
+    return state
 
 def load_weights(module:nn.Module, # filled in place
                  path, # see `read_state_dict`
@@ -350,9 +365,8 @@ def load_weights(module:nn.Module, # filled in place
                  key:str|None=None, # see `read_state_dict`
                 ) -> nn.Module: # the same module
     "Load a checkpoint strictly"
-    state = read_state_dict(path, ema, key, module.state_dict().keys())
-    state.pop('freqs_cis', None)
-    return load_strict(module, state, path)
+    module.load_state_dict(read_weights(module, path, ema, key))
+    return module
 
 # %% ../../nbs/38_checkpoints.ipynb #e58a4f6b
 MODELS = dict(llamagen_b=('B', 256, False), llamagen_l=('L', 256, False),
@@ -409,16 +423,15 @@ def build_llamagen(model:str, # key of `MODELS`, or of `OF_FILE` for the shape t
              for n, w in wanted]
     makes = ((lambda: GPT(gpt_config(size, side, text=text, **own))),
              (lambda: VQModel(VQConfig(**dict(image_size=side) | vq))))
-    for make, path in zip(makes, paths):
-        if path is not None:
-            with torch.device('meta'), warnings.catch_warnings():
-                warnings.simplefilter('ignore') # weights read into shapes are lost
-                # a wrong file is known before memory is filled
-                load_weights(make(), path)
-    parts = [make() for make in makes]
+    with torch.device('meta'): shapes = [make() for make in makes]
+    # a wrong file is known before memory is filled
+    states = [None if path is None else read_weights(m, path)
+              for m, path in zip(shapes, paths)]
+    parts = [make().eval() for make in makes]
     if random: nn.init.normal_(parts[0].output.weight, std=.02)
-    return tuple(m.eval() if path is None else load_weights(m, path).eval()
-                 for m, path in zip(parts, paths))
+    for m, state in zip(parts, states):
+        if state is not None: m.load_state_dict(state)
+    return tuple(parts)
 
 def _check_published_name(weights, model, side):
     "Files of two resolutions have the same tensors; only their names tell them apart"

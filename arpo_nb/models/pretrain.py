@@ -17,6 +17,7 @@ from .multiscale_vq import MultiScaleConfig, MultiScaleVQ
 from .tokenizers import VQConfig, VQModel
 from .toy import ToyNet, to_pixels
 from .var import VAR, VARConfig
+from ..rewards import reconstruction_loss
 
 # %% ../../nbs/36_pretrain.ipynb #96da1ac1
 def fit(model, # nn.Module to train, left in eval mode
@@ -67,10 +68,8 @@ def train_classifier(images:Tensor, # [N, 28, 28] uint8
 FAST = torch.channels_last # convolutions of few channels run faster so, on a CPU too
 
 def _pixel_loss(recon, x, perceptual, coef):
-    "Squared error on [-1, 1], and of the features"
-    with torch.no_grad(): real = perceptual.features(x)
-    return 4*(recon - x).pow(2).mean() + coef*sum(
-        (a - b).pow(2).sum(1).mean() for a, b in zip(perceptual.features(recon), real))
+    "`reconstruction_loss` of a batch [B, 3, H, W]"
+    return reconstruction_loss(recon[:, None], x, perceptual, 1., coef).mean()
 
 def train_tokenizer(images:Tensor, # [N, 28, 28] uint8
                     cfg:VQConfig,

@@ -71,8 +71,9 @@ def to_pixels(images:Tensor, # [N, 28, 28] uint8
 class ToyNet(nn.Module):
     ("A small convolutional classifier: feature maps for perceptual distance, pooled "
      "features and logits for metrics")
-    def __init__(self, widths:tuple,
+    def __init__(self,
                  # channels at 32², 16² and 8² pixels; the last is the feature length D
+                 widths:tuple,
                  num_classes:int=10):
         super().__init__()
         conv = lambda a, b, stride: nn.Sequential(
