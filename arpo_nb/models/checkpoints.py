@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..files import BadFile, inside, open_file, read_json, split_part
+from ..files import RATIO, ROOM, BadFile, inside, open_file, read_json, reading, split_part
 from .llamagen import GPT, SIZES, GPTConfig, gpt_config
 from .tokenizers import VQConfig, VQModel
 from ..specs import PAPERS, ModelSpec, Recipe, split_args
@@ -43,7 +43,8 @@ class Refused(ValueError):
         self.name, self.why = name, why # the object's type, and what the reader said
 
 # %% ../../nbs/38_checkpoints.ipynb #4c602251
-_NOT_WEIGHTS = {b'version https://git-lfs': 'a Git LFS pointer', b'<!DOCTYPE': 'a web page', b'<html': 'a web page'}
+_NOT_WEIGHTS = {b'version https://git-lfs': 'a Git LFS pointer', b'<!doctype': 'a web page', b'<html': 'a web page',
+                b'\x1f\x8b': 'a gzip archive, to be unpacked first', b'gguf': 'a GGUF file of another program'}
 
 def _no_room(path, e):
     "The error for a file whose reader ran out of memory"
@@ -54,7 +55,7 @@ def _no_room(path, e):
 def _read_file(path):
     "The contents of one file, tensors mapped from disk where possible"
     with open_file(path) as f: head = f.read(64)
-    if what := next((w for mark, w in _NOT_WEIGHTS.items() if head.startswith(mark)), None):
+    if what := next((w for mark, w in _NOT_WEIGHTS.items() if head.lower().startswith(mark)), None):
         raise _damaged(path, f'this is {what}, not a checkpoint')
     zipped = head.startswith(b'PK')
     if not zipped and (_looks_like_safetensors(head) or path.suffix == '.safetensors'): return _read_safetensors(path)
@@ -235,7 +236,8 @@ def _shards_of(path): # tensor name → path
     if not all(isinstance(n, str) for n in where.values()):
         raise _damaged(path, "not an index of shards: its weight_map names something that is no file")
     files = {name: inside(path.parent, name, path, f'tensor {k!r}') for k, name in where.items()}
-    if lost := [n for n, p in files.items() if not p.is_file()]:
+    with reading(path, expected='names of files beside it'): lost = [n for n, p in files.items() if not p.is_file()]
+    if lost:
         raise FileNotFoundError(f"{path}: {len(lost)} of {len(files)} shards are missing ({', '.join(lost[:4])}); "
                                 f"copy them into {path.parent}")
     return {k: files[name] for k, name in where.items()}
@@ -249,10 +251,14 @@ def check_values(state:dict, # name → tensor
     for k, v in state.items():
         if v.is_complex() or v.layout != torch.strided or v.is_quantized:
             raise BadFile(path, f"{v.dtype} numbers ({v.layout}), expected real ones", f'tensor {k}')
-        if not v.is_floating_point() or v.is_meta or not v.numel(): continue
+        if v.is_meta: raise BadFile(path, "holds no numbers, only a shape (of device meta); save it again", f'tensor {k}')
+        need, have = v.numel()*v.element_size(), v.untyped_storage().nbytes()
+        if need > RATIO*have + ROOM:
+            raise BadFile(path, f"promises {need:,} bytes of numbers and holds {have:,}; save it again", f'tensor {k}')
+        if not v.is_floating_point() or not v.numel(): continue
         low, high = (x.item() for x in torch.aminmax(v if v.element_size() > 1 else v.float()))
         if -MAX_WEIGHT <= low <= high <= MAX_WEIGHT: continue
-        if high <= 0 and bool(((v == 0) | (v == -torch.inf)).all()): continue # a mask
+        if 'mask' in k and high <= 0 and bool(((v == 0) | (v == -torch.inf)).all()): continue
         what = 'NaN' if low != low or high != high else f'numbers from {low:.3g} to {high:.3g}'
         raise BadFile(path, f"holds {what}, which no trained network has; the run that wrote it broke down, or the "
                             "file is damaged. Take an earlier one, or download it again", f'tensor {k}')
