@@ -61,6 +61,9 @@ class Config:
     seed: int = 0 # with a step's number, the source of all its random numbers
     num_processes: int = 1 # that share every batch, one GPU each
     mixed_precision: str = 'no' # 'no' or 'bf16'
+    # tokens are drawn by halves of the codes, so that rounding, and with it the number
+    # of processes, seldom changes one; slower, and other samples from the same seed
+    steady_draws: bool = False
 
     # --- Sizes
     steps: int = 100 # rollouts
@@ -513,6 +516,7 @@ def _unread_loss(cfg):
 # %% ../nbs/02_config.ipynb #3e3f9a58
 def _unread_samples(cfg):
     "(names, why) of what sampling and rewards do not read"
+    if cfg.method in ('mle', 'ste'): yield ('steady_draws',), f'method {cfg.method!r} draws no tokens'
     if cfg.method not in FREE:
         yield (('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg',
                 'sampler', 'vllm_importance_sampling_correction', 'compile'),
