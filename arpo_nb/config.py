@@ -60,6 +60,9 @@ class Config:
     seed: int = 0 # with a step's number, the source of all its random numbers
     num_processes: int = 1 # that share every batch, one GPU each
     mixed_precision: str = 'no' # 'no' or 'bf16'
+    # tokens are drawn by halves of the codes, so that rounding, and with it the number
+    # of processes, seldom changes one; slower, and other samples from the same seed
+    steady_draws: bool = False
 
     # --- Sizes
     steps: int = 100 # rollouts
@@ -473,6 +476,8 @@ def in_vain(cfg:Config) -> list:
     else:
         out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no policy gradient'
                 for k in changed('top_entropy_quantile', 'loss_type')]
+    if cfg.method in ('mle', 'ste'):
+        out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} draws no tokens' for k in changed('steady_draws')]
     if cfg.method not in FREE:
         out += [f'{k}={getattr(cfg, k)!r}: method {cfg.method!r} has no free-running samples'
                 for k in changed('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg',
