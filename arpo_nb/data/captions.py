@@ -278,7 +278,8 @@ def _tar_members(path, number):
         i, key, fields = None, None, {}
         for m in tar:
             folder, slash, name = m.name.rpartition('/')
-            if not m.isfile() or any(is_hidden(part) for part in m.name.split('/') if part not in ('', '.', '..')): continue
+            hidden = any(is_hidden(part) for part in m.name.split('/') if part not in ('', '.', '..'))
+            if hidden or not m.isfile(): continue
             stem, _, ext = name.partition('.')
             if folder + slash + stem != key:
                 if i is not None: yield i, key, fields

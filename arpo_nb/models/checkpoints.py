@@ -251,7 +251,8 @@ def check_values(state:dict, # name → tensor
     for k, v in state.items():
         if v.is_complex() or v.layout != torch.strided or v.is_quantized:
             raise BadFile(path, f"{v.dtype} numbers ({v.layout}), expected real ones", f'tensor {k}')
-        if v.is_meta: raise BadFile(path, "holds no numbers, only a shape (of device meta); save it again", f'tensor {k}')
+        if v.is_meta:
+            raise BadFile(path, "holds no numbers, only a shape (of device meta); save it again", f'tensor {k}')
         need, have = v.numel()*v.element_size(), v.untyped_storage().nbytes()
         if need > RATIO*have + ROOM:
             raise BadFile(path, f"promises {need:,} bytes of numbers and holds {have:,}; save it again", f'tensor {k}')
