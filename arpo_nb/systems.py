@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from .adapters import merge_adapter, unstack
 from .config import FREE, Config, from_json, parse_rewards, uses_perceptual
 from .data.captions import DiskFeatures, NamedClasses, PromptData, T5Features, TextData
 from .data.images import ArrayData, LabelData, folder_data, hub_data, imagenet_ids, is_hub_folder
@@ -33,7 +34,7 @@ from .scores.features import TRUNKS, LPIPSFeatures
 from .files import read_json, split_part, user_path
 from .scores.reward_factory import CLIP_OF, REWARDS, make_rewards, needed_files, read_rewards
 from .specs import ModelSpec, families, find_model, is_dotted, known_models, names_object, read_args, resolve
-from .weights import FILES, _hub, human_size, import_torchvision, in_folder, local_files
+from .weights import FILES, _hub, human_size, import_torchvision, in_folder, is_repo, local_files
 
 # %% ../nbs/37_models.ipynb #fc56b059
 def model_table(models=None, # names; None for all that are known
@@ -64,6 +65,7 @@ def load_system(model, # name, dotted path, or `ModelSpec`
                ) -> System: # in eval mode
     "Build a system and load its weights"
     spec, args = find_model(model), read_args(model_args)
+    weights, adapters = unstack(weights)
     own = own_files(spec, weights, tokenizer_weights, files)
     torch.manual_seed(seed)
     given = own.get('text') or own['policy']
@@ -74,6 +76,7 @@ def load_system(model, # name, dotted path, or `ModelSpec`
     if encode:
         system.encode_prompts, system.answers = encode, spec.answers and resolve(spec.answers)(own['policy'], encode)
     system.name, system.spec = model if isinstance(model, str) else spec.name, spec
+    for folder in adapters: merge_adapter(system.policy, folder)
     for m in system.modules(): m.eval()
     return system
 
@@ -87,8 +90,9 @@ def system_of(cfg:Config, # its model, files and seed
 # %% ../nbs/37_models.ipynb #cf9709fc
 def own_files(spec:ModelSpec, weights:str='default', tokenizer_weights:str='default', files:str='',
              ) -> dict: # policy and tokenizer: None, 'random' or a path; text and others: path; by keys of `spec.files`
-    "Which files of your own a model is made of"
+    "Which files of your own a model is made of; below an adapter, those it was trained on"
     local = local_files(files)
+    if not is_repo(weights): weights = unstack(weights)[0]
     given = {k: None if w == 'default' else w for k, w in dict(policy=weights, tokenizer=tokenizer_weights).items()}
     own = {k: local[n] for k, n in spec.files.items() if n in local} if weights != 'random' else {}
     folder = user_path(weights, 'weights') if given['policy'] and weights != 'random' else None

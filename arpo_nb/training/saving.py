@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_FIELDS', 'SNAPSHOTS', 'tensors_in', 'not_finite', 'check_weights', 'plain_value', 'check_state', 'file_hash',
-           'write_manifest', 'Damaged', 'check_parts', 'read_run', 'save_networks', 'save_checkpoint',
-           'checkpoint_bytes', 'check_checkpoint', 'find_checkpoint', 'settle', 'load_checkpoint', 'keep_snapshot',
-           'snapshots', 'begin_at']
+           'write_manifest', 'Damaged', 'check_parts', 'read_run', 'save_networks', 'adapter_at', 'load_network',
+           'save_checkpoint', 'checkpoint_bytes', 'check_checkpoint', 'find_checkpoint', 'settle', 'load_checkpoint',
+           'keep_snapshot', 'snapshots', 'begin_at']
 
 # %% ../../nbs/48_saving.ipynb #7c66be64
 import hashlib
@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from ..adapters import SETTINGS, is_adapted, load_adapter, save_adapter
 from .sharding import SHARDED, is_sharded, load_parts, save_parts
 from .run_folder import CHECKPOINTS, MARK, check_room, disk_of, in_words, is_ours, sync, write_whole
 
@@ -153,9 +154,25 @@ def read_run(folder:Path, device='cpu') -> dict:
 # %% ../../nbs/48_saving.ipynb #b1f00d02
 def save_networks(networks:dict, # name: module
                   folder:Path):
-    "Write networks as NAME.safetensors, tensors under their own names"
+    "Write networks as NAME.safetensors, tensors under their own names; of adapters peft's files"
     for name, module in networks.items():
-        save_model(module, str(folder/f'{name}.safetensors'))
+        if is_adapted(module): save_adapter(module, adapter_at(folder, name))
+        else: save_model(module, str(folder/f'{name}.safetensors'))
+
+def adapter_at(folder:Path, name:str) -> Path:
+    "The folder of a network's adapter: the checkpoint's own is the policy's"
+    return folder if name in ('policy', 'model') else folder/name
+
+def load_network(module:nn.Module, # filled in place
+                 folder:Path, name:str): # see `save_networks`
+    "Read what `save_networks` wrote"
+    has, there = is_adapted(module), (adapter_at(folder, name)/SETTINGS).exists()
+    if has and there: return load_adapter(module, adapter_at(folder, name))
+    if has != there:
+        kind = 'an adapter' if there else 'whole weights'
+        raise Damaged(f"{folder}: has {kind}, and this run trains {'an adapter' if has else 'whole weights'}; start "
+                      "from it by weights=FOLDER in the place of a checkpoint")
+    return load_model(module, str(folder/f'{name}.safetensors'))
 
 # %% ../../nbs/48_saving.ipynb #d90a3fd1
 def save_checkpoint(acc:Accelerator, out:Path,
@@ -190,6 +207,13 @@ def save_checkpoint(acc:Accelerator, out:Path,
         if acc.is_main_process: _remove(new) # makes room
         raise said from e
     acc.wait_for_everyone()
+
+def _has(folder, name):
+    return (folder/f'{name}.safetensors').exists() or (adapter_at(folder, name)/SETTINGS).exists()
+
+def _same_kind(model, folder):
+    "Raise where an adapter lies and whole weights are trained, or the other way round"
+    if is_adapted(model) != (folder/SETTINGS).exists() and _has(folder, 'policy'): load_network(model, folder, 'policy')
 
 def checkpoint_bytes(out:Path) -> int:
     "Size of the largest checkpoint in a folder, finished or not"
@@ -290,11 +314,13 @@ def load_checkpoint(acc:Accelerator, folder:Path,
     try:
         parts = (trained is not None
                  and (is_sharded(trained[0]) or (folder/SHARDED).exists()))
+        if trained is not None and not parts: _same_kind(trained[0], folder)
         if parts: load_parts(acc, folder, *trained, ref_policy)
         else: acc.load_state(str(folder))
         if ref_policy is not None and not parts:
             load_model(ref_policy, str(folder/'reference.safetensors'))
-        if average is not None: load_model(average, str(folder/'ema.safetensors'))
+        if average is not None: load_network(average, folder, 'ema')
+    except Damaged: raise
     except Exception as e:
         raise Damaged(f"{folder}: can't be loaded ({_first(e)}); it is damaged, "
                       "or of another model. Bring the right "
@@ -354,19 +380,19 @@ def begin_at(
             f"RUN/checkpoint, RUN/{SNAPSHOTS}/STEP or RUN")
     if (folder/'optimizer.bin').exists() or (folder/SHARDED).is_dir():
         average = kwargs.pop('average', None)
-        kept = (folder/'ema.safetensors').exists()
+        kept = _has(folder, 'ema')
         run = load_checkpoint(acc, folder, average=average if kept else None, **kwargs)
         if average is not None and not kept:
             average.load_state_dict(next(iter(networks.values())).state_dict())
         return run
     for name, module in networks.items():
-        file = folder/f'{name}.safetensors'
         # without an average, it begins at the weights
-        if not file.exists(): file = folder/f'{next(iter(networks))}.safetensors'
-        try: load_model(module, str(file))
+        there = name if _has(folder, name) else next(iter(networks))
+        try: load_network(module, folder, there)
+        except Damaged: raise
         except Exception as e:
             raise Damaged(
-                f"{file}: can't be loaded ({_first(e)}); it is of another model"
+                f"{folder}: {there} can't be loaded ({_first(e)}); it is of another model"
             ) from e
     # a moving reference begins at the weights, as an average does
     if kwargs.get('ref_policy') is not None:
