@@ -12,7 +12,6 @@ __all__ = ['STARTED', 'model_table', 'load_system', 'system_of', 'own_files', 'n
 # %% ../nbs/37_models.ipynb #de9ccbda
 import argparse
 import json
-import shutil
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -31,7 +30,7 @@ from .own_rewards import find_reward
 from .protocols import MetricNet, System
 from .rewards import WeightedSum, check_images
 from .scores.features import TRUNKS, LPIPSFeatures
-from .files import read_json, split_part, user_path
+from .files import need_space, read_json, split_part, user_path
 from .scores.reward_factory import CLIP_OF, REWARDS, make_rewards, needed_files, read_rewards
 from .specs import ModelSpec, families, find_model, is_dotted, known_models, names_object, read_args, resolve
 from .weights import FILES, _hub, human_size, import_torchvision, in_folder, is_repo, local_files
@@ -385,10 +384,7 @@ def check_hub_model(argument:str, repo:str):
             "name and the network, or download it elsewhere and pass its folder") from e
     cache = Path(hub.constants.HF_HUB_CACHE)
     size = sum(f.size or 0 for f in files if f.rfilename.endswith('.safetensors'))
-    free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
-    if free < 1.02*size:
-        raise OSError(f"{argument}={repo!r} needs {size/1e9:.2f} GB on the disk of "
-                      f"{hub.constants.HF_HUB_CACHE}, which has {free/1e9:.2f} GB free")
+    need_space(cache, int(1.02*size), f'{argument}={repo!r}', 'set HF_HOME to a folder on another disk')
 
 def prompt_encoder(system:System,
                    # T5 encoder of a text-conditional LlamaGen: hub name or folder

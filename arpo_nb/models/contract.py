@@ -25,7 +25,9 @@ def check_policy(policy, # `Policy`, in eval mode
     "Raise if a policy breaks a rule of the protocol"
     n, t, v = (len(cond[0] if isinstance(cond, (tuple, list)) else cond),
                policy.num_tokens, policy.vocab_size)
+    one = cond[0] if isinstance(cond, (tuple, list)) else cond
     context = torch.randint(v, (n, t), generator=torch.Generator().manual_seed(seed))
+    context = context.to(one.device) # where the conditions are, drawn the same everywhere
     scores = lambda x: policy.head(policy.hidden(x, cond))
     logits = scores(context)
     _must(logits.shape == (n, t, v) and logits.dtype == torch.float32,

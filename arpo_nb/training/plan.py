@@ -8,7 +8,7 @@ __all__ = ['BLOCK', 'DECODER', 'PEAKS', 'SOURCES', 'CURES', 'HELD', 'Plan', 'dis
            'check_sampling']
 
 # %% ../../nbs/43_plan.ipynb #2c01a9b3
-import os, shutil, warnings
+import os, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..adapters import adapt, is_adapted
 from ..config import FREE, SAMPLING, Config, contexts, trained_part, uses_perceptual
+from ..files import need_space
 from ..protocols import map_cond
 from ..specs import find_model
 from ..systems import check_data, check_rewards, model_files, reward_files, shapes_of
@@ -238,13 +239,7 @@ def check_disk(files:list): # of `plan_file`
         if not size: continue
         root = (url_cache() if source == 'url'
                 else Path(_hub().constants.HF_HUB_CACHE)).absolute()
-        free = shutil.disk_usage(next(p for p in (root, *root.parents)
-                                      if p.exists())).free
-        if free < 1.02*size:
-            raise OSError(f"{size/1e9:.2f} GB are to be downloaded to "
-                          f"{root}, which has "
-                          f"{free/1e9:.2f} GB free; free some, or set {variable} "
-                          "to a folder on another disk")
+        need_space(root, int(1.02*size), 'what is to be downloaded', f'set {variable} to a folder on another disk')
 
 def describe(plan:Plan, cfg:Config) -> str:
     "The plan in words, for a terminal or a notebook"

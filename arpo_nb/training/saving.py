@@ -25,7 +25,8 @@ from torch import nn
 
 from ..adapters import SETTINGS, is_adapted, load_adapter, save_adapter
 from .sharding import SHARDED, is_sharded, load_parts, save_parts
-from .run_folder import CHECKPOINTS, MARK, check_room, disk_of, in_words, is_ours, sync, write_whole
+from ..files import disk_of, in_words, need_space, sync, write_text
+from .run_folder import CHECKPOINTS, MARK, OTHER, is_ours
 
 # %% ../../nbs/48_saving.ipynb #216a404c
 def tensors_in(x, name:str='') -> list: # pairs of a name and a tensor or number
@@ -39,8 +40,14 @@ def tensors_in(x, name:str='') -> list: # pairs of a name and a tensor or number
 
 def not_finite(x, name:str='') -> str|None: # the first bad one
     "Where a nested value has a NaN or an infinity"
-    bad = lambda v: not torch.as_tensor(v).isfinite().all()
-    return next((n for n, v in tensors_in(x, name) if bad(v)), None)
+    found = tensors_in(x, name)
+    if not found: return None
+    # one question to each device, not one for each tensor
+    seen = [torch.as_tensor(v).isfinite().all() for _, v in found]
+    homes = {s.device for s in seen}
+    on = {d: torch.stack([s for s in seen if s.device == d]).tolist() for d in homes}
+    answers = {d: iter(v) for d, v in on.items()}
+    return next((n for (n, _), s in zip(found, seen) if not next(answers[s.device])), None)
 
 def check_weights(model:nn.Module, step:int):
     "Raise if a trained network is not finite"
@@ -94,7 +101,7 @@ def write_manifest(folder:Path, step:int, config:str):
     for p in parts: sync(p)
     listed = {str(p.relative_to(folder)): dict(bytes=p.stat().st_size,
                                                sha256=file_hash(p)) for p in parts}
-    write_whole(folder/'manifest.json',
+    write_text(folder/'manifest.json',
                 json.dumps(dict(format=MARK, step=step, config=config, files=listed),
                            indent=1))
 
@@ -224,9 +231,9 @@ def checkpoint_bytes(out:Path) -> int:
 # %% ../../nbs/48_saving.ipynb #753674e4
 def _start(new, run, config, need):
     _remove(new)
-    check_room(new.parent, need or checkpoint_bytes(new.parent), 'the next checkpoint')
+    need_space(new.parent, need or checkpoint_bytes(new.parent), 'the next checkpoint', OTHER)
     new.mkdir()
-    write_whole(new/'manifest.json',
+    write_text(new/'manifest.json',
                 json.dumps(dict(format=MARK, step=run['step'], config=config,
                                 files={})))
 
@@ -248,14 +255,15 @@ def _remove(folder):
     shutil.rmtree(folder)
 
 # %% ../../nbs/48_saving.ipynb #5705aded
-def check_checkpoint(folder:Path, verify:bool=True, config:str=''):
+def check_checkpoint(folder:Path, verify:bool=True, config:str|tuple=''):
     "Raise `Damaged` unless a checkpoint can be continued from"
     manifest = check_parts(folder, verify)
     run = read_run(folder)
     if manifest and manifest.get('step') != run['step']:
         raise Damaged(f"{folder}: the manifest says step {manifest.get('step')}, "
                       f"run.pt {run['step']}")
-    if config and manifest.get('config') and manifest['config'] != config:
+    names = (config,) if isinstance(config, str) else config
+    if config and manifest.get('config') and manifest['config'] not in names:
         raise Damaged(f"{folder}: belongs to another configuration "
                       "than config.json beside it")
     for part in folder.glob('*.safetensors'): # an older version's have no manifest
@@ -270,7 +278,7 @@ def check_checkpoint(folder:Path, verify:bool=True, config:str=''):
 
 def find_checkpoint(out:str|Path,
                     verify:bool=False, # compare contents with the manifest's hashes
-                    config:str='', # name of the configuration it must have
+                    config:str|tuple='', # name of the configuration it must have, or several
                    ) -> Path|None: # None if there is none at all
     "The newest whole checkpoint of a run's folder"
     out, wrong = Path(out).expanduser(), []
@@ -344,7 +352,7 @@ def keep_snapshot(out:Path, run:dict, # see `save_checkpoint`, with a list of po
     for old in (new, folder): _remove(old) # of a life that was killed
     new.mkdir(parents=True)
     try:
-        write_whole(new/'manifest.json', json.dumps(dict(
+        write_text(new/'manifest.json', json.dumps(dict(
             format=MARK, step=run['step'], config=config, files={})))
         save_networks(networks, new)
         torch.save(plain_value(run), new/'run.pt')

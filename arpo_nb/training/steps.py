@@ -17,6 +17,7 @@ from typing import Any, Callable
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import FREE, OPTIMS, Config, contexts, uses_perceptual
 from ..evaluation.sample_writer import speed_options
@@ -324,7 +325,9 @@ def update(acc:Accelerator, objective, opt,
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}")
         seen.append(stats)
-        opt.step(); opt.zero_grad()
+        opt.step()
+        # between processes gradients stay where they are sent from
+        opt.zero_grad(set_to_none=not isinstance(objective, DistributedDataParallel))
     first = {f'{k}_first': v for k, v in seen[0].items()
              if k.endswith('ratio_deviation')}
     return {k: sum(s[k] for s in seen)/len(seen) for k in seen[0]} | first

@@ -21,19 +21,20 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..adapters import BasePolicy, adapt, adapter_dropout, check_reached, is_adapted
 from ..config import FREE, SAMPLING, Config, in_vain, parse_rewards, to_json, trained_part
 from ..data.images import batches
+from ..files import need_space, write_text
 from ..maths.entropy import normalized_entropy
 from ..own_rewards import reward_name
 from ..protocols import System
 from .engines import load_sampler
 from .objectives import OBJECTIVES, bonus_weight, entropy_target
 from .rollout import Clock
-from .run_folder import MetricsLog, RunLock, check_room, claim_folder, run_hash, write_whole
+from .run_folder import OTHER, MetricsLog, RunLock, claim_folder, run_hash, run_names
 from .saving import (begin_at, check_state, check_weights,
                                      find_checkpoint, keep_snapshot,
                                      load_checkpoint, save_checkpoint, settle)
@@ -92,7 +93,9 @@ def accelerator(cfg:Config) -> Accelerator:
     ) # without a GPU accelerate must be told to look for the others
     AcceleratorState._reset_state(
     ) # an earlier run in this kernel may have had another precision
-    acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpus)
+    # gradients lie where they are sent from, not there and beside it
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpus, kwargs_handlers=[views])
     if acc.num_processes == cfg.num_processes: return acc
     raise ValueError(
         f"num_processes={cfg.num_processes}: {acc.num_processes} processes were "
@@ -290,7 +293,7 @@ def _train(acc, system, data, cfg, out, reward, progress, stop, diary, callbacks
     roll_out = RollOut(system, cfg, reward, ref_policy, here, sampler)
 
     found = on_first(acc,
-                     lambda: settle(out, find_checkpoint(out, True, run_hash(cfg))))
+                     lambda: settle(out, find_checkpoint(out, True, run_names(cfg))))
     run = dict(step=0, reward_state=None, entropy=None, position=0)
     if found:
         all_see(acc, found/'run.pt')
@@ -306,14 +309,19 @@ def _train(acc, system, data, cfg, out, reward, progress, stop, diary, callbacks
             raise ValueError(
                 f"steps={cfg.steps}: resume_from_checkpoint={cfg.resume_from_checkpoint!r} is at step "
                 f"{run['step']} already; use more steps")
-    if acc.is_main_process: write_whole(out/'config.json', to_json(cfg))
+    if run['step'] < cfg.schedule_start:
+        raise ValueError(
+            f"schedule_start={cfg.schedule_start}: the run is at step {run['step']}; "
+            f"let it come to its end first, with steps={cfg.schedule_start}, "
+            "schedule_start as before")
+    if acc.is_main_process: write_text(out/'config.json', to_json(cfg))
     start = run['step']
     need = state_bytes(raw, moving, networks)
     # the last checkpoint stays until the next is whole
     on_first(
         acc,
-        lambda: check_room(out, need
-                           if found else 2*need, 'this run, for its checkpoints,'))
+        lambda: need_space(out, need if found else 2*need,
+                           'this run, for its checkpoints,', OTHER))
     log = MetricsLog(out/'metrics.jsonl', start, acc.is_main_process)
     save = partial(save_checkpoint, acc, out, ref_policy=moving,
                    trained=(raw.model, opt), config=run_hash(cfg), need=need,
