@@ -229,7 +229,7 @@ def _base(folder):
     raise BadFile(folder/SETTINGS, f"trained on {base!r}, which is not here; write where it is into "
                                    "base_model_name_or_path")
 
-# %% ../nbs/09_adapters.ipynb #6abe74d6
+# %% ../nbs/09_adapters.ipynb #c9655e74
 def adapt(policy:nn.Module, cfg) -> nn.Module: # the same
     "The adapters that a `Config` asks for, beside what is there"
     if not is_adapted(policy):
@@ -255,8 +255,8 @@ def adapter_dropout(policy:nn.Module):
 def check_reached(policy:nn.Module, opt):
     "Raise if an adapter has had no gradient"
     if not is_adapted(policy): return
-    known = getattr(opt, 'optimizer', opt).state
-    lost = [n for n, p in policy.named_parameters() if p.requires_grad and p not in known]
+    known = getattr(opt, 'optimizer', opt).state # made for what has a gradient, by optimisers that have one
+    lost = known and [n for n, p in policy.named_parameters() if p.requires_grad and p not in known]
     if not lost: return
     raise ValueError(f"lora_target: {len(lost)} adapters have no gradient, the first is {lost[0]}; the model reads the "
                      "weight of that layer past the layer. Name others, or call the layer")
