@@ -129,7 +129,7 @@ def set_aside(*what): # systems, networks, rewards, or None
     homes = [(n, p.device) for n in nets if (p := next(n.parameters(), None)) is not None and p.device.type != 'cpu']
     for n, _ in homes: n.to('cpu')
     if homes:
-        print(f'{len(homes)} networks of this process wait on the CPU')
+        print(f'waiting on the CPU: {len(homes)} networks of this process')
         torch.cuda.empty_cache()
     try: yield
     finally:
