@@ -184,8 +184,9 @@ def _check_scores(name, scores, allow_constant):
         raise ValueError(f"reward {name!r}: all {len(scores)} images "
                          "of this step score "
                          f"{scores[0].item():.6g}, so it teaches nothing. "
-                         "Check its weights and prompts; "
-                         "if that can honestly happen (a 0/1 reward), pass "
+                         "Check its weights and prompts; if that can honestly happen "
+                         "(a 0/1 reward), the reward says so by an attribute "
+                         "allow_constant = True, or its sum by "
                          f"allow_constant=({name!r},)")
 
 # %% ../nbs/20_rewards.ipynb #2f5e5fac
@@ -225,6 +226,8 @@ class WeightedSum:
         self.allow_constant = (set(rewards) if allow_constant is True
                                else set(allow_constant))
         _check_terms(rewards, self.allow_constant)
+        self.allow_constant |= {k for k, (r, _) in rewards.items()
+                                if getattr(r, 'allow_constant', False) is True}
         check_chunk_size(chunk_size)
         self.rewards, self.normalise, self.chunk_size = rewards, normalise, chunk_size
         self.stats = {}

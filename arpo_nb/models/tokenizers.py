@@ -266,10 +266,10 @@ def losses(self:Quantizer,
                                             ids[-n:].to(self.codebook_used.dtype)]))
     entropy = z.new_zeros(())
     if entropy_ratio:
-        p = (-self.distances(z)/0.01).softmax(-1)
+        nearness = -self.distances(z)/0.01
+        p = nearness.softmax(-1)
         mean = p.mean(0)
-        entropy = (-(p*(-self.distances(z)/0.01
-                        + 1e-5).log_softmax(-1)).sum(-1).mean()
+        entropy = (-(p*(nearness + 1e-5).log_softmax(-1)).sum(-1).mean()
                    + (mean*(mean + 1e-5).log()).sum())
     return dict(vq=(codes - z.detach()).pow(2).mean(),
                 commit=beta*(codes.detach() - z).pow(2).mean(),

@@ -298,7 +298,8 @@ def score(self:MANIQAReward, images:Tensor, # [N, 3, H, W] in [0, 1], sides at l
                if self.num_crops else grid_corners(h, w, size))
     crops = torch.stack(
         [images[..., t:t + size, l:l + size] for t, l in corners], 1)
-    return torch.cat([self.net(c) for c in crops.flatten(0, 1).float()
+    flat = crops.flatten(0, 1).to(next(self.net.parameters()).dtype)
+    return torch.cat([self.net(c) for c in flat
                       .split(self.chunk_size or crops.shape[:2]
                              .numel())]).unflatten(0, (len(images), -1)).mean(1)
 
