@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOISE', 'SAMPLE', 'GUMBEL', 'EPOCH', 'LABEL', 'CLASS_PROMPT', 'map_cond', 'repeat_cond', 'on_host', 'check_ids',
-           'describe_value', 'check_classes', 'Streams', 'Batch', 'Rollout', 'Policy', 'Tokenizer', 'Perceptual',
-           'Reward', 'System', 'MetricNet']
+           'check_all', 'describe_value', 'check_classes', 'Streams', 'Batch', 'Rollout', 'Policy', 'Tokenizer',
+           'Perceptual', 'Reward', 'System', 'MetricNet']
 
 # %% ../nbs/01_protocols.ipynb #3d2da30a
 from dataclasses import dataclass, fields, replace
@@ -53,6 +53,15 @@ def check_ids(name:str, # of the argument, for the message
     if low < 0 or high >= n:
         raise ValueError(f"{name}: ids from {low} to {high}, expected "
                          f"0 ... {n-1} ({meaning})")
+
+# %% ../nbs/01_protocols.ipynb #56c34a4f
+def check_all(good:Tensor, # of truth values
+              message:str, # of the error
+             ):
+    "Raise unless all are true; on a device without waiting for it, as `check_ids`"
+    if good.is_meta or torch.compiler.is_compiling(): return
+    if not on_host(good): return torch._assert_async(good.all(), message)
+    if not good.all(): raise ValueError(message)
 
 # %% ../nbs/01_protocols.ipynb #bf1571f9
 def describe_value(x, # any tensor
@@ -115,9 +124,13 @@ def repeat(self:Streams, n:int, # members of each group
 # %% ../nbs/01_protocols.ipynb #0294fe3f
 @patch
 def _generators(self:Streams, purpose):
-    return (np.random.Generator(np.random.Philox(key=self.seed,
-                                                 counter=[0, purpose, g, i]))
-            for i, g in self.index.tolist())
+    "One generator, moved to the beginning of each stream in turn"
+    bits = np.random.Philox(key=self.seed)
+    at, generator = bits.state, np.random.Generator(bits)
+    for i, g in self.index.tolist():
+        at['state']['counter'][:] = 0, purpose, g, i
+        bits.state = at
+        yield generator
 
 # %% ../nbs/01_protocols.ipynb #628cfd1b
 @patch

@@ -96,7 +96,9 @@ def check_policy(policy, # `Policy`, in eval mode
     "Raise if a policy breaks a rule of the protocol"
     n, t, v = (len(cond[0] if isinstance(cond, (tuple, list)) else cond),
                policy.num_tokens, policy.vocab_size)
+    one = cond[0] if isinstance(cond, (tuple, list)) else cond
     context = torch.randint(v, (n, t), generator=torch.Generator().manual_seed(seed))
+    context = context.to(one.device) # where the conditions are, drawn the same everywhere
     _check_scores(policy, context, cond)
     _check_draws(policy, cond, Streams.range(seed, 5, n))
     for kw in {}, dict(temperature=.5), dict(top_k=max(2, v//4)), dict(top_p=.7):
