@@ -341,7 +341,8 @@ _AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_im
                  seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0,
                  micro_batch_size=0, generate_batch_size=0, decode_batch_size=1, logps_chunk=1, prior_coef=0,
                  mse_coef=0, perceptual_coef=0, epsilon=0, advantage_clip=0, beta=0, learning_rate=0,
-                 warmup_steps=0, schedule_start=0, lora_rank=0, lora_alpha=1, weight_decay=0, max_grad_norm=0, save_steps=1, keep_every=0,
+                 warmup_steps=0, schedule_start=0, lora_rank=0, lora_alpha=1, weight_decay=0, max_grad_norm=0,
+                 save_steps=1, keep_every=0,
                  save_total_limit=0, sample_every=0, eval_every=0, eval_images=2, early_stopping_patience=0,
                  pca_dim=0, rollout_cfg_scale=1, rollout_top_k=0, free_generations=0, free_coef=0,
                  advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0, entropy_coef_min=0,
@@ -525,7 +526,8 @@ def trained_part(cfg:Config # its method
 def clip_is_inert(cfg:Config # its updates
                  ) -> bool: # whether the ratio is always 1
     "Whether every update sees ratio 1 (one optimiser step per rollout, no dropout)"
-    return cfg.num_iterations == 1 and cfg.mini_batch_size in (0, contexts(cfg)) and not (cfg.update_dropout or cfg.lora_dropout)
+    once = cfg.num_iterations == 1 and cfg.mini_batch_size in (0, contexts(cfg))
+    return once and not (cfg.update_dropout or cfg.lora_dropout)
 
 # %% ../nbs/02_config.ipynb #66e93cc6
 def _unread_loss(cfg):
