@@ -441,7 +441,7 @@ def parse_rewards(text:str, # 'clip+hps+0.5*loo_fid'; spaces don't matter
                  ) -> dict: # name: weight
     "Names and weights of a sum of rewards"
     out = {}
-    for part in filter(None, (p.strip() for p in text.split('+'))):
+    for part in (p.strip() for p in text.split('+') if text.strip()):
         weight, star, name = part.rpartition('*')
         try: w = float(weight) if star else 1.
         except ValueError: w = math.nan
@@ -634,11 +634,18 @@ def to_json(cfg:Config, # to look at
     return json.dumps(asdict(cfg), indent=1)
 
 # %% ../nbs/02_config.ipynb #fa3c2b11
+def _once(pairs):
+    "A dict of names that occur once each"
+    names = [name for name, _ in pairs]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise ValueError(f"{', '.join(sorted(twice))}: given twice")
+    return dict(pairs)
+
 def _settings(text):
     "The dict that a JSON text holds"
-    try: values = json.loads(text)
+    try: values = json.loads(text, object_pairs_hook=_once)
     except ValueError as e:
-        raise ValueError(f"configuration: not JSON, or cut off [{e}]") from e
+        raise ValueError(f"configuration: not JSON, cut off, or ambiguous [{e}]") from e
     if isinstance(values, dict): return values
     raise ValueError(f"configuration: a {type(values).__name__}; expected "
                      "names of fields with their values")
