@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..config import Config, from_json
-from ..files import TEMPORARY, in_words, write_text
+from ..files import TEMPORARY, in_words, read_bytes, write_text
 from .sharding import SHARDED
 
 # %% ../../nbs/47_run_folder.ipynb #1fe3ef74
@@ -72,8 +72,8 @@ def run_hash(cfg:Config) -> str: # hexadecimal
 def read_config(out:Path) -> Config|None: # None if it is damaged
     "The configuration of a folder's run"
     path = out/'config.json'
-    try: text = path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e:
+    try: text = read_bytes(path).decode()
+    except (OSError, ValueError) as e:
         raise ValueError(f"{path}: can't be read ({e})") from e
     try: values = json.loads(text)
     except json.JSONDecodeError: return None
