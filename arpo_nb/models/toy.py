@@ -74,8 +74,10 @@ def to_pixels(images:Tensor, # [N, 28, 28] uint8
 class ToyNet(nn.Module):
     ("A small convolutional classifier: feature maps for perceptual distance, pooled "
      "features and logits for metrics")
-    def __init__(self, widths:tuple, # channels at 32², 16² and 8² pixels; the last is the feature length D
-                 num_classes:int=10, # channels at 32², 16² and 8² pixels; the last is the feature length D
+    def __init__(self,
+                 # channels at 32², 16² and 8² pixels; the last is the feature length D
+                 widths:tuple,
+                 num_classes:int=10, # length of the logits
                 ):
         super().__init__()
         conv = lambda a, b, stride: nn.Sequential(
@@ -99,7 +101,7 @@ def maps(self:ToyNet, images:Tensor, # [N, 3, 32, 32] in [0, 1]
 @patch
 def features(self:ToyNet, images:Tensor, # [N, 3, 32, 32] in [0, 1]
             ) -> list:
-    "Feature maps of unit length per pixel, as LPIPS compares them (the `Perceptual` protocol)"
+    "Feature maps of unit length per pixel, as LPIPS compares them (see `Perceptual`)"
     return [F.normalize(m, dim=1, eps=1e-6) for m in self.maps(images)]
 
 # %% ../../nbs/35_toy.ipynb #c6ebe14e
