@@ -89,9 +89,13 @@ class Streams:
             [index[:, 0], index[:, 1]*n + np.tile(np.arange(n), len(self))], 1))
 
     def _generators(self, purpose):
-        return (np.random.Generator(np.random.Philox(key=self.seed,
-                                                     counter=[0, purpose, g, i]))
-                for i, g in self.index.tolist())
+        "One generator, moved to the beginning of each stream in turn"
+        bits = np.random.Philox(key=self.seed)
+        at, generator = bits.state, np.random.Generator(bits)
+        for i, g in self.index.tolist():
+            at['state']['counter'][:] = 0, purpose, g, i
+            bits.state = at
+            yield generator
 
     def uniform(self,
                 *shape:int, # numbers per image
