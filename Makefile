@@ -27,7 +27,7 @@ test: .venv/dev ## everything that proves it
 	diff -r -x assets -x __pycache__ arpo_nb build/drift/arpo_nb
 	rm -rf build/drift
 	OMP_NUM_THREADS=1 .venv/bin/nbdev_test --skip_file_re '^(\.|_|run_)' --n_workers 2 --timing
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadgroup tests
 
 docs: .venv/dev ## the site, needs quarto
 	.venv/bin/nbdev_docs

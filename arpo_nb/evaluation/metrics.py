@@ -6,7 +6,7 @@
 __all__ = ['image_files', 'set_format', 'read_picture', 'folder_chunks', 'npz_chunks', 'image_chunks', 'image_count',
            'Statistics', 'image_statistics', 'make_reference', 'folder_reference', 'load_reference', 'looks_sorted',
            'check_reference', 'compare', 'advice', 'score_images', 'MetricReader', 'from_metric_net', 'paper_rows',
-           'rows_beside', 'comparison_table']
+           'rows_beside', 'comparison_table', 'paper_table']
 
 # %% ../../nbs/53_metrics.ipynb #1e9f9c75
 import hashlib
@@ -622,11 +622,12 @@ def paper_rows(
               ) -> list: # of dicts: paper, table, model, row, guided, and each metric that the table has
     "What the papers report"
     found = [*_class_rows()]
-    for line in [*_SCORES.splitlines(), *_GENEVAL.splitlines()]: # all guided
+    for line in [*_SCORES.splitlines(), *_GENEVAL.splitlines()]:
         source, name, row, numbers = line.split(', ')
         whose, table, numbers = *source.rsplit(' ', 1), numbers.split()
         keys, numbers = (numbers[::2], numbers[1::2]) if numbers[0].isidentifier() else (_TASKS, numbers)
-        found.append(dict(paper=whose, table=int(table), model=name, row=row, guided=True,
+        found.append(dict(paper=whose, table=int(table), model=name, row=row,
+                          guided=None if name == 'imagenet' else True,
                           **dict(zip(keys, map(float, numbers)))))
     asked = {k: v for k, v in dict(model=model, guided=guided, paper=paper).items() if v is not None}
     return [r for r in found if all(r[k] == v for k, v in asked.items()) and (not tables or r['table'] in tables)]
@@ -658,3 +659,16 @@ def comparison_table(ours:dict, # name to metrics
     theirs = [row(f"{r['paper']} Table {r['table']}: {r['row']}", r, '*') for r in rows]
     return '\n'.join([line('', *(titles[k] for k in columns)),
                       '|---'*(len(columns) + 1) + '|', *mine, *theirs])
+
+# %% ../../nbs/53_metrics.ipynb #35837a18
+def paper_table(rows:list, # of `paper_rows`
+                titles:dict, # metric to the title of its column
+               ) -> str: # Markdown
+    "A paper's own rows"
+    said = {True: 'yes', False: 'no', None: ''}
+    def line(*cells): return '| ' + ' | '.join(cells) + ' |'
+    def numbers(r): return (f'*{r[k]:g}*' if k in r else '' for k in titles)
+    lines = [line(r['model'], r['row'].lstrip('+ '), said[r['guided']], *numbers(r))
+             for r in rows]
+    head = 'model', "*the paper's* row", 'guided', *titles.values()
+    return '\n'.join([line(*head), '|---'*len(head) + '|', *lines])

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import FREE, Config, contexts, uses_perceptual
 from ..evaluation.sample_writer import speed_options
 from ..maths.grpo import group_advantages, high_entropy_mask
+from ..maths.sampling import steady_draws
 from ..protocols import Batch, Rollout, System, on_host
 from ..rewards import ReconstructionReward
 from ..specs import resolve
@@ -207,9 +208,9 @@ class RollOut:
                  state=None, # of the reward
                ) -> tuple: # {prefix of its metrics: rollout}, new reward state, metrics
         "One step's rollouts"
-        if self.cfg.method == 'mixed': return self.both(batch, state)
-        return (self.free(batch, state) if self.cfg.method == 'grpo'
-                else self.forced(batch, state))
+        ways = dict(mixed=self.both, grpo=self.free)
+        with steady_draws(self.cfg.steady_draws):
+            return ways.get(self.cfg.method, self.forced)(batch, state)
 
     def forced(self, batch, state):
         "On the images' tokens; only VA-π's samples are judged"
