@@ -97,8 +97,8 @@ def test_stand_ins_cost_what_they_stand_for(monkeypatch, more):
 def test_what_was_seen_serves_another_number_of_devices(shards):
     one = tiny('vapi', micro_batch_size=1)
     two, parts, records = replace(one, num_processes=2), build(one), {}
-    rehearse(one, parts=parts, records=records)
-    for _ in range(2): known = rehearse(two, parts=parts, records=records, shards=shards)
+    rehearse(one if shards == 1 else two, parts=parts, records=records, shards=shards)
+    known = rehearse(two, parts=parts, records=records, shards=shards)
     new = rehearse(two, parts=parts, shards=shards)
     assert known.peak == pytest.approx(new.peak, rel=.01) and known.checkpoint == new.checkpoint
     for name, phase in new.phases.items(): assert known.phases[name].flops == phase.flops, name
