@@ -8,16 +8,18 @@ from pathlib import Path
 
 NBS = Path(__file__).parent.parent/'nbs'
 WARNED = re.compile(r'^(\S*\.py):\d+: (\w*Warning: )')  # of a module, or of a kernel's cell
+PROGRESS = re.compile(r'\d+%\|.*\| \d+/\d+ \[')  # of a bar
 SOME_FOLDER = re.compile(r'/(?:private/)?(?:tmp|var/folders)/(?:[\w-]+/)*?tmp\w{8}')
 
 
 def without_places(text: str) -> str:
-    "Printed text without where it was printed: no library's warnings, no path of a kernel's cell, no temporary folder's name"
+    "Printed text without where and when it was printed: no bars, no library's warnings, no path of a kernel's cell, no temporary folder's name"
     kept, after = [], False
     for line in text.splitlines(keepends=True):
         found = WARNED.match(line)
         source, after = after and line.startswith('  '), bool(found)
         if source or found and 'site-packages' in found[1]: continue  # the line that warned says nothing more
+        if PROGRESS.search(line): continue
         kept.append(WARNED.sub(r'\2', line))
     return SOME_FOLDER.sub('TMP', ''.join(kept))
 
@@ -29,7 +31,7 @@ def tidy(nb: dict) -> dict:
         for out in cell.get('outputs', []):
             places = [(out, 'text')] if 'text' in out else [(out.get('data', {}), k) for k in out.get('data', {}) if k.startswith('text/')]
             for holder, key in places: holder[key] = without_places(''.join(holder[key])).splitlines(keepends=True)
-        if 'outputs' in cell: cell['outputs'] = [o for o in cell['outputs'] if o.get('text', True)]
+        if 'outputs' in cell: cell['outputs'] = [o for o in cell['outputs'] if 'text' not in o or ''.join(o['text']).strip()]
     return nb
 
 

@@ -260,7 +260,8 @@ def test_outputs_say_nothing_of_the_machine(name):
 def test_outputs_lose_places_and_keep_what_was_said():
     warned = '/tmp/ipykernel_1/2.py:3: UserWarning: one picture skipped, /tmp/tmpab12cd34/a.png\n  warnings.warn(text)\n'
     library = '/x/lib/python3.11/site-packages/tqdm/auto.py:21: TqdmWarning: no bar\n  from .autonotebook import tqdm\n'
-    assert without_places(library + warned + '  indented\n') == 'UserWarning: one picture skipped, TMP/a.png\n  indented\n'
+    bar = 'toy vapi:   2%|▏         | 1/60 [00:05<04:59,  5.07s/it]\n'
+    assert without_places(library + bar + warned + '  indented\n') == 'UserWarning: one picture skipped, TMP/a.png\n  indented\n'
 
 
 @pytest.mark.parametrize('name', PAGES)
