@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 PIP     = .venv/bin/python -m pip --disable-pip-version-check
 export PYTHONUNBUFFERED = 1
 
-.PHONY: run test docs bench toy claims rehearse clean
+.PHONY: run test check drift docs bench toy claims rehearse clean
 
 .venv/run: setup.py settings.ini
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -21,13 +21,22 @@ run: .venv/run ## post-train the toy with VA-π
 	.venv/bin/papermill nbs/run_vapi.ipynb runs/vapi_toy.ipynb -k python3 </dev/null
 	@echo "Done. Look at runs/vapi_toy.ipynb (a notebook with pictures) and at runs/vapi_toy/ (metrics, figures, checkpoint)."
 
-test: .venv/dev ## everything that proves it
+drift: .venv/dev
 	rm -rf build/drift && mkdir -p build/drift && cp -r nbs settings.ini arpo_nb build/drift/
 	cd build/drift && find arpo_nb -name '*.py' -delete && ../../.venv/bin/nbdev_export
 	diff -r -x assets -x __pycache__ arpo_nb build/drift/arpo_nb
 	rm -rf build/drift
-	OMP_NUM_THREADS=1 .venv/bin/nbdev_test --skip_file_re '^(\.|_|run_)' --n_workers 2 --timing
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadgroup tests
+
+PAGES = OMP_NUM_THREADS=1 .venv/bin/nbdev_test --skip_file_re '^(\.|_|run_)' --n_workers 2 --timing
+TESTS = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadgroup
+
+test: drift ## everything that proves it
+	$(PAGES)
+	$(TESTS) tests
+
+check: drift ## the same for the impatient: export, form of the notebooks, derivations, rules of the house
+	$(PAGES) --file_re '^(0[036]|1[0-7]|2[01])_'
+	$(TESTS) $(addprefix tests/test_,$(addsuffix .py,structure book maths moments contract trl))
 
 docs: .venv/dev ## the site, needs quarto
 	.venv/bin/nbdev_docs

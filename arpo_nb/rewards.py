@@ -12,6 +12,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from .own_rewards import ask_reward, check_orientation, is_ours
@@ -63,8 +64,12 @@ def error_maps(images:Tensor, # [B, G, 3, H, W] in [0, 1]
                                          - t[:, None]).pow(2).sum(2))
     return maps
 
-def reconstruction_loss(images, targets, perceptual=None, mse_coef:float=1.,
-                        perceptual_coef:float=1.,
+# %% ../nbs/20_rewards.ipynb #4508f8cb
+def reconstruction_loss(images, # [B, G, 3, H, W] in [0, 1]
+                        targets, # [B, 3, H, W] in [0, 1]
+                        perceptual=None, # `Perceptual` network
+                        mse_coef:float=1., # weight of the squared error on [-1, 1]
+                        perceptual_coef:float=1., # λ_p
                        ) -> Tensor: # [B, G]
     "L_MSE + λ_p L_p of every sample, differentiable"
     maps = error_maps(images, targets, perceptual, mse_coef, perceptual_coef)
@@ -81,38 +86,39 @@ def pool_to_grid(maps:list, # error maps [B, G, h, w]
     return torch.cat([sum(F.adaptive_avg_pool2d(m, g).flatten(2) for m in maps)
                       for g in grids], -1)
 
+# %% ../nbs/20_rewards.ipynb #c452166c
 class ReconstructionReward:
     ("−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or "
      "per token")
-    def __init__(self,
-                 perceptual=None, # `Perceptual` network, None for pixels only
-                 mse_coef:float=1., perceptual_coef:float=1.,
-                 # token grid for credit per token; None for one reward per image
-                 grid:tuple|None=None,
-                 # to [0, 1] first, instead of the decoder's own pixels
-                 clamp:bool=False,
+    def __init__(self, perceptual=None, # `Perceptual` network, None for pixels only
+                 mse_coef:float=1., # weight of the squared error on [-1, 1]
+                 perceptual_coef:float=1., # λ_p
+                 grid:tuple|None=None, # token grid for credit per token; None for one reward per image
+                 clamp:bool=False, # to [0, 1] first, instead of the decoder's own pixels
                 ):
         self.perceptual, self.mse_coef = perceptual, mse_coef
         self.perceptual_coef, self.grid = perceptual_coef, grid
         # `score_groups` decodes accordingly
         self.clamp, self.unclamped = clamp, not clamp
 
-    def __call__(self, images:Tensor, batch:Batch, state=None):
-        if batch.images is None:
-            raise ValueError("the reconstruction reward needs batch.images; "
-                             "free-running " "rollouts have none, use another reward")
-        check_images(images, clamped=False)
-        check_images(batch.images, 'batch.images')
-        if self.clamp: images = images.clamp(0, 1)
-        if images.shape[:1] + images.shape[2:] != batch.images.shape:
-            raise ValueError(f"images: {list(images.shape)} do not belong to "
-                             f"batch.images {list(batch.images.shape)}; expected [B, "
-                             "G, 3, H, W] and [B, 3, H, W] with the same B, H, W; "
-                             "resize one of them")
-        maps = error_maps(images, batch.images, self.perceptual, self.mse_coef,
-                          self.perceptual_coef)
-        return -(pool_to_grid(maps, self.grid) if self.grid
-                 else sum(m.mean((-2, -1)) for m in maps)), state
+# %% ../nbs/20_rewards.ipynb #55733832
+@patch
+def __call__(self:ReconstructionReward, images:Tensor, batch:Batch, state=None):
+    if batch.images is None:
+        raise ValueError("the reconstruction reward needs batch.images; "
+                         "free-running " "rollouts have none, use another reward")
+    check_images(images, clamped=False)
+    check_images(batch.images, 'batch.images')
+    if self.clamp: images = images.clamp(0, 1)
+    if images.shape[:1] + images.shape[2:] != batch.images.shape:
+        raise ValueError(f"images: {list(images.shape)} do not belong to "
+                         f"batch.images {list(batch.images.shape)}; expected [B, "
+                         "G, 3, H, W] and [B, 3, H, W] with the same B, H, W; "
+                         "resize one of them")
+    maps = error_maps(images, batch.images, self.perceptual, self.mse_coef,
+                      self.perceptual_coef)
+    return -(pool_to_grid(maps, self.grid) if self.grid
+             else sum(m.mean((-2, -1)) for m in maps)), state
 
 # %% ../nbs/20_rewards.ipynb #554af562
 def luminance(images:Tensor, # [..., 3, H, W] in [0, 1]
@@ -120,6 +126,7 @@ def luminance(images:Tensor, # [..., 3, H, W] in [0, 1]
     "Mean luminance"
     return (images.mean((-2, -1))*images.new_tensor([.2989, .5870, .1140])).sum(-1)
 
+# %% ../nbs/20_rewards.ipynb #fd6cf1ec
 def brightness_reward(images:Tensor, # [..., 3, H, W] in [0, 1]
                       threshold:float=.8, # 0.8 for bright, 0.2 for dark in the paper
                       bright:bool=True, # reward ≥ threshold, or < threshold
@@ -128,9 +135,12 @@ def brightness_reward(images:Tensor, # [..., 3, H, W] in [0, 1]
     y = luminance(images)
     return ((y >= threshold) if bright else (y < threshold)).float()
 
+# %% ../nbs/20_rewards.ipynb #aa25a81d
 class BrightnessReward:
     "`brightness_reward` of every image, as a `Reward`"
-    def __init__(self, threshold:float=.8, bright:bool=True):
+    def __init__(self, threshold:float=.8, # of the luminance, in [0, 1]
+                 bright:bool=True, # reward ≥ threshold, or < threshold
+                ):
         self.threshold, self.bright = threshold, bright
 
     def __call__(self, images:Tensor, batch=None, state=None,
@@ -146,6 +156,7 @@ def check_chunk_size(chunk_size:int) -> int: # the same
                          "images, or 0 for all together")
     return chunk_size
 
+# %% ../nbs/20_rewards.ipynb #6ee4d125
 def _rows(name, reward, images, batch, state, chunk_size, straight):
     "Scores of a step, in chunks unless the reward needs all images together"
     if images is None: return reward(images, batch, state) # scores made elsewhere
@@ -160,6 +171,7 @@ def _rows(name, reward, images, batch, state, chunk_size, straight):
         out, state = [*out, r], new
     return torch.cat(out), state
 
+# %% ../nbs/20_rewards.ipynb #ed41e700
 def _check_scores(name, scores, allow_constant):
     "Raise for scores of a whole step that cannot teach anything"
     low, high, size = torch.stack([*scores.aminmax(), scores.abs().max()]).tolist()
@@ -172,10 +184,29 @@ def _check_scores(name, scores, allow_constant):
         raise ValueError(f"reward {name!r}: all {len(scores)} images "
                          "of this step score "
                          f"{scores[0].item():.6g}, so it teaches nothing. "
-                         "Check its weights and prompts; "
-                         "if that can honestly happen (a 0/1 reward), pass "
+                         "Check its weights and prompts; if that can honestly happen "
+                         "(a 0/1 reward), the reward says so by an attribute "
+                         "allow_constant = True, or its sum by "
                          f"allow_constant=({name!r},)")
 
+# %% ../nbs/20_rewards.ipynb #2f5e5fac
+def _check_terms(rewards, allowed):
+    "Raise for a sum that could teach nothing, or that allows what is not there"
+    if not rewards:
+        raise ValueError("rewards: expected at least one entry name: "
+                         "(reward, weight), got none")
+    if bad := {k: w for k, (_, w) in rewards.items() if not 0 <= w < math.inf}:
+        raise ValueError(f"weights {bad}: expected finite non-negative numbers; "
+                         "to punish, negate the reward")
+    if not any(w for _, w in rewards.values()):
+        raise ValueError(f"weights of {', '.join(rewards)}: all are 0, "
+                         "so nothing can be learned")
+    if unknown := allowed - set(rewards):
+        raise ValueError("allow_constant: no reward named "
+                         f"{', '.join(sorted(unknown))}; "
+                         f"there is {', '.join(rewards)}")
+
+# %% ../nbs/20_rewards.ipynb #7ece53b7
 DROWNED = .95 # share of the say of one term, from which the others are drowned
 
 class WeightedSum:
@@ -192,15 +223,11 @@ class WeightedSum:
                  # all
                  chunk_size:int=0,
                 ):
-        if not rewards:
-            raise ValueError("rewards: expected at least one entry name: "
-                             "(reward, weight), got none")
-        if bad := {k: w for k, (_, w) in rewards.items() if not 0 <= w < math.inf}:
-            raise ValueError(f"weights {bad}: expected finite non-negative numbers; "
-                             "to punish, negate the reward")
-        if not any(w for _, w in rewards.values()):
-            raise ValueError(f"weights of {', '.join(rewards)}: all are 0, "
-                             "so nothing can be learned")
+        self.allow_constant = (set(rewards) if allow_constant is True
+                               else set(allow_constant))
+        _check_terms(rewards, self.allow_constant)
+        self.allow_constant |= {k for k, (r, _) in rewards.items()
+                                if getattr(r, 'allow_constant', False) is True}
         check_chunk_size(chunk_size)
         self.rewards, self.normalise, self.chunk_size = rewards, normalise, chunk_size
         self.stats = {}
@@ -208,66 +235,71 @@ class WeightedSum:
         self._straight = {k for k, (r, _) in rewards.items() if is_ours(r)}
         self._gather = lambda x: x
         if gather: self.gather = gather
-        self.allow_constant = (set(rewards) if allow_constant is True
-                               else set(allow_constant))
-        if unknown := self.allow_constant - set(rewards):
-            raise ValueError("allow_constant: no reward named "
-                             f"{', '.join(sorted(unknown))}; "
-                             f"there is {', '.join(rewards)}")
+
 
     @property
-    def gather(self): return self._gather
+    def gather(self):
+        "[n] of this process to [N] of all"
+        return self._gather
     @gather.setter
-    def gather(self, f): # the terms that look at the whole step need it too
+    def gather(self, f): # the same
+        "The terms that look at the whole step need it too"
         self._gather = f
         for reward, _ in self.rewards.values():
             if hasattr(reward, 'gather'): reward.gather = f
 
-    def _weigh(self, says:dict): # name → weighted std over the step
-        "Log each term's say, and warn once of a term that leaves the others none"
-        total = sum(says.values())
-        shares = {name: s/total for name, s in says.items()} if total else {}
-        self.stats |= {f'reward/{name}_say': s for name, s in says.items()}
-        self.stats |= {f'reward/{name}_share': s for name, s in shares.items()}
-        loud = [name for name, s in shares.items() if s > DROWNED and len(shares) > 1]
-        if loud and not self.drowned:
-            self.drowned = True
-            warnings.warn(f"rewards: {loud[0]} has {shares[loud[0]]:.1%} "
-                          "of the say, so the "
-                          "sum is that reward and little else; normalize_rewards=True "
-                          "makes weights mean what they say, or change the weights")
+# %% ../nbs/20_rewards.ipynb #8ad5e836
+@patch
+def _weigh(self:WeightedSum, says:dict): # name → weighted std over the step
+    "Log each term's say, and warn once of a term that leaves the others none"
+    total = sum(says.values())
+    shares = {name: s/total for name, s in says.items()} if total else {}
+    self.stats |= {f'reward/{name}_say': s for name, s in says.items()}
+    self.stats |= {f'reward/{name}_share': s for name, s in shares.items()}
+    loud = [name for name, s in shares.items() if s > DROWNED and len(shares) > 1]
+    if loud and not self.drowned:
+        self.drowned = True
+        warnings.warn(f"rewards: {loud[0]} has {shares[loud[0]]:.1%} "
+                      "of the say, so the "
+                      "sum is that reward and little else; normalize_rewards=True "
+                      "makes weights mean what they say, or change the weights")
 
-    @property
-    def unclamped(self) -> bool: # some term wants the decoder's own pixels
-        return any(getattr(r, 'unclamped', False) for r, _ in self.rewards.values())
+# %% ../nbs/20_rewards.ipynb #77591aea
+@patch(as_prop=True)
+def unclamped(self:WeightedSum) -> bool: # of some term
+    "Whether a term wants the decoder's own pixels"
+    return any(getattr(r, 'unclamped', False) for r, _ in self.rewards.values())
 
-    def __call__(self, images:Tensor, batch:Batch, state:dict|None=None):
-        terms, new, says = [], {}, {}
-        inside = images.clamp(0, 1) if self.unclamped else images
-        for name, (reward, weight) in self.rewards.items():
-            seen, start = (images if getattr(reward, 'unclamped', False) else inside,
-                           time.perf_counter())
-            r, new[name] = _rows(name, reward, seen, batch, (state or {}).get(name),
-                                 self.chunk_size, name in self._straight)
-            self._straight.add(name)
-            scores = self.gather(r.detach().flatten())
-            _check_scores(name, scores, name in self.allow_constant)
-            mean, std = (torch.stack([scores.mean(), scores.std()]).tolist()
-                         if len(scores) > 1 else (scores.mean().item(), 0.))
-            # of the last step, for the log
-            self.stats |= {f'reward/{name}': mean, f'reward/{name}_std': std,
-                           f'time/reward/{name}': time.perf_counter() - start}
-            terms.append(weight*r/(std or 1.) if self.normalise else weight*r)
-            says[name] = weight*(bool(std) if self.normalise else std)
-        self._weigh(says)
-        # credit per token: rewards of whole images go to every token
-        local = any(t.ndim == 3 for t in terms)
-        return sum(t[..., None] if local and t.ndim == 2 else t for t in terms), new
+# %% ../nbs/20_rewards.ipynb #e24b5093
+@patch
+def __call__(self:WeightedSum, images:Tensor, batch:Batch, state:dict|None=None):
+    terms, new, says = [], {}, {}
+    inside = images.clamp(0, 1) if self.unclamped else images
+    for name, (reward, weight) in self.rewards.items():
+        seen, start = (images if getattr(reward, 'unclamped', False) else inside,
+                       time.perf_counter())
+        r, new[name] = _rows(name, reward, seen, batch, (state or {}).get(name),
+                             self.chunk_size, name in self._straight)
+        self._straight.add(name)
+        scores = self.gather(r.detach().flatten())
+        _check_scores(name, scores, name in self.allow_constant)
+        mean, std = (torch.stack([scores.mean(), scores.std()]).tolist()
+                     if len(scores) > 1 else (scores.mean().item(), 0.))
+        # of the last step, for the log
+        self.stats |= {f'reward/{name}': mean, f'reward/{name}_std': std,
+                       f'time/reward/{name}': time.perf_counter() - start}
+        terms.append(weight*r/(std or 1.) if self.normalise else weight*r)
+        says[name] = weight*(bool(std) if self.normalise else std)
+    self._weigh(says)
+    # credit per token: rewards of whole images go to every token
+    local = any(t.ndim == 3 for t in terms)
+    return sum(t[..., None] if local and t.ndim == 2 else t for t in terms), new
 
 # %% ../nbs/21_loo_fid.ipynb #1cb7a850
 from inspect import signature
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .maths.moments import Reference, as_reference, loo_rewards, state_fid
@@ -310,15 +342,17 @@ class LOOFIDReward:
         rehearsal = Reference(torch.zeros(2), torch.ones(2), cov)
         loo_fid_reward(torch.eye(2), rehearsal, **options)
 
-    @torch.no_grad()
-    def __call__(self, images:Tensor, batch=None, state=None,
-                    ) -> tuple: # rewards [B, G] and the new state
-        "[B, G, 3, H, W] images: one distribution for all of them, one reward for each"
-        flat = images.flatten(0, 1)
-        chunks = flat.split(self.chunk_size or len(flat))
-        features = torch.cat([self.extractor(c) for c in chunks])
-        rewards, state = loo_fid_reward(features, self.reference, state,
-                                        gather=self.gather, **self.options)
-        fid = state_fid(state, self.reference, self.options.get('eps', 1e-6))
-        self.stats = {'ema_fid': fid.item()}
-        return rewards.unflatten(0, images.shape[:2]), state
+# %% ../nbs/21_loo_fid.ipynb #8714e48f
+@patch
+@torch.no_grad()
+def __call__(self:LOOFIDReward, images:Tensor, batch=None, state=None,
+                ) -> tuple: # rewards [B, G] and the new state
+    "[B, G, 3, H, W] images: one distribution for all of them, one reward for each"
+    flat = images.flatten(0, 1)
+    chunks = flat.split(self.chunk_size or len(flat))
+    features = torch.cat([self.extractor(c) for c in chunks])
+    rewards, state = loo_fid_reward(features, self.reference, state,
+                                    gather=self.gather, **self.options)
+    fid = state_fid(state, self.reference, self.options.get('eps', 1e-6))
+    self.stats = {'ema_fid': fid.item()}
+    return rewards.unflatten(0, images.shape[:2]), state

@@ -18,34 +18,31 @@ from pkgutil import iter_modules
 from typing import Any
 
 # %% ../nbs/02_specs.ipynb #202a1630
-def is_dotted(name:str) -> bool:
+def is_dotted(name:str, # a text
+             ) -> bool:
     "Whether a name can be that of an object in a module"
     return ':' in name or '.' in name.strip('.')
 
-def names_object(name:str) -> bool:
+# %% ../nbs/02_specs.ipynb #517ae109
+def _see_here():
+    if not {'', os.getcwd()} & {*sys.path}: sys.path.append(os.getcwd())
+
+# %% ../nbs/02_specs.ipynb #cb4d40bf
+def names_object(name:str, # a text
+                ) -> bool:
     ("Whether a text that might be a file's name is that of an object: module:name, or "
      "module.name of a module that is there")
     if not re.fullmatch(r'[A-Za-z_]\w*(\.\w+)*[:.][A-Za-z_]\w*(\.\w+)*', name) or os.path.exists(name): return False
     _see_here()
     return ':' in name or importlib.util.find_spec(name.split('.')[0]) is not None
 
-def _see_here():
-    if not {'', os.getcwd()} & {*sys.path}: sys.path.append(os.getcwd())
+# %% ../nbs/02_specs.ipynb #71fb1cf4
+def _where(module): return f"module {module} ({getattr(sys.modules.get(module), '__file__', 'no file')})"
 
-def resolve(path, # 'package.module:name' or 'package.module.name'; anything but a string is its own answer
-            argument:str='name', # what a message calls it
-           ):
-    "The object that a dotted path names"
-    if not isinstance(path, str): return path
-    module, _, name = path.partition(':') if ':' in path else path.rpartition('.')
-    if not module or not name: raise ValueError(f"{argument}={path!r}: expected package.module:name")
-    found = _import(module, f'{argument}={path!r}')
-    for part in name.split('.'):
-        if not hasattr(found, part):
-            raise ValueError(f"{argument}={path!r}: {_where(module)} has no "
-                             f"{part!r}{_near(part, vars(sys.modules[module]))}")
-        found = getattr(found, part)
-    return found
+# %% ../nbs/02_specs.ipynb #e85d5f69
+def _near(name, known, n=1):
+    near = [k for k in difflib.get_close_matches(name, known, n) if not k.startswith('_')]
+    return f', did you mean {near[0]!r}?' if near else ''
 
 # %% ../nbs/02_specs.ipynb #ff4297ae
 def _import(module, given):
@@ -61,11 +58,21 @@ def _import(module, given):
         raise ImportError(f"{given}: {module} fails while it is imported [{type(e).__name__}: {e}]; its own traceback "
                           "stands above") from e
 
-def _where(module): return f"module {module} ({getattr(sys.modules.get(module), '__file__', 'no file')})"
-
-def _near(name, known, n=1):
-    near = [k for k in difflib.get_close_matches(name, known, n) if not k.startswith('_')]
-    return f', did you mean {near[0]!r}?' if near else ''
+# %% ../nbs/02_specs.ipynb #e21b3fec
+def resolve(path, # 'package.module:name' or 'package.module.name'; anything but a string is its own answer
+            argument:str='name', # what a message calls it
+           ):
+    "The object that a dotted path names"
+    if not isinstance(path, str): return path
+    module, _, name = path.partition(':') if ':' in path else path.rpartition('.')
+    if not module or not name: raise ValueError(f"{argument}={path!r}: expected package.module:name")
+    found = _import(module, f'{argument}={path!r}')
+    for part in name.split('.'):
+        if not hasattr(found, part):
+            raise ValueError(f"{argument}={path!r}: {_where(module)} has no "
+                             f"{part!r}{_near(part, vars(sys.modules[module]))}")
+        found = getattr(found, part)
+    return found
 
 # %% ../nbs/02_specs.ipynb #215b1c6b
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Recipe:
     preset: str|Callable # function of fields to a `Config`, or its dotted path
     fields: dict = field(default_factory=dict) # what differs for this model
 
+# %% ../nbs/02_specs.ipynb #3e5c2ef4
 PAPERS = dict(vapi=Recipe('arpo_nb.config:vapi_llamagen'), mle='vapi', ste='vapi', tokenizer='vapi',
               mixed='vapi', vapi_loofid='mixed', grpo='loofid', loofid=Recipe('arpo_nb.config:loofid'),
               ar_grpo=Recipe('arpo_nb.config:ar_grpo'), var_grpo=Recipe('arpo_nb.config:var_grpo'))
@@ -132,6 +140,17 @@ def find_recipe(spec:ModelSpec, # of a model
     raise ValueError(f"model={spec.name!r}: its record has no recipe for method {method!r}; it has {there}. Add "
                      f"recipes={{{method!r}: Recipe(PRESET, FIELDS)}} to its ModelSpec")
 
+# %% ../nbs/02_specs.ipynb #2acd7493
+_WORDS = dict(true=True, on=True, yes=True, false=False, off=False, no=False, none=None)
+
+def _literal(text):
+    if re.fullmatch(r'\d+(_\d+)+', text): return tuple(int(n) for n in text.split('_'))
+    if text.lower() in _WORDS: return _WORDS[text.lower()]
+    for kind in (int, float):
+        try: return kind(text)
+        except ValueError: pass
+    return text
+
 # %% ../nbs/02_specs.ipynb #900a921d
 def read_args(text:str, # 'depth=12,patch_nums=1_2_3_4,shared_aln=on'; semicolons will do for commas
              ) -> dict: # name: value
@@ -145,19 +164,10 @@ def read_args(text:str, # 'depth=12,patch_nums=1_2_3_4,shared_aln=on'; semicolon
         out[name] = _literal(value)
     return out
 
-_WORDS = dict(true=True, on=True, yes=True, false=False, off=False, no=False, none=None)
-
-def _literal(text):
-    if re.fullmatch(r'\d+(_\d+)+', text): return tuple(int(n) for n in text.split('_'))
-    if text.lower() in _WORDS: return _WORDS[text.lower()]
-    for kind in (int, float):
-        try: return kind(text)
-        except ValueError: pass
-    return text
-
 # %% ../nbs/02_specs.ipynb #ddb1b79a
 def split_args(args:dict, # of `read_args`
-               policy, tokenizer, # dataclasses of their shapes
+               policy, # dataclass of its shape
+               tokenizer, # dataclasses of their shapes
                model:str, # for messages
               ) -> tuple: # two dicts, the tokenizer's without its prefix
     "Which arguments are the policy's, which (vq_...) the tokenizer's"
@@ -171,6 +181,7 @@ def split_args(args:dict, # of `read_args`
         given.update({k: float(v) for k, v in given.items() if type(v) is int and _is_float(kind, k)})
     return own, vq
 
+# %% ../nbs/02_specs.ipynb #30f3d4ce
 def _is_float(kind, name): return next(f.type for f in fields(kind) if f.name == name) in (float, 'float')
 
 # %% ../nbs/02_specs.ipynb #b155dfa7
@@ -185,6 +196,7 @@ def families() -> dict: # name: `ModelSpec`, those that need no download first
         raise ValueError(f"two records are named {', '.join(sorted(twice))}; rename one")
     return dict(zip(names, specs))
 
+# %% ../nbs/02_specs.ipynb #455e5297
 def registered(group:str, # of entry points
               ) -> dict: # name: list of entry points, one for each package that has it
     "What installed packages register"
@@ -192,8 +204,12 @@ def registered(group:str, # of entry points
     for e in entry_points(group=group): out.setdefault(e.name, []).append(e)
     return out
 
-def pick(name:str, own, others:dict, # of `registered`
-         argument:str):
+# %% ../nbs/02_specs.ipynb #3ef9e3e8
+def pick(name:str, # a text
+         own, # names of this package
+         others:dict, # of `registered`
+         argument:str, # what a message calls it
+        ):
     "The one entry point of a name, or None; raise where several claim it"
     found = others.get(name, [])
     claims = ['arpo_nb']*(name in own) + [e.dist.name if e.dist else e.value for e in found]
@@ -207,6 +223,27 @@ def known_models() -> list:
     "The names of all models, of this package and of installed ones"
     return list(dict.fromkeys([*families(), *registered('arpo_nb.models')]))
 
+# %% ../nbs/02_specs.ipynb #a445f4da
+def _record(name, found):
+    "The record that an object is, makes, or stands for"
+    if isinstance(found, ModelSpec): return found
+    if not callable(found) or isinstance(found, type) or hasattr(found, 'parameters'):
+        raise ValueError(f"model={name!r}: a {type(found).__name__}; expected a ModelSpec, or a function that returns "
+                         "one, a System, or policy and tokenizer")
+    return _asked(name, found)
+
+# %% ../nbs/02_specs.ipynb #15e5afaf
+@cache
+def _asked(name, function):
+    "The record that a function makes, or one for what it builds"
+    kind = signature(function)
+    makes = getattr(kind.return_annotation, '__name__', str(kind.return_annotation))
+    if makes == 'ModelSpec' or (not kind.parameters and kind.return_annotation is kind.empty):
+        made = function() # a record, or a system that was only made to see that it is none
+        if isinstance(made, ModelSpec): return made
+    return ModelSpec(name, build=function)
+
+# %% ../nbs/02_specs.ipynb #035b0ee9
 def find_model(model, # name, dotted path, or a record, which is its own answer
               ) -> ModelSpec:
     "The record of a model"
@@ -217,22 +254,3 @@ def find_model(model, # name, dotted path, or a record, which is its own answer
     if is_dotted(model): return _record(model, resolve(model, 'model'))
     raise ValueError(f"model={model!r}: no such model{_near(model, known_models()) or '.'} Known: "
                      f"{', '.join(known_models())}, or package.module:function of your own")
-
-# %% ../nbs/02_specs.ipynb #a445f4da
-def _record(name, found):
-    "The record that an object is, makes, or stands for"
-    if isinstance(found, ModelSpec): return found
-    if not callable(found) or isinstance(found, type) or hasattr(found, 'parameters'):
-        raise ValueError(f"model={name!r}: a {type(found).__name__}; expected a ModelSpec, or a function that returns "
-                         "one, a System, or policy and tokenizer")
-    return _asked(name, found)
-
-@cache
-def _asked(name, function):
-    "The record that a function makes, or one for what it builds"
-    kind = signature(function)
-    makes = getattr(kind.return_annotation, '__name__', str(kind.return_annotation))
-    if makes == 'ModelSpec' or (not kind.parameters and kind.return_annotation is kind.empty):
-        made = function() # a record, or a system that was only made to see that it is none
-        if isinstance(made, ModelSpec): return made
-    return ModelSpec(name, build=function)

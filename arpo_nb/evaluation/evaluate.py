@@ -8,6 +8,7 @@ __all__ = ['root_factor', 'frechet_distance', 'gram', 'RunningMoments', 'moments
 
 # %% ../../nbs/50_evaluate.ipynb #ded7be78
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,6 +24,7 @@ def root_factor(sigma:Tensor) -> Tensor: # L with L Lᵀ = sigma, [D, rank]
     there = values > 1e-15*len(values)*values[-1]
     return vectors[:, there]*values[there].sqrt()
 
+# %% ../../nbs/50_evaluate.ipynb #d85ac9d8
 def frechet_distance(mu1:Tensor, sigma1:Tensor, # [D], [D, D]
                      mu2:Tensor, sigma2:Tensor, # [D], [D, D]
                     ) -> float: # squared distance
@@ -42,23 +44,10 @@ def gram(x:Tensor) -> Tensor: # [D, D]
      "does half the work")
     return torch.from_numpy(x.numpy().T@x.numpy()) if x.device.type == 'cpu' else x.T@x
 
+# %% ../../nbs/50_evaluate.ipynb #9edf9592
 class RunningMoments:
     "Mean and covariance of features that arrive in chunks"
     def __init__(self): self.n, self.mean, self.scatter = 0, 0., 0.
-
-    def add(self, features:Tensor): # [n, D]
-        "Take in a chunk, in float64"
-        if not features.isfinite().all():
-            raise ValueError("features hold nan or infinite values; the images or the "
-                             "network that made them are broken")
-        x, n = features.double(), len(features)
-        mean = x.mean(0)
-        delta, x = mean - self.mean, x - mean
-        weight = self.n*n/(self.n + n)
-        self.scatter = self.scatter + gram(x) + torch.outer(delta, delta)*weight
-        self.n += n
-        self.mean = self.mean + delta*(n/self.n)
-        return self
 
     def moments(self) -> tuple: # mean [D], covariance [D, D] (n-1)
         "What has been seen so far"
@@ -66,7 +55,25 @@ class RunningMoments:
             raise ValueError(f"a covariance needs at least 2 images, got {self.n}")
         return self.mean, self.scatter/(self.n - 1)
 
-def moments(features:Tensor, chunk:int=10_000,
+# %% ../../nbs/50_evaluate.ipynb #23b73b69
+@patch
+def add(self:RunningMoments, features:Tensor): # [n, D]
+    "Take in a chunk, in float64"
+    if not features.isfinite().all():
+        raise ValueError("features hold nan or infinite values; the images or the "
+                         "network that made them are broken")
+    x, n = features.double(), len(features)
+    mean = x.mean(0)
+    delta, x = mean - self.mean, x - mean
+    weight = self.n*n/(self.n + n)
+    self.scatter = self.scatter + gram(x) + torch.outer(delta, delta)*weight
+    self.n += n
+    self.mean = self.mean + delta*(n/self.n)
+    return self
+
+# %% ../../nbs/50_evaluate.ipynb #62345919
+def moments(features:Tensor, # [N, D]
+            chunk:int=10_000, # rows at a time
            ) -> tuple: # mean [D], covariance [D, D] (n-1)
     "Mean and covariance in float64"
     running = RunningMoments()
@@ -96,10 +103,11 @@ def squared_distances(u:Tensor, v:Tensor, # [N, D], [M, D]
     d = tile(u.half(), v.half()) if half else tile(u, v)
     return tile(u, v) if half and not d.isfinite().all() else d
 
+# %% ../../nbs/50_evaluate.ipynb #f91fd309
 def radii(x:Tensor, # [N, D]
           k:int=3, # neighbours
           tile:int=5000, # rows at a time
-          half:bool=False,
+          half:bool=False, # float16 distances, as the ADM evaluator has them
          ) -> Tensor: # [N] squared distance to the k-th nearest other point
     "Squared radius of every point's ball"
     def nearest(u):
@@ -109,9 +117,13 @@ def radii(x:Tensor, # [N, D]
     return torch.cat([nearest(u).float().topk(k+1, largest=False).values[:, k]
                       for u in x.split(tile)])
 
-def coverage(x:Tensor, r:Tensor, # [N, D] centres and [N] squared radii
+# %% ../../nbs/50_evaluate.ipynb #7e54668a
+def coverage(x:Tensor, # [N, D] centres
+             r:Tensor, # [N, D] centres and [N] squared radii
              y:Tensor, # [M, D]
-             tile:int=5000, half:bool=False) -> float: # in [0, 1]
+             tile:int=5000, # rows at a time
+             half:bool=False, # in [0, 1]
+            ) -> float: # in [0, 1]
     "Share of `y` inside at least one ball"
     inside = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     for i in range(0, len(y), tile):
@@ -119,6 +131,7 @@ def coverage(x:Tensor, r:Tensor, # [N, D] centres and [N] squared radii
             inside[i:i+tile] |= (squared_distances(y[i:i+tile], u, half) <= ru).any(1)
     return inside.double().mean().item()
 
+# %% ../../nbs/50_evaluate.ipynb #6e9f51df
 def precision_recall(real:Tensor, # [N, D]
                      fake:Tensor, # [M, D]
                      k:int=3, # neighbours
@@ -137,13 +150,16 @@ def precision_recall(real:Tensor, # [N, D]
 
 # %% ../../nbs/50_evaluate.ipynb #382f176e
 @torch.no_grad()
-def generate_images(policy, tokenizer, # `Policy`, `Tokenizer`
+def generate_images(policy, # see `Policy`
+                    tokenizer, # `Policy`, `Tokenizer`
                     labels:Tensor, # [N] class ids
                     seed:int, # of the evaluation
                     *, start:int=0, # number of the first image
-                    batch_size:int=512, progress:bool=False, device='cpu',
+                    batch_size:int=512, # images at a time
+                    progress:bool=False, # show a bar
+                    device='cpu', # where policy and tokenizer are
                     **sampling, # temperature, top_k, top_p, cfg_scale
-          ): # yields images [n, 3, H, W] in [0, 1] and their labels [n], batch by batch
+                   ):
     "Images of some labels, each from its own random stream"
     for i in tqdm(range(0, len(labels), batch_size), disable=not progress,
                   desc='images', leave=False):
@@ -151,13 +167,19 @@ def generate_images(policy, tokenizer, # `Policy`, `Tokenizer`
         yield tokenizer.decode(policy.generate(y, Streams.range(seed, start+i, len(y)),
                                                **sampling)), y
 
+# %% ../../nbs/50_evaluate.ipynb #82809c9a
 @torch.no_grad()
-def evaluate(policy, tokenizer, # `Policy`, `Tokenizer`
-             metric_net:MetricNet,
+def evaluate(policy, # see `Policy`
+             tokenizer, # `Policy`, `Tokenizer`
+             metric_net:MetricNet, # network and the real images' moments
              num_classes:int, # labels go round 0 ... num_classes-1
              *, n:int=4096, # images
-             seed:int=0, batch_size:int=512, progress:bool=True, device='cpu',
-             **sampling) -> dict:
+             seed:int=0, # of the evaluation
+             batch_size:int=512, # images at a time
+             progress:bool=True, # show a bar
+             device='cpu', # where policy and tokenizer are
+             **sampling, # temperature, top_k, top_p, cfg_scale
+            ) -> dict:
     "fid, inception_score, precision, recall and class accuracy of `n` generated images"
     outs = [(*metric_net.net(x), y)
             for x, y in generate_images(

@@ -40,6 +40,7 @@ def smooth(values, # [n]
     "Moving average"
     return np.convolve(np.asarray(values, float), np.ones(window)/window, 'valid')
 
+# %% ../../nbs/05_plots.ipynb #ae5d471b
 def plot_metrics(runs:dict, # name: list of metric dicts, one per step
                  keys:list, # which metrics, one panel each
                  window:int=5, # steps averaged

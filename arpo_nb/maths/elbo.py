@@ -18,7 +18,9 @@ class Bound(NamedTuple):
     kl: Tensor # KL(q || π)
 
     @property
-    def value(self): return self.reconstruction - self.kl
+    def value(self):
+        "What lies below log p(I)"
+        return self.reconstruction - self.kl
 
 def categorical_kl(log_p:Tensor, # [..., V]
                    log_q:Tensor, # [..., V]

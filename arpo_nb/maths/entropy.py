@@ -28,13 +28,16 @@ def normalized_entropy(entropy:Tensor, # [...] nats
 # %% ../../nbs/14_entropy.ipynb #9291665b
 C_MIN, C_MAX = 7e-5, 4e-3  # bounds of appendix C
 
-def check_unit(name, value):
+def check_unit(name, # 'entropy' or 'progress'
+               value, # of it
+              ):
     "Raise unless `value` is in [0, 1]"
     if not -1e-6 <= value <= 1 + 1e-6:
         hint = ("divide entropies in nats by log K, see normalized_entropy"
                 if name == 'entropy' else "pass step / total steps")
         raise ValueError(f"{name} must lie in [0, 1], got {value:.4g}; {hint}")
 
+# %% ../../nbs/14_entropy.ipynb #7331f747
 def entropy_schedule(progress:float, # p in [0, 1], steps done over all steps
                      peak:float=2.2e-3, # c₀
                      end:float=C_MIN, # where the cosine ends; the paper doesn't say

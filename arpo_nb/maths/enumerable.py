@@ -8,6 +8,7 @@ __all__ = ['all_sequences', 'TablePolicy', 'step_logps', 'sequence_logps', 'Patc
 # %% ../../nbs/03_enumerable.ipynb #9fd42d1a
 import math
 
+from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +29,13 @@ def all_sequences(vocab_size:int, # V
 # %% ../../nbs/03_enumerable.ipynb #0d8631de
 class TablePolicy(nn.Module):
     "One row of logits for every class and prefix: any distribution over sequences"
-    def __init__(self, vocab_size:int=3, num_tokens:int=4, num_classes:int=1,
-                 scale:float=1., seed:int=0, dtype=torch.float64):
+    def __init__(self, vocab_size:int=3, # V
+                 num_tokens:int=4, # T
+                 num_classes:int=1, # conditions are ids below this
+                 scale:float=1., # std of the logits; 0 for uniform
+                 seed:int=0, # of the table
+                 dtype=torch.float64, # of the table
+                ):
         super().__init__()
         self.vocab_size, self.num_tokens = vocab_size, num_tokens
         rows = sum(vocab_size**t for t in range(num_tokens))
@@ -37,36 +43,53 @@ class TablePolicy(nn.Module):
                            generator=torch.Generator().manual_seed(seed), dtype=dtype)
         self.table = nn.Parameter(scale*init)
 
-    def prefix_rows(self, context:Tensor) -> Tensor:
-        "Row of the prefix before every position, [N, T] tokens to [N, T] row numbers"
-        V, row, rows = self.vocab_size, torch.zeros_like(context[:, 0]), []
-        for t in range(self.num_tokens):
-            rows.append(row + sum(V**s for s in range(t)))
-            row = row*V + context[:, t]
-        return torch.stack(rows, 1)
+# %% ../../nbs/03_enumerable.ipynb #336c68a4
+@patch
+def prefix_rows(self:TablePolicy, context:Tensor, # [N, T] tokens
+               ) -> Tensor: # [N, T]
+    "Row of the prefix before every position, [N, T] tokens to [N, T] row numbers"
+    V, row, rows = self.vocab_size, torch.zeros_like(context[:, 0]), []
+    for t in range(self.num_tokens):
+        rows.append(row + sum(V**s for s in range(t)))
+        row = row*V + context[:, t]
+    return torch.stack(rows, 1)
 
-    def hidden(self, context:Tensor, cond) -> Tensor:
-        "[N, T] tokens and [N] class ids to [N, T, V] rows of the table"
-        return self.table[cond[:, None], self.prefix_rows(context)]
+# %% ../../nbs/03_enumerable.ipynb #821fde8b
+@patch
+def hidden(self:TablePolicy, context:Tensor, # [N, T] tokens
+           cond, # [N] class ids
+          ) -> Tensor: # [N, T, V]
+    "[N, T] tokens and [N] class ids to [N, T, V] rows of the table"
+    return self.table[cond[:, None], self.prefix_rows(context)]
 
-    def head(self, hidden:Tensor) -> Tensor:
-        "A row is its own logits"
-        return hidden
+# %% ../../nbs/03_enumerable.ipynb #d7a5023c
+@patch
+def head(self:TablePolicy, hidden:Tensor, # [..., V]
+        ) -> Tensor: # the same
+    "A row is its own logits"
+    return hidden
 
-    @torch.no_grad()
-    def generate(self, cond, streams:Streams, *, temperature:float=1.,
-                 top_k:int=0, top_p:float=1., cfg_scale:float=1.) -> Tensor:
-        "[N, T] tokens, drawn free-running"
-        if cfg_scale != 1:
-            raise ValueError(f"cfg_scale={cfg_scale}: a table has no "
-                             "unconditional branch; use 1")
-        u, x = (streams.uniform(self.num_tokens, device=self.table.device),
-                torch.zeros(len(streams), self.num_tokens, dtype=torch.long,
-                            device=self.table.device))
-        for t in range(self.num_tokens):
-            x[:, t] = sample_token(self.hidden(x, cond)[:, t], u[:, t],
-                                   temperature, top_k, top_p)
-        return x
+# %% ../../nbs/03_enumerable.ipynb #e5b3c840
+@patch
+@torch.no_grad()
+def generate(self:TablePolicy, cond, # [N] class ids
+             streams:Streams, # one for each row
+             *, temperature:float=1., # of the softmax, above 0
+             top_k:int=0, # 0 for none
+             top_p:float=1., # kept probability, 1 for all
+             cfg_scale:float=1., # 1, as a table has no unconditional branch
+            ) -> Tensor: # [N, T]
+    "[N, T] tokens, drawn free-running"
+    if cfg_scale != 1:
+        raise ValueError(f"cfg_scale={cfg_scale}: a table has no "
+                         "unconditional branch; use 1")
+    u, x = (streams.uniform(self.num_tokens, device=self.table.device),
+            torch.zeros(len(streams), self.num_tokens, dtype=torch.long,
+                        device=self.table.device))
+    for t in range(self.num_tokens):
+        x[:, t] = sample_token(self.hidden(x, cond)[:, t], u[:, t],
+                               temperature, top_k, top_p)
+    return x
 
 # %% ../../nbs/03_enumerable.ipynb #7b84beea
 def step_logps(policy, # any `Policy`
@@ -76,6 +99,7 @@ def step_logps(policy, # any `Policy`
     "Log-probabilities of every code at every position"
     return policy.head(policy.hidden(context, cond)).log_softmax(-1)
 
+# %% ../../nbs/03_enumerable.ipynb #30d1a088
 def sequence_logps(policy, # any `Policy`
                    sequences:Tensor, # [N, T]
                    cond, # N conditions
@@ -87,40 +111,64 @@ def sequence_logps(policy, # any `Policy`
 # %% ../../nbs/03_enumerable.ipynb #48ad40df
 class PatchTokenizer(nn.Module):
     "Grey patches on a square grid, blurred; a Gaussian pixel law around them"
-    def __init__(self, codebook_size:int=3, side:int=2, patch:int=4, blur:float=.15,
-                 noise:float=.1, dtype=torch.float64):
+    def __init__(self, codebook_size:int=3, # K grey levels
+                 side:int=2, # tokens along an edge
+                 patch:int=4, # pixels along a token's edge
+                 blur:float=.15, # share of the mean grey in every patch
+                 noise:float=.1, # s, std of the pixel law
+                 dtype=torch.float64, # of the levels
+                ):
         super().__init__()
         self.codebook_size, self.num_tokens, self.token_grid, self.image_size = (
             codebook_size, side*side, (side, side), side*patch)
         self.patch, self.blur, self.noise = patch, blur, noise
         self.levels = nn.Parameter(torch.linspace(.1, .9, codebook_size, dtype=dtype))
 
-    def decode_probs(self, probs:Tensor, clamp:bool=True) -> Tensor:
-        "[N, T, K] rows of probabilities to [N, 3, H, W]"
-        grey = (probs@self.levels).unflatten(-1, self.token_grid)
-        mixed = (1 - self.blur)*grey + self.blur*grey.mean((-2, -1), keepdim=True)
-        image = (mixed.repeat_interleave(self.patch, -1)
-                 .repeat_interleave(self.patch, -2)[:, None].expand(-1, 3, -1, -1))
-        return image.clamp(0, 1) if clamp else image
+# %% ../../nbs/03_enumerable.ipynb #eb12e79d
+@patch
+def decode_probs(self:PatchTokenizer, probs:Tensor, # [N, T, K]
+                 clamp:bool=True, # to [0, 1]
+                ) -> Tensor: # [N, 3, H, W]
+    "[N, T, K] rows of probabilities to [N, 3, H, W]"
+    grey = (probs@self.levels).unflatten(-1, self.token_grid)
+    mixed = (1 - self.blur)*grey + self.blur*grey.mean((-2, -1), keepdim=True)
+    image = (mixed.repeat_interleave(self.patch, -1)
+             .repeat_interleave(self.patch, -2)[:, None].expand(-1, 3, -1, -1))
+    return image.clamp(0, 1) if clamp else image
 
-    def decode(self, tokens:Tensor, clamp:bool=True) -> Tensor:
-        "[N, T] ids to [N, 3, H, W] in [0, 1]"
-        onehot = nn.functional.one_hot(tokens, self.codebook_size)
-        return self.decode_probs(onehot.to(self.levels.dtype), clamp)
+# %% ../../nbs/03_enumerable.ipynb #e6d4e1e3
+@patch
+def decode(self:PatchTokenizer, tokens:Tensor, # [N, T] ids
+           clamp:bool=True, # to [0, 1]
+          ) -> Tensor: # [N, 3, H, W]
+    "[N, T] ids to [N, 3, H, W] in [0, 1]"
+    onehot = nn.functional.one_hot(tokens, self.codebook_size)
+    return self.decode_probs(onehot.to(self.levels.dtype), clamp)
 
-    def encode(self, images:Tensor) -> Tensor:
-        "[N, 3, H, W] to the nearest grey level of every unblurred patch, [N, T]"
-        mixed = (images.mean(1).unflatten(-1, (-1, self.patch))
-                 .unflatten(-3, (-1, self.patch)).mean((-3, -1)))
-        grey = (mixed - self.blur*mixed.mean((-2, -1), keepdim=True))/(1 - self.blur)
-        return (grey.flatten(1)[..., None] - self.levels).abs().argmin(-1)
+# %% ../../nbs/03_enumerable.ipynb #5eee9a8c
+@patch
+def encode(self:PatchTokenizer, images:Tensor, # [N, 3, H, W] in [0, 1]
+          ) -> Tensor: # [N, T]
+    "[N, 3, H, W] to the nearest grey level of every unblurred patch, [N, T]"
+    mixed = (images.mean(1).unflatten(-1, (-1, self.patch))
+             .unflatten(-3, (-1, self.patch)).mean((-3, -1)))
+    grey = (mixed - self.blur*mixed.mean((-2, -1), keepdim=True))/(1 - self.blur)
+    return (grey.flatten(1)[..., None] - self.levels).abs().argmin(-1)
 
-    def log_likelihood(self, images:Tensor, tokens:Tensor) -> Tensor:
-        ("log p(I | x) of [N, 3, H, W] images under [S, T] sequences, [N, S]; grey "
-         "pixels count once")
-        error = (images[:, None, 0]
-                 - self.decode(tokens)[None, :, 0]).square().sum((-2, -1))
-        return (-error/(2*self.noise**2)
-                - self.image_size**2/2*math.log(2*math.pi*self.noise**2))
+# %% ../../nbs/03_enumerable.ipynb #ef4c14aa
+@patch
+def log_likelihood(self:PatchTokenizer, images:Tensor, # [N, 3, H, W]
+                   tokens:Tensor, # [S, T]
+                  ) -> Tensor: # [N, S], in nats
+    ("log p(I | x) of [N, 3, H, W] images under [S, T] sequences, [N, S]; grey "
+     "pixels count once")
+    error = (images[:, None, 0]
+             - self.decode(tokens)[None, :, 0]).square().sum((-2, -1))
+    return (-error/(2*self.noise**2)
+            - self.image_size**2/2*math.log(2*math.pi*self.noise**2))
 
-    def decoder_parameters(self) -> list: return [self.levels]
+# %% ../../nbs/03_enumerable.ipynb #7c034c4b
+@patch
+def decoder_parameters(self:PatchTokenizer) -> list: # of parameters
+    "What post-training of the decoder may change"
+    return [self.levels]

@@ -22,6 +22,7 @@ import zlib
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..files import open_file, open_npz, read_bytes, read_npy, read_npz, user_path
@@ -52,7 +53,11 @@ def wide(x, # tensor, numpy array or nested list, of floats
                          "convert it with .float()")
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
-def check_features(x:Tensor, D:int|None=None, name:str='features'):
+# %% ../../nbs/15_moments.ipynb #edb99916
+def check_features(x:Tensor, # what should be [N, D]
+                   D:int|None=None, # columns of the reference, if it is known
+                   name:str='features', # what the message calls it
+                  ):
     "Raise unless `x` is a finite [N, D] with N >= 2"
     if x.ndim != 2:
         raise ValueError(f"{name} must be an [N, D] tensor, got {tuple(x.shape)}; "
@@ -69,7 +74,11 @@ def check_features(x:Tensor, D:int|None=None, name:str='features'):
                          "check the images and the extractor's precision")
 
 # %% ../../nbs/15_moments.ipynb #54903f25
-def check_shape(t:Tensor, shape:tuple, name:str, hint:str):
+def check_shape(t:Tensor, # any tensor
+                shape:tuple, # that it should have
+                name:str, # what the message calls it
+                hint:str, # what would have it
+               ):
     "Raise unless a tensor has this shape and is finite"
     if t.shape != shape:
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}: {hint}")
@@ -77,6 +86,7 @@ def check_shape(t:Tensor, shape:tuple, name:str, hint:str):
         raise ValueError(f"{name} holds values that are not finite; "
                          "recompute it from clean features")
 
+# %% ../../nbs/15_moments.ipynb #533b15c2
 def check_covariance(cov:Tensor, # [D, D] float64
                      name:str, # what the message calls it
                     ):
@@ -91,6 +101,21 @@ def check_covariance(cov:Tensor, # [D, D] float64
     if low < -1e-6*abs(high):
         raise ValueError(f"{name} is not positive semi-definite: smallest eigenvalue "
                          f"{low:.3g}, largest {high:.3g}; expected a covariance matrix")
+
+# %% ../../nbs/15_moments.ipynb #d3f623d7
+def _check_reference(mean, std, cov):
+    "Raise unless these belong together"
+    D = mean.shape[-1] if mean.ndim else 0
+    hint = 'a [D] mean with a [D] std or a [D, D] covariance'
+    check_shape(mean, (D,), 'reference.mean', hint)
+    check_shape(std, (D,), 'reference.std', hint)
+    if (std < 0).any():
+        raise ValueError("reference.std has a negative entry, "
+                         f"{std.min():.3g}; pass standard deviations or a "
+                         "covariance")
+    if cov is None: return
+    check_shape(cov, (D, D), 'reference.cov', hint)
+    check_covariance(cov, 'reference.cov')
 
 # %% ../../nbs/15_moments.ipynb #f6b04b7e
 @dataclass(frozen=True)
@@ -108,20 +133,13 @@ class Reference:
             t = getattr(self, name)
             if t is None: continue
             object.__setattr__(self, name, wide(t, f'reference.{name}'))
-        D = self.mean.shape[-1] if self.mean.ndim else 0
-        hint = 'a [D] mean with a [D] std or a [D, D] covariance'
-        check_shape(self.mean, (D,), 'reference.mean', hint)
-        check_shape(self.std, (D,), 'reference.std', hint)
-        if (self.std < 0).any():
-            raise ValueError("reference.std has a negative entry, "
-                             f"{self.std.min():.3g}; pass standard deviations or a "
-                             "covariance")
-        if self.cov is None: return
-        check_shape(self.cov, (D, D), 'reference.cov', hint)
-        check_covariance(self.cov, 'reference.cov')
+        _check_reference(self.mean, self.std, self.cov)
 
     @classmethod
-    def from_features(cls, x, unbiased:bool=False, network:str=''):
+    def from_features(cls, x, # [N, D], tensor or array
+                      unbiased:bool=False, # divide by N-1
+                      network:str='', # name of the extractor
+                     ):
         "Moments of real features [N, D], with covariance; `unbiased` divides by N-1"
         x = wide(x, 'features')
         check_features(x)
@@ -145,15 +163,18 @@ class Reference:
         w = torch.arange(len(self.mean)).to(self.mean).cos()
         return torch.stack([self.mean@w, self.std@w])
 
-    def to(self, device):
-        "The same reference on `device`; the copy is kept, with its root"
-        device = torch.device(device)
-        if self.mean.device == device: return self
-        if device not in self._moved:
-            self._moved[device] = new = copy.copy(self)
-            tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-            vars(new).update({k: v.to(device) for k, v in tensors.items()}, _moved={})
-        return self._moved[device]
+# %% ../../nbs/15_moments.ipynb #c3be26af
+@patch
+def to(self:Reference, device, # where the features live
+      ):
+    "The same reference on `device`; the copy is kept, with its root"
+    device = torch.device(device)
+    if self.mean.device == device: return self
+    if device not in self._moved:
+        self._moved[device] = new = copy.copy(self)
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        vars(new).update({k: v.to(device) for k, v in tensors.items()}, _moved={})
+    return self._moved[device]
 
 # %% ../../nbs/15_moments.ipynb #bef5f691
 def _npz(path) -> dict:
@@ -178,6 +199,7 @@ def _safetensors(path):
     from safetensors.torch import load
     return load(read_bytes(path, 1 << 34))
 
+# %% ../../nbs/15_moments.ipynb #7c09933e
 READERS = {'.npz': _npz, '.npy': _npy, '.pt': _pt, '.pth': _pt, '.safetensors': _safetensors}
 
 def read_file(path): # contents, by name where they have names
@@ -263,9 +285,11 @@ class Moments(NamedTuple):
     reference: Tensor|None = None # [2] fingerprint of the reference
     mapped: Tensor|None = None # [D, D] second moment of Σr^½ x in full form, else empty
 
+# %% ../../nbs/15_moments.ipynb #10a8eb36
 torch.serialization.add_safe_globals([Moments]) # for torch.load(…, weights_only=True)
 
-def as_moments(state) -> Moments:
+def as_moments(state, # of a previous call, in any of these forms
+              ) -> Moments:
     "A state in float64, from `Moments`, its fields by name, or a pair of moments"
     if isinstance(state, Mapping):
         if odd := set(state) - set(Moments._fields):
@@ -280,12 +304,14 @@ def as_moments(state) -> Moments:
     return Moments(*(None if t is None else wide(t, 'state') for t in state))
 
 # %% ../../nbs/15_moments.ipynb #11962a1c
-def check_eps(eps:float):
+def check_eps(eps:float, # added to variances
+             ):
     "Raise unless this can be added to variances"
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps={eps}: expected a finite number not below 0, "
                          "it is added to variances")
 
+# %% ../../nbs/15_moments.ipynb #22682fa4
 def batch_moments(x:Tensor, # [N, D] features
                   ref:Reference, # only the full form reads its root
                   full:bool=False, # second moments as a [D, D] matrix
@@ -299,13 +325,19 @@ def batch_moments(x:Tensor, # [N, D] features
     second = sum(rows.square().sum(0) for rows in x.split(32))/n
     return Moments(x.mean(0), second, ref.fingerprint, x.new_empty(0))
 
-def moments_std(m:Moments, eps:float=1e-6) -> Tensor: # [D]
+# %% ../../nbs/15_moments.ipynb #2b645ad0
+def moments_std(m:Moments, # in diagonal form
+                eps:float=1e-6, # [D]
+               ) -> Tensor: # [D]
     "Standard deviations √(max(m₂-μ², 0) + ε) (LOO-FID Eq. 13)"
     check_eps(eps)
     return ((m.second - m.mean**2).clamp(min=0) + eps).sqrt()
 
 # %% ../../nbs/15_moments.ipynb #354d7e54
-def ema_update(old:Moments, new:Moments, ema_weight:float) -> Moments:
+def ema_update(old:Moments, # before this step
+               new:Moments, # of this batch
+               ema_weight:float, # share of the new ones, in (0, 1]
+              ) -> Moments:
     "Blend moments, `ema_weight` is the share of the new ones (LOO-FID Eq. 7, 8)"
     def mix(a, b):
         return b if a is None or a.shape != b.shape else torch.lerp(a, b, ema_weight)
@@ -315,12 +347,14 @@ def ema_update(old:Moments, new:Moments, ema_weight:float) -> Moments:
 # %% ../../nbs/15_moments.ipynb #8751e0d5
 FIRST_STEPS = 'adopt', 'blend', 'zero', 'reference'
 
-def check_first_step(first_step:str):
+def check_first_step(first_step:str, # adopt, blend, zero or reference
+                    ):
     "Raise unless it names one of the four readings"
     if first_step not in FIRST_STEPS:
         raise ValueError("first_step must be adopt, blend, zero or reference, "
                          f"got {first_step!r}")
 
+# %% ../../nbs/15_moments.ipynb #2f495234
 def first_moments(first_step:str, # adopt, blend, zero or reference
                   batch:Moments, # moments of the first batch
                   ref:Reference, # the reference
@@ -404,6 +438,7 @@ def removed_shares(lam:Tensor, # [D] eigenvalues of M₁, ascending, not negativ
     t = torch.where(whole[:, None], t*(1 + lift[:, None]*rounding), t)
     return t/t.sum(1, keepdim=True).clamp(min=1), p.masked_fill(whole, 0.)
 
+# %% ../../nbs/15_moments.ipynb #efb95e5b
 def root_drop(lam:Tensor, # [D] eigenvalues of M₁, ascending, not negative
               z2:Tensor, # [n, D] squared coordinates of each z in its eigenbasis
              ) -> Tensor: # [n] tr (M₁ - z zᵀ)^½ - tr M₁^½
@@ -473,7 +508,10 @@ def loo_full(x:Tensor, # [n, D] features to be judged
     return size - 2*u@(a*(new.mean - ref.mean) + c*d) - 2*drop
 
 # %% ../../nbs/15_moments.ipynb #c627ca27
-def check_state(state, ref:Reference, full:bool) -> Moments:
+def check_state(state, # what `as_moments` takes
+                ref:Reference, # it should belong to
+                full:bool, # whether second moments are matrices
+               ) -> Moments:
     "A state on the reference's device, or an error if it is not of this reference"
     there = ref.mean.device
     old = Moments(*(None if t is None else t.to(there) for t in as_moments(state)))

@@ -25,12 +25,14 @@ def scale_sizes(sides, # sides p of square maps, or (height, width) pairs
                          "pairs of them, for example (1, 2, 3, 4)")
     return [h*w for h, w in pairs]
 
+# %% ../../nbs/16_scalewise.ipynb #d8b4a31d
 def scale_index(sizes, # tokens per scale
                ) -> Tensor: # [T] scale of every token
     "Which scale each token belongs to"
     return torch.repeat_interleave(torch.arange(len(sizes)), torch.as_tensor(sizes),
                                    output_size=sum(sizes))
 
+# %% ../../nbs/16_scalewise.ipynb #040f5ffb
 def block_causal_mask(sizes, # tokens per scale
                      ) -> Tensor: # [T, T] True where query (row) may see key (column)
     "Own scale and earlier ones"

@@ -17,15 +17,10 @@ from ..protocols import Streams, map_cond, repeat_cond
 def _must(ok, why):
     if not ok: raise AssertionError(why)
 
-@torch.no_grad()
-def check_policy(policy, # `Policy`, in eval mode
-                 cond, # two or more conditions
-                 seed:int=0,
-                 samples:int=256): # sequences drawn for each setting of `generate`
-    "Raise if a policy breaks a rule of the protocol"
-    n, t, v = (len(cond[0] if isinstance(cond, (tuple, list)) else cond),
-               policy.num_tokens, policy.vocab_size)
-    context = torch.randint(v, (n, t), generator=torch.Generator().manual_seed(seed))
+# %% ../../nbs/60_your_own_model.ipynb #f00b5f39
+def _check_scores(policy, context, cond):
+    "Rule 1: state t has seen the tokens before t, and draws nothing at random"
+    (n, t), v = context.shape, policy.vocab_size
     scores = lambda x: policy.head(policy.hidden(x, cond))
     logits = scores(context)
     _must(logits.shape == (n, t, v) and logits.dtype == torch.float32,
@@ -43,7 +38,11 @@ def check_policy(policy, # `Policy`, in eval mode
               "seen tokens before t only")
         _must(i or t == 1 or moved.any(),
               "hidden: changing token 0 moves no score at all; is the context used?")
-    streams = Streams.range(seed, 5, n)
+
+# %% ../../nbs/60_your_own_model.ipynb #2d8a6ce7
+def _check_draws(policy, cond, streams):
+    "Rules 2 and 3: a stream is a picture, and the best token is the best"
+    n, t, v = len(streams), policy.num_tokens, policy.vocab_size
     drawn = policy.generate(cond, streams)
     _must(drawn.shape == (n, t) and drawn.dtype == torch.int64
           and 0 <= drawn.min() <= drawn.max() < v,
@@ -59,13 +58,13 @@ def check_policy(policy, # `Policy`, in eval mode
           "generate: the last image differs when drawn alone; use "
           "row i of streams.uniform for image i")
     best = policy.generate(cond, streams, top_k=1)
-    gap = ((scores(best).amax(-1) - scores(best).gather(-1, best[..., None])[..., 0])
+    scores = policy.head(policy.hidden(best, cond))
+    gap = ((scores.amax(-1) - scores.gather(-1, best[..., None])[..., 0])
            .max().item())
     _must(gap < 1e-3, f"generate(top_k=1): a token lies {gap:.3g} below the best "
           "teacher-forced score; generate and hidden describe different distributions")
-    for kw in {}, dict(temperature=.5), dict(top_k=max(2, v//4)), dict(top_p=.7):
-        _check_distribution(policy, repeat_cond(cond, -(-samples//n)), seed, kw)
 
+# %% ../../nbs/60_your_own_model.ipynb #81087321
 def _check_distribution(policy, cond, seed, kw):
     ("Drawn tokens must have the log-probability that their distribution gives them on "
      "average")
@@ -88,9 +87,26 @@ def _check_distribution(policy, cond, seed, kw):
           "errors; generate and hidden describe different distributions, or a setting "
           "is ignored")
 
-def check_tokenizer(tokenizer, # `Tokenizer`, in eval mode
-                    images:Tensor): # [N, 3, H, W] in [0, 1]
-    "Raise if a tokenizer breaks a rule of the protocol"
+# %% ../../nbs/60_your_own_model.ipynb #d31f4435
+@torch.no_grad()
+def check_policy(policy, # `Policy`, in eval mode
+                 cond, # two or more conditions
+                 seed:int=0, # of contexts and streams
+                 samples:int=256): # sequences drawn for each setting of `generate`
+    "Raise if a policy breaks a rule of the protocol"
+    n, t, v = (len(cond[0] if isinstance(cond, (tuple, list)) else cond),
+               policy.num_tokens, policy.vocab_size)
+    one = cond[0] if isinstance(cond, (tuple, list)) else cond
+    context = torch.randint(v, (n, t), generator=torch.Generator().manual_seed(seed))
+    context = context.to(one.device) # where the conditions are, drawn the same everywhere
+    _check_scores(policy, context, cond)
+    _check_draws(policy, cond, Streams.range(seed, 5, n))
+    for kw in {}, dict(temperature=.5), dict(top_k=max(2, v//4)), dict(top_p=.7):
+        _check_distribution(policy, repeat_cond(cond, -(-samples//n)), seed, kw)
+
+# %% ../../nbs/60_your_own_model.ipynb #502ee148
+def _check_ids(tokenizer, images):
+    "What `encode` gives [N, T], and whether the grid holds it"
     with torch.no_grad(): ids, n = tokenizer.encode(images), len(images)
     t, k = tokenizer.num_tokens, tokenizer.codebook_size
     _must(ids.shape == (n, t) and ids.dtype == torch.int64
@@ -102,7 +118,14 @@ def check_tokenizer(tokenizer, # `Tokenizer`, in eval mode
              else (tokenizer.token_grid,))
     _must(sum(h*w for h, w in grids) == t,
           f"token_grid={tokenizer.token_grid}: does not hold {t} tokens")
-    onehot = F.one_hot(ids, k).float().requires_grad_()
+    return ids
+
+# %% ../../nbs/60_your_own_model.ipynb #0e485571
+def check_tokenizer(tokenizer, # `Tokenizer`, in eval mode
+                    images:Tensor): # [N, 3, H, W] in [0, 1]
+    "Raise if a tokenizer breaks a rule of the protocol"
+    ids = _check_ids(tokenizer, images)
+    onehot = F.one_hot(ids, tokenizer.codebook_size).float().requires_grad_()
     pixels, soft = tokenizer.decode(ids), tokenizer.decode_probs(onehot)
     _must(pixels.shape == images.shape and 0 <= pixels.min() and pixels.max() <= 1,
           f"decode: {list(pixels.shape)} in [{pixels.min():.2f}, "

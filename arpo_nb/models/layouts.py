@@ -14,29 +14,38 @@ from .janus import is_official, merge_policy, to_transformers, tokenizer_names
 from ..protocols import System
 
 # %% ../../nbs/38_layouts.ipynb #9de2757d
-def whole(
-    state: dict
-) -> dict: # as it was, on the CPU, without a second name for any tensor
+def whole(state:dict, # name → tensor
+         ) -> dict: # as it was, on the CPU, without a second name for any tensor
     "Tensors that stand on their own"
     return {
         k: v.detach().cpu().clone() if v.device.type != 'meta' else v
         for k, v in state.items()
     }
 
-def llamagen_file(system:System, part:str='policy', # or 'tokenizer'
+# %% ../../nbs/38_layouts.ipynb #c16b1506
+def llamagen_file(system:System, # policy, tokenizer and what they were built from
+                  part:str='policy', # or 'tokenizer'
                   base=None, # file that the system was loaded from; not needed
                   layout:str='authors', # not needed
                  ) -> dict:
     "`torch.load(FILE)['model']` in LlamaGen's scripts"
     return {'model': whole(getattr(system, part).state_dict())}
 
-def var_file(system:System, part:str='policy', base=None, layout:str='authors') -> dict:
+# %% ../../nbs/38_layouts.ipynb #9c2493fe
+def var_file(system:System, # policy, tokenizer and what they were built from
+             part:str='policy', # 'policy' or 'tokenizer', the one that was trained
+             base=None, # file that the system was loaded from; not needed
+             layout:str='authors', # not needed
+            ) -> dict:
     "`load_state_dict(torch.load(FILE))` in VAR's"
     return whole(getattr(system, part).state_dict())
 
 # %% ../../nbs/38_layouts.ipynb #faf13d62
-def taming_file(system: System, part: str = 'policy', base=None,
-                layout: str = 'authors') -> dict:
+def taming_file(system:System, # policy, tokenizer and what they were built from
+                part:str='policy', # 'policy' or 'tokenizer', the one that was trained
+                base=None, # file that the system was loaded from; not needed
+                layout:str='authors', # not needed
+               ) -> dict:
     "`torch.load(FILE)['state_dict']` of a Net2NetTransformer"
     policy, vq = whole(system.policy.state_dict()), whole(system.tokenizer.state_dict())
     t, like = system.policy.cfg.block_size, next(iter(policy.values()))
@@ -49,7 +58,8 @@ def taming_file(system: System, part: str = 'policy', base=None,
     return {'state_dict': state | {f'first_stage_model.{k}': v for k, v in vq.items()}}
 
 # %% ../../nbs/38_layouts.ipynb #1d5b4b16
-def janus_file(system:System, part:str='policy',
+def janus_file(system:System, # policy, tokenizer and what they were built from
+               part:str='policy', # 'policy' or 'tokenizer', the one that was trained
                base=None, # the whole model's file or folder, or its tensors
                layout:str='authors', # or 'official', the same, or 'transformers'
               ) -> dict: # name → tensor

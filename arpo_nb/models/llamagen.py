@@ -418,6 +418,7 @@ def key_dtype(p:Tensor): # of the parameters
     half = kind != 'meta' and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if half else p.dtype
 
+# %% ../../nbs/31_llamagen.ipynb #bc59c18b
 @patch
 def new_cache(self:GPT, n:int, # sequences
               length:int, # tokens, prefix included

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..protocols import check_ids, describe_value
@@ -37,12 +38,17 @@ class VQConfig:
     codebook_l2_norm: bool = True
 
     @property
-    def downsample(self): return 2**(len(self.encoder_ch_mult)-1)
+    def downsample(self):
+        "Pixels along the edge of a token"
+        return 2**(len(self.encoder_ch_mult)-1)
 
 # %% ../../nbs/30_tokenizers.ipynb #7b8901d1
 class ResBlock(nn.Module):
     "Two normalised 3×3 convolutions around a shortcut"
-    def __init__(self, c_in:int, c_out:int, groups:int):
+    def __init__(self, c_in:int, # channels that come
+                 c_out:int, # channels that go
+                 groups:int, # of the group norms
+                ):
         super().__init__()
         self.norm1, self.conv1 = (nn.GroupNorm(groups, c_in, 1e-6),
                                   nn.Conv2d(c_in, c_out, 3, padding=1))
@@ -50,42 +56,62 @@ class ResBlock(nn.Module):
                                   nn.Conv2d(c_out, c_out, 3, padding=1))
         if c_in != c_out: self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, 'nin_shortcut') else x)
+# %% ../../nbs/30_tokenizers.ipynb #e5c459b4
+@patch
+def forward(self:ResBlock, x, # [B, c, h, w]
+           ):
+    "Two convolutions, added to what came"
+    h = self.conv1(F.silu(self.norm1(x)))
+    h = self.conv2(F.silu(self.norm2(h)))
+    return h + (self.nin_shortcut(x) if hasattr(self, 'nin_shortcut') else x)
 
+# %% ../../nbs/30_tokenizers.ipynb #d5b20771
 class AttnBlock(nn.Module):
     "Single-head self-attention over pixels"
-    def __init__(self, c:int, groups:int):
+    def __init__(self, c:int, # channels
+                 groups:int, # of the group norms
+                ):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, 1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
-    def forward(self, x):
-        h = self.norm(x)
-        # [B, 1, hw, c]
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None]
-                   for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(
-            q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
-        return x + self.proj_out(h)
+# %% ../../nbs/30_tokenizers.ipynb #a063f795
+@patch
+def forward(self:AttnBlock, x, # [B, c, h, w]
+           ):
+    "Every position looks at all, and adds what it sees"
+    h = self.norm(x)
+    # [B, 1, hw, c]
+    q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None]
+               for f in (self.q, self.k, self.v))
+    h = F.scaled_dot_product_attention(
+        q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+    return x + self.proj_out(h)
 
+# %% ../../nbs/30_tokenizers.ipynb #89d7e55f
 class Downsample(nn.Module):
     "Halve the resolution; the padding is right and below only"
-    def __init__(self, c:int):
+    def __init__(self, c:int, # channels
+                ):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
-    def forward(self, x): return self.conv(F.pad(x, (0, 1, 0, 1)))
+    def forward(self, x # [B, c, H, W]
+               ): # [B, c, H/2, W/2]
+        "Every second position of a 3×3 convolution"
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
+# %% ../../nbs/30_tokenizers.ipynb #356229e4
 class Upsample(nn.Module):
     "Double the resolution"
-    def __init__(self, c:int):
+    def __init__(self, c:int, # channels
+                ):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x # [B, c, h, w]
+               ): # [B, c, 2h, 2w]
+        "Each position four times, then a convolution"
         return self.conv(F.interpolate(x, scale_factor=2., mode='nearest'))
 
 # %% ../../nbs/30_tokenizers.ipynb #75df0976
@@ -99,7 +125,9 @@ class Middle(nn.Module):
         self.block_1, self.attn_1 = ResBlock(c, c, groups), attn(c, groups)
         self.block_2 = ResBlock(c, c, groups)
 
-    def forward(self, x): # [B, c, h, w], as the result
+    def forward(self, x # [B, c, h, w]
+               ): # the same
+        "One after the other"
         return self.block_2(self.attn_1(self.block_1(x)))
 
 # %% ../../nbs/30_tokenizers.ipynb #350efd52
@@ -107,10 +135,16 @@ def _mid(c, groups):
     return nn.ModuleList([ResBlock(c, c, groups), AttnBlock(c, groups),
                           ResBlock(c, c, groups)])
 
+# %% ../../nbs/30_tokenizers.ipynb #28de69d6
 class Level(nn.Module):
     "Residual blocks of one resolution, then (except at the end) a change of resolution"
-    def __init__(self, c_in:int, c_out:int, n:int, groups:int, attn:bool,
-                 resize:str|None):
+    def __init__(self, c_in:int, # channels that come
+                 c_out:int, # channels that go
+                 n:int, # residual blocks
+                 groups:int, # of the group norms
+                 attn:bool, # whether attention follows each of them
+                 resize:str|None, # 'downsample', 'upsample' or None
+                ):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups)
                                  for i in range(n))
@@ -121,15 +155,21 @@ class Level(nn.Module):
                             (Downsample if resize == 'downsample' else Upsample)(c_out))
         self.resize = resize
 
-    def forward(self, x):
-        for i, block in enumerate(self.res):
-            x = block(x)
-            if self.attn: x = self.attn[i](x)
-        return getattr(self, self.resize)(x) if self.resize else x
+# %% ../../nbs/30_tokenizers.ipynb #2b75f741
+@patch
+def forward(self:Level, x, # [B, c, h, w]
+           ):
+    "Blocks, and the change of resolution"
+    for i, block in enumerate(self.res):
+        x = block(x)
+        if self.attn: x = self.attn[i](x)
+    return getattr(self, self.resize)(x) if self.resize else x
 
+# %% ../../nbs/30_tokenizers.ipynb #c8da7b44
 class Encoder(nn.Module):
     "Pixels in [-1, 1] to latents, [B, 3, H, W] to [B, z, h, w]"
-    def __init__(self, cfg:VQConfig):
+    def __init__(self, cfg:VQConfig, # widths, levels and codebook
+                ):
         super().__init__()
         widths, g, last = ([cfg.ch*m for m in cfg.encoder_ch_mult], cfg.num_groups,
                            len(cfg.encoder_ch_mult)-1)
@@ -141,14 +181,20 @@ class Encoder(nn.Module):
         self.mid, self.norm_out = _mid(widths[-1], g), nn.GroupNorm(g, widths[-1], 1e-6)
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 3, padding=1)
 
-    def forward(self, x):
-        x = self.conv_in(x)
-        for block in [*self.conv_blocks, *self.mid]: x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+# %% ../../nbs/30_tokenizers.ipynb #a3968532
+@patch
+def forward(self:Encoder, x, # [B, c, h, w]
+           ):
+    "Down to [B, z, h, w]"
+    x = self.conv_in(x)
+    for block in [*self.conv_blocks, *self.mid]: x = block(x)
+    return self.conv_out(F.silu(self.norm_out(x)))
 
+# %% ../../nbs/30_tokenizers.ipynb #93f9616f
 class Decoder(nn.Module):
     "Latents to pixels in about [-1, 1], [B, z, h, w] to [B, 3, H, W]"
-    def __init__(self, cfg:VQConfig):
+    def __init__(self, cfg:VQConfig, # widths, levels and codebook
+                ):
         super().__init__()
         widths, g, last = ([cfg.ch*m for m in cfg.decoder_ch_mult][::-1],
                            cfg.num_groups, len(cfg.decoder_ch_mult)-1)
@@ -161,15 +207,20 @@ class Decoder(nn.Module):
         self.norm_out, self.conv_out = (nn.GroupNorm(g, widths[-1], 1e-6),
                                         nn.Conv2d(widths[-1], 3, 3, padding=1))
 
-    def forward(self, z):
-        z = self.conv_in(z)
-        for block in [*self.mid, *self.conv_blocks]: z = block(z)
-        return self.conv_out(F.silu(self.norm_out(z)))
+# %% ../../nbs/30_tokenizers.ipynb #52187d3c
+@patch
+def forward(self:Decoder, z, # [B, z, h, w] latents
+           ):
+    "Up to [B, 3, H, W]"
+    z = self.conv_in(z)
+    for block in [*self.mid, *self.conv_blocks]: z = block(z)
+    return self.conv_out(F.silu(self.norm_out(z)))
 
 # %% ../../nbs/30_tokenizers.ipynb #c34831f3
 class Quantizer(nn.Module):
     "Nearest-code lookup on the unit sphere, with LlamaGen's training losses"
-    def __init__(self, cfg:VQConfig):
+    def __init__(self, cfg:VQConfig, # widths, levels and codebook
+                ):
         super().__init__()
         self.l2_norm = cfg.codebook_l2_norm
         self.embedding = nn.Embedding(cfg.codebook_size, cfg.codebook_embed_dim)
@@ -177,47 +228,60 @@ class Quantizer(nn.Module):
                          1/cfg.codebook_size)
         self.register_buffer('codebook_used', torch.zeros(cfg.usage_window))
 
-    @property
-    def codes(self):
-        "[K, C] code vectors, of norm 1 on the sphere"
-        return self.normalize(self.embedding.weight)
+# %% ../../nbs/30_tokenizers.ipynb #a59b66f4
+@patch
+def normalize(self:Quantizer, x:Tensor, # vectors along `dim`
+              dim:int=-1, # their axis
+             ) -> Tensor:
+    "Vectors on the unit sphere, or as they are without `codebook_l2_norm`"
+    return F.normalize(x, dim=dim) if self.l2_norm else x
 
-    def normalize(self, x:Tensor, dim:int=-1) -> Tensor:
-        "Vectors on the unit sphere, or as they are without `codebook_l2_norm`"
-        return F.normalize(x, dim=dim) if self.l2_norm else x
+# %% ../../nbs/30_tokenizers.ipynb #929a1503
+@patch(as_prop=True)
+def codes(self:Quantizer) -> Tensor: # [K, C]
+    "[K, C] code vectors, of norm 1 on the sphere"
+    return self.normalize(self.embedding.weight)
 
-    def distances(self, z:Tensor) -> Tensor:
-        "Squared distance of normalised latents [N, C] to every code, [N, K]"
-        codes = self.codes
-        return z.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1) - 2*z @ codes.T
+# %% ../../nbs/30_tokenizers.ipynb #86142748
+@patch
+def distances(self:Quantizer, z:Tensor, # [N, C] normalised latents
+             ) -> Tensor: # [N, K]
+    "Squared distance of normalised latents [N, C] to every code, [N, K]"
+    codes = self.codes
+    return z.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1) - 2*z @ codes.T
 
-    def losses(self,
-               z:Tensor, # [N, C] normalised latents
-               ids:Tensor, # [N] nearest codes
-               beta:float=0.25, # weight of the commitment term
-               # weight of the entropy term, 0 in the published models
-               entropy_ratio:float=0.,
-              ) -> dict: # vq, commit, entropy (weighted), and codebook usage in [0, 1]
-        "VQ losses of a batch (VA-π Eq. 33 on unit vectors), updating the usage window"
-        codes, n = self.codes[ids], min(len(ids), len(self.codebook_used))
-        with torch.no_grad():
-            self.codebook_used.copy_(torch.cat([self.codebook_used[n:],
-                                                ids[-n:].to(self.codebook_used.dtype)]))
-        entropy = z.new_zeros(())
-        if entropy_ratio:
-            p = (-self.distances(z)/0.01).softmax(-1)
-            mean = p.mean(0)
-            entropy = (-(p*(-self.distances(z)/0.01
-                            + 1e-5).log_softmax(-1)).sum(-1).mean()
-                       + (mean*(mean + 1e-5).log()).sum())
-        return dict(vq=(codes - z.detach()).pow(2).mean(),
-                    commit=beta*(codes.detach() - z).pow(2).mean(),
-                    entropy=entropy_ratio*entropy,
-                    usage=self.codebook_used.unique()
-                    .numel()/self.embedding.num_embeddings)
+# %% ../../nbs/30_tokenizers.ipynb #6ef5b9a9
+@patch
+def losses(self:Quantizer,
+           z:Tensor, # [N, C] normalised latents
+           ids:Tensor, # [N] nearest codes
+           beta:float=0.25, # weight of the commitment term
+           # weight of the entropy term, 0 in the published models
+           entropy_ratio:float=0.,
+          ) -> dict: # vq, commit, entropy (weighted), and codebook usage in [0, 1]
+    "VQ losses of a batch (VA-π Eq. 33 on unit vectors), updating the usage window"
+    codes, n = self.codes[ids], min(len(ids), len(self.codebook_used))
+    with torch.no_grad():
+        self.codebook_used.copy_(torch.cat([self.codebook_used[n:],
+                                            ids[-n:].to(self.codebook_used.dtype)]))
+    entropy = z.new_zeros(())
+    if entropy_ratio:
+        nearness = -self.distances(z)/0.01
+        p = nearness.softmax(-1)
+        mean = p.mean(0)
+        entropy = (-(p*(nearness + 1e-5).log_softmax(-1)).sum(-1).mean()
+                   + (mean*(mean + 1e-5).log()).sum())
+    return dict(vq=(codes - z.detach()).pow(2).mean(),
+                commit=beta*(codes.detach() - z).pow(2).mean(),
+                entropy=entropy_ratio*entropy,
+                usage=self.codebook_used.unique()
+                .numel()/self.embedding.num_embeddings)
 
 # %% ../../nbs/30_tokenizers.ipynb #3d05121a
-def check_picture(images, downsample:int, side:int): # of a tokenizer
+def check_picture(images, # [B, 3, H, W] in [0, 1]
+                  downsample:int, # pixels along the edge of a token
+                  side:int, # of a tokenizer
+                 ):
     "Raise unless these are float RGB images whose sides a tokenizer can shrink"
     if (images.dim() != 4 or images.shape[1] != 3
             or any(s % downsample for s in images.shape[2:])
@@ -227,10 +291,12 @@ def check_picture(images, downsample:int, side:int): # of a tokenizer
                          "image_io.to_tensor(image_io.center_crop(picture, "
                          f"{side})) gives one")
 
+# %% ../../nbs/30_tokenizers.ipynb #cc956218
 class VQModel(nn.Module):
     ("LlamaGen's image tokenizer behind the `Tokenizer` protocol; parameter names are "
      "the official ones")
-    def __init__(self, cfg:VQConfig):
+    def __init__(self, cfg:VQConfig, # widths, levels and codebook
+                ):
         super().__init__()
         self.cfg, self.image_size, self.codebook_size = (
             cfg, cfg.image_size, cfg.codebook_size)
@@ -241,52 +307,79 @@ class VQModel(nn.Module):
         self.quant_conv = nn.Conv2d(cfg.z_channels, cfg.codebook_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(cfg.codebook_embed_dim, cfg.z_channels, 1)
 
-    def latents(self, images:Tensor) -> Tensor:
-        "[B, 3, H, W] in [0, 1] to normalised latents [B, C, h, w]"
-        check_picture(images, self.cfg.downsample, self.image_size)
-        return self.quantize.normalize(self.quant_conv(self.encoder(2*images - 1)),
-                                       dim=1)
+# %% ../../nbs/30_tokenizers.ipynb #8b5db1c7
+@patch
+def latents(self:VQModel, images:Tensor, # [B, 3, H, W] in [0, 1]
+           ) -> Tensor:
+    "[B, 3, H, W] in [0, 1] to normalised latents [B, C, h, w]"
+    check_picture(images, self.cfg.downsample, self.image_size)
+    return self.quantize.normalize(self.quant_conv(self.encoder(2*images - 1)),
+                                   dim=1)
 
-    def encode(self, images:Tensor) -> Tensor:
-        "[B, 3, H, W] in [0, 1] to ids [B, h*w], row by row"
-        z = self.latents(images)
-        return (self.quantize.distances(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]))
-                .argmin(1).view(len(images), -1))
+# %% ../../nbs/30_tokenizers.ipynb #4b7af6f5
+@patch
+def encode(self:VQModel, images:Tensor, # [B, 3, H, W] in [0, 1]
+          ) -> Tensor:
+    "[B, 3, H, W] in [0, 1] to ids [B, h*w], row by row"
+    z = self.latents(images)
+    return (self.quantize.distances(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]))
+            .argmin(1).view(len(images), -1))
 
-    def decode_latents(self, z:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
-        ("Code vectors [B, T, C] to pixels [B, 3, H, W]; `grid` (h, w) where it is not "
-         "square")
-        h, w = grid or [int(z.shape[1]**.5)]*2
-        if h*w != z.shape[1]:
-            raise ValueError(f"tokens: {z.shape[1]} per image, expected "
-                             f"{f'{h}*{w}' if grid else 'a square number'}; pass "
-                             "the token map's grid=(h, w)")
-        latents = self.post_quant_conv(z.transpose(1, 2).unflatten(2, (h, w)))
-        pixels = (self.decoder(latents) + 1)/2
-        return pixels.clamp(0, 1) if clamp else pixels
+# %% ../../nbs/30_tokenizers.ipynb #e08e7508
+@patch
+def decode_latents(self:VQModel, z:Tensor, # [B, z, h, w] latents
+                   clamp:bool=True, # to [0, 1]
+                   grid:tuple|None=None, # (h, w) of the token map where it is not square
+                  ) -> Tensor:
+    ("Code vectors [B, T, C] to pixels [B, 3, H, W]; `grid` (h, w) where it is not "
+     "square")
+    h, w = grid or [int(z.shape[1]**.5)]*2
+    if h*w != z.shape[1]:
+        raise ValueError(f"tokens: {z.shape[1]} per image, expected "
+                         f"{f'{h}*{w}' if grid else 'a square number'}; pass "
+                         "the token map's grid=(h, w)")
+    latents = self.post_quant_conv(z.transpose(1, 2).unflatten(2, (h, w)))
+    pixels = (self.decoder(latents) + 1)/2
+    return pixels.clamp(0, 1) if clamp else pixels
 
-    def decode(self, tokens:Tensor, clamp:bool=True, grid:tuple|None=None) -> Tensor:
-        "Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped"
-        check_ids('tokens', tokens, self.codebook_size, 'codebook_size')
-        return self.decode_latents(self.quantize.codes[tokens], clamp, grid)
+# %% ../../nbs/30_tokenizers.ipynb #68170a1f
+@patch
+def decode(self:VQModel, tokens:Tensor, # [B, T] ids
+           clamp:bool=True, # to [0, 1]
+           grid:tuple|None=None, # (h, w) of the token map where it is not square
+          ) -> Tensor:
+    "Ids [B, T] to pixels [B, 3, H, W], in [0, 1] unless unclamped"
+    check_ids('tokens', tokens, self.codebook_size, 'codebook_size')
+    return self.decode_latents(self.quantize.codes[tokens], clamp, grid)
 
-    def decode_probs(self, probs:Tensor, clamp:bool=True,
-                     grid:tuple|None=None) -> Tensor:
-        "(Relaxed) one-hot rows [B, T, K] to pixels, differentiable in `probs`"
-        return self.decode_latents(probs @ self.quantize.codes, clamp, grid)
+# %% ../../nbs/30_tokenizers.ipynb #e9f55419
+@patch
+def decode_probs(self:VQModel, probs:Tensor, # [B, T, K] rows of probabilities
+                 clamp:bool=True, # to [0, 1]
+                 grid:tuple|None=None, # (h, w) of the token map where it is not square
+                ) -> Tensor:
+    "(Relaxed) one-hot rows [B, T, K] to pixels, differentiable in `probs`"
+    return self.decode_latents(probs @ self.quantize.codes, clamp, grid)
 
-    def decoder_parameters(self):
-        ("What tokenizer post-training moves: everything after the codebook (VA-π App. "
-         "C.2)")
-        return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
+# %% ../../nbs/30_tokenizers.ipynb #5e0e3922
+@patch
+def decoder_parameters(self:VQModel):
+    ("What tokenizer post-training moves: everything after the codebook (VA-π App. "
+     "C.2)")
+    return [*self.post_quant_conv.parameters(), *self.decoder.parameters()]
 
-    def forward(self, images:Tensor, beta:float=0.25, entropy_ratio:float=0.):
-        ("Straight-through reconstruction of `images` and the VQ losses, for training "
-         "a tokenizer")
-        z = self.latents(images).permute(0, 2, 3, 1)
-        ids = self.quantize.distances(z.reshape(-1, z.shape[-1])).argmin(1)
-        codes = self.quantize.codes[ids].view_as(z)
-        recon = self.decode_latents((z + (codes - z).detach()).flatten(1, 2),
-                                    clamp=False, grid=z.shape[1:3])
-        return recon, self.quantize.losses(z.reshape(-1, z.shape[-1]),
-                                           ids, beta, entropy_ratio)
+# %% ../../nbs/30_tokenizers.ipynb #92d11587
+@patch
+def forward(self:VQModel, images:Tensor, # [B, 3, H, W] in [0, 1]
+            beta:float=0.25, # weight of the commitment term
+            entropy_ratio:float=0., # weight of the entropy term
+           ):
+    ("Straight-through reconstruction of `images` and the VQ losses, for training "
+     "a tokenizer")
+    z = self.latents(images).permute(0, 2, 3, 1)
+    ids = self.quantize.distances(z.reshape(-1, z.shape[-1])).argmin(1)
+    codes = self.quantize.codes[ids].view_as(z)
+    recon = self.decode_latents((z + (codes - z).detach()).flatten(1, 2),
+                                clamp=False, grid=z.shape[1:3])
+    return recon, self.quantize.losses(z.reshape(-1, z.shape[-1]),
+                                       ids, beta, entropy_ratio)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ def read_idx(path:str|Path, # an IDX file of unsigned bytes, gzipped or not
                             f"{'more' if len(raw) > math.prod(shape) else f'{len(raw):,}'}; copy it again")
     return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape).copy())
 
+# %% ../../nbs/35_toy.ipynb #8e0e58ac
 def read_fashion_mnist(folder:str|Path, # holds train-images-idx3-ubyte and the other three, gzipped or not
                        train:bool=True, # the 60,000 training images, or the 10,000 test images
                       ) -> tuple: # images [N, 28, 28] uint8, labels [N] int64
@@ -62,6 +64,7 @@ def read_fashion_mnist(folder:str|Path, # holds train-images-idx3-ubyte and the 
                                    "28, 28] and [N]")
     return images, labels.long()
 
+# %% ../../nbs/35_toy.ipynb #35b1d083
 def to_pixels(images:Tensor, # [N, 28, 28] uint8
              ) -> Tensor: # [N, 3, 32, 32] in [0, 1]
     "Pad to 32×32 and repeat the grey value in three channels, the form every tokenizer expects"
@@ -71,9 +74,9 @@ def to_pixels(images:Tensor, # [N, 28, 28] uint8
 class ToyNet(nn.Module):
     ("A small convolutional classifier: feature maps for perceptual distance, pooled "
      "features and logits for metrics")
-    def __init__(self, widths:tuple,
-                 # channels at 32², 16² and 8² pixels; the last is the feature length D
-                 num_classes:int=10):
+    def __init__(self, widths:tuple, # channels at 32², 16² and 8² pixels; the last is the feature length D
+                 num_classes:int=10, # channels at 32², 16² and 8² pixels; the last is the feature length D
+                ):
         super().__init__()
         conv = lambda a, b, stride: nn.Sequential(
             nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
@@ -83,25 +86,36 @@ class ToyNet(nn.Module):
                                      nn.Sequential(conv(b, c, 2), conv(c, c, 1))])
         self.fc = nn.Linear(c, num_classes)
 
-    def maps(self, images:Tensor) -> list:
-        "Raw feature maps after every stage"
-        x, out = 2*images - 1, []
-        for stage in self.stages: out.append(x := stage(x))
-        return out
+# %% ../../nbs/35_toy.ipynb #350e4cad
+@patch
+def maps(self:ToyNet, images:Tensor, # [N, 3, 32, 32] in [0, 1]
+        ) -> list:
+    "Raw feature maps after every stage"
+    x, out = 2*images - 1, []
+    for stage in self.stages: out.append(x := stage(x))
+    return out
 
-    def features(self, images:Tensor) -> list:
-        "Feature maps of unit length per pixel, as LPIPS compares them (the `Perceptual` protocol)"
-        return [F.normalize(m, dim=1, eps=1e-6) for m in self.maps(images)]
+# %% ../../nbs/35_toy.ipynb #700a36d9
+@patch
+def features(self:ToyNet, images:Tensor, # [N, 3, 32, 32] in [0, 1]
+            ) -> list:
+    "Feature maps of unit length per pixel, as LPIPS compares them (the `Perceptual` protocol)"
+    return [F.normalize(m, dim=1, eps=1e-6) for m in self.maps(images)]
 
-    def forward(self, images:Tensor) -> tuple:
-        "[N, 3, 32, 32] in [0, 1] to pooled features [N, D] and logits [N, classes]"
-        pooled = self.maps(images)[-1].mean((2, 3))
-        return pooled, self.fc(pooled)
+# %% ../../nbs/35_toy.ipynb #c6ebe14e
+@patch
+def forward(self:ToyNet, images:Tensor, # [N, 3, 32, 32] in [0, 1]
+           ) -> tuple:
+    "[N, 3, 32, 32] in [0, 1] to pooled features [N, D] and logits [N, classes]"
+    pooled = self.maps(images)[-1].mean((2, 3))
+    return pooled, self.fc(pooled)
 
+# %% ../../nbs/35_toy.ipynb #9b1af204
 NET_A, NET_B = (16, 32, 64), (24, 48, 64)
 
 # %% ../../nbs/35_toy.ipynb #7f8c95ad
-def toy_vq_config(**kwargs) -> VQConfig:
+def toy_vq_config(**kwargs, # fields that differ
+                 ) -> VQConfig:
     "The toy tokenizer: 32×32 pixels, 8×8 tokens, 256 codes"
     return VQConfig(**{**dict(ch=8, encoder_ch_mult=(1, 2, 4),
                               decoder_ch_mult=(1, 2, 4), num_res_blocks=1,
@@ -109,7 +123,9 @@ def toy_vq_config(**kwargs) -> VQConfig:
                               num_groups=4, image_size=32, usage_window=4096),
                        **kwargs})
 
-def toy_gpt_config(**kwargs) -> GPTConfig:
+# %% ../../nbs/35_toy.ipynb #8155639b
+def toy_gpt_config(**kwargs, # fields that differ
+                  ) -> GPTConfig:
     "The toy policy: 64 tokens, 10 classes and a null class"
     return GPTConfig(**{**dict(dim=64, n_layer=3, n_head=4, vocab_size=256,
                                block_size=64, num_classes=10, multiple_of=32),
@@ -126,15 +142,18 @@ def build_toy(weights=None, # None for the shipped ones, 'random', or a file of 
     else: load_weights(policy, weights or ASSETS/'policy.safetensors')
     return policy, vq
 
+# %% ../../nbs/35_toy.ipynb #c107a2ca
 def toy_pictures() -> tuple: # images [5000, 28, 28] uint8, labels [5000] int64, and what makes pixels of images
     "The images that come with the toy"
     z = np.load(ASSETS/'fashion_mnist_5000.npz')
     return torch.from_numpy(z['images']), torch.from_numpy(z['labels']).long(), to_pixels
 
+# %% ../../nbs/35_toy.ipynb #d7ecd77f
 def toy_judge() -> ToyNet:
     "Network A: perceptual distance, class scores and features of rewards"
     return load_weights(ToyNet(NET_A), ASSETS/'net_a.safetensors').eval()
 
+# %% ../../nbs/35_toy.ipynb #fa3fca3b
 def toy_metric() -> MetricNet:
     "Network B, which has never seen a training step"
     b, ref = load_weights(ToyNet(NET_B), ASSETS/'net_b.safetensors'), load_file(ASSETS/'reference.safetensors')

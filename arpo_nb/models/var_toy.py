@@ -14,19 +14,23 @@ from ..specs import ModelSpec
 # %% ../../nbs/34_var_toy.ipynb #a3f43c7a
 TOY_PATCHES = (1, 2, 3, 4)
 
-def toy_multiscale_config(**kwargs) -> MultiScaleConfig:
+def toy_multiscale_config(**kwargs, # fields that differ
+                         ) -> MultiScaleConfig:
     "The toy's multi-scale tokenizer: 32×32 pixels, four maps, 256 codes"
     return MultiScaleConfig(**{**dict(ch=8, ch_mult=(1, 2, 4, 4), num_res_blocks=1,
                                       z_channels=16, codebook_size=256,
                                       patch_nums=TOY_PATCHES, num_groups=4,
                                       image_size=32), **kwargs})
 
-def toy_var_config(**kwargs) -> VARConfig:
+# %% ../../nbs/34_var_toy.ipynb #e79924ba
+def toy_var_config(**kwargs, # fields that differ
+                  ) -> VARConfig:
     "The toy's next-scale policy: 30 tokens, 10 classes and a null class"
     return VARConfig(**{**dict(depth=4, embed_dim=64, num_heads=4, vocab_size=256,
                                z_channels=16, num_classes=10, patch_nums=TOY_PATCHES),
                         **kwargs})
 
+# %% ../../nbs/34_var_toy.ipynb #588700ca
 def build_toy_var(weights=None, # None for the shipped ones, 'random', or a file of the transformer
                   tokenizer_weights=None, # the same for the tokenizer; None for the shipped one
                  ) -> tuple: # policy, tokenizer; in eval mode

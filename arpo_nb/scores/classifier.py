@@ -18,7 +18,8 @@ from ..weights import import_torchvision, locate
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)
 
 def resnet_input(images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
-                 resize:int=232, crop:int=224,
+                 resize:int=232, # the shortest side, in pixels
+                 crop:int=224, # side of the middle that is cut out
                 ) -> Tensor: # [N, 3, crop, crop]
     "Preprocessing of ResNet-50 V2, batched and on the images' device"
     small = shortest_side(to_255(images)/255, resize, 'bilinear')
@@ -27,8 +28,8 @@ def resnet_input(images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
 # %% ../../nbs/54_classifier.ipynb #12cd5a17
 def top_k_accuracy(logits:Tensor, # [N, classes]
                    labels:Tensor, # [N] class ids
-                   k:int=5,
-                ) -> dict: # top1 and top5 in [0, 1], and whether each item is a hit [N]
+                   k:int=5, # guesses that count
+                  ) -> dict: # top1 and top5 in [0, 1], and whether each item is a hit [N]
     "Share of images whose label is the first guess, and among the first k"
     if len(logits) != len(labels):
         raise ValueError(f"{len(logits)} rows of logits and {len(labels)} labels; "
@@ -42,9 +43,8 @@ def top_k_accuracy(logits:Tensor, # [N, classes]
             f'per_item_top{k}': hits.any(1)}
 
 # %% ../../nbs/54_classifier.ipynb #719d5e6e
-def load_resnet50(weights:str|None=None,
-                  # None for the published file, 'random', or a path
-                 ): # in eval mode
+def load_resnet50(weights:str|None=None, # None for the published file, 'random', or a path
+                 ):
     "ResNet-50 with its V2 weights"
     net = import_torchvision().models.resnet50(
         weights=None).eval().requires_grad_(False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILTERS', 'CLIP_MEAN', 'CLIP_STD', 'CLIPS', 'SCORES', 'SCALES', 'import_open_clip', 'cubic', 'triangle',
            'resize_matrix', 'resize_8bit', 'standardise', 'shortest_side', 'centre_crop', 'clip_preprocess',
-           'hps_preprocess', 'tokenize', 'load_clip', 'check_arch', 'build_clip', 'check_precision', 'CLIPScorer',
+           'hps_preprocess', 'tokenize', 'check_arch', 'load_clip', 'build_clip', 'check_precision', 'CLIPScorer',
            'cosine_scores', 'AestheticHead', 'affine_score', 'CLIPReward', 'AestheticReward', 'clip_reward',
            'aesthetic_reward']
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..files import BadFile, read_bytes, split_part
@@ -27,7 +28,7 @@ from ..rewards import check_chunk_size, check_images
 from ..weights import FILES, import_torchvision, locate
 
 # %% ../../nbs/23_clip.ipynb #a0faa0e4
-def import_open_clip():
+def import_open_clip(): # the module
     "open_clip, only when it is needed"
     import_torchvision()
     try: import open_clip
@@ -37,19 +38,26 @@ def import_open_clip():
     return open_clip
 
 # %% ../../nbs/23_clip.ipynb #8d8f17b5
-def cubic(x:Tensor) -> Tensor:
+def cubic(x:Tensor # in pixels from the centre
+         ) -> Tensor: # weights
     "Keys' cubic kernel, a = −1/2"
     x = x.abs()
     return torch.where(x < 1, (1.5*x - 2.5)*x*x + 1,
                        torch.where(x < 2, ((-.5*x + 2.5)*x - 4)*x + 2, 0.))
 
-def triangle(x:Tensor) -> Tensor: return (1 - x.abs()).clamp(min=0)
+def triangle(x:Tensor # in pixels from the centre
+            ) -> Tensor: # weights
+    "The kernel of linear interpolation"
+    return (1 - x.abs()).clamp(min=0)
 
+# %% ../../nbs/23_clip.ipynb #3b7a40f9
 # kernel and the half-width of its support
 FILTERS = dict(bicubic=(cubic, 2), bilinear=(triangle, 1))
 
 @lru_cache(64)
-def resize_matrix(src:int, dst:int, filter:str,
+def resize_matrix(src:int, # side that comes, in pixels
+                  dst:int, # side that goes
+                  filter:str, # 'bicubic' or 'bilinear'
                  ) -> Tensor: # [dst, src] float64, whole numbers: weights times 2²²
     "One pass of an antialiased resize in fixed point"
     kernel, half = FILTERS[filter]
@@ -62,6 +70,7 @@ def resize_matrix(src:int, dst:int, filter:str,
     w = w/w.sum(1, keepdim=True)*2**22
     return (w + .5*w.sign()).trunc()
 
+# %% ../../nbs/23_clip.ipynb #d2bb823a
 def resize_8bit(images:Tensor, # [N, C, h, w] whole numbers 0 to 255, any dtype
                 height:int, width:int, # new size, of about the same shape
                 filter:str='bicubic', # or bilinear
@@ -78,11 +87,14 @@ CLIP_MEAN, CLIP_STD = ((.48145466, .4578275, .40821073),
                        (.26862954, .26130258, .27577711))
 
 def standardise(x:Tensor, # [N, 3, H, W] in [0, 1]
-                mean=CLIP_MEAN, std=CLIP_STD) -> Tensor: # float32
+                mean=CLIP_MEAN, # of each channel
+                std=CLIP_STD, # float32
+               ) -> Tensor: # float32
     "Subtract the mean, divide by the std"
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
     return (x.float() - mean)/std
 
+# %% ../../nbs/23_clip.ipynb #e16b9db9
 def shortest_side(images:Tensor, # [N, 3, H, W] in [0, 1]
                   size:int=224, # of the shortest side
                   filter:str='bicubic', # or bilinear
@@ -97,19 +109,28 @@ def shortest_side(images:Tensor, # [N, 3, H, W] in [0, 1]
     return F.interpolate(images.float(), new, mode=filter, antialias=True,
                          align_corners=False)
 
-def centre_crop(x:Tensor, size:int) -> Tensor:
+# %% ../../nbs/23_clip.ipynb #3fe859bd
+def centre_crop(x:Tensor, # [N, C, H, W]
+                size:int, # side in pixels
+               ) -> Tensor:
     "The middle `size` × `size` pixels, torchvision's rounding"
     top, left = (round((s - size)/2) for s in x.shape[-2:])
     return x[..., top:top + size, left:left + size]
 
+# %% ../../nbs/23_clip.ipynb #26f1b4cc
 def clip_preprocess(images:Tensor, # [N, 3, H, W] in [0, 1]
-                    size:int=224, eight_bit:bool=True) -> Tensor: # [N, 3, size, size]
+                    size:int=224, # side in pixels
+                    eight_bit:bool=True, # [N, 3, size, size]
+                   ) -> Tensor: # [N, 3, size, size]
     "CLIP's preprocessing: shortest side, centre crop, standardise"
     return standardise(centre_crop(shortest_side(images, size, eight_bit=eight_bit),
                                    size))
 
+# %% ../../nbs/23_clip.ipynb #d4a0dd79
 def hps_preprocess(images:Tensor, # [N, 3, H, W] in [0, 1]
-                   size:int=224, antialias:bool=True) -> Tensor: # [N, 3, size, size]
+                   size:int=224, # side in pixels
+                   antialias:bool=True, # [N, 3, size, size]
+                  ) -> Tensor: # [N, 3, size, size]
     "HPSv2's preprocessing: longest side, black bars, standardise"
     # first: rounded once more, it decides sides of half a pixel
     scale = size/max(images.shape[-2:])
@@ -137,6 +158,17 @@ def tokenize(prompts:list, # N strings
                       "what was cut is not scored")
     return tokens
 
+# %% ../../nbs/23_clip.ipynb #ce2ee1b8
+def check_arch(arch) -> dict|None: # the config, None for None
+    "The open_clip config that a name stands for, or a config itself"
+    if arch is None or isinstance(arch, dict): return arch
+    open_clip = import_open_clip()
+    if arch in (known := open_clip.list_models()): return open_clip.get_model_config(arch)
+    near = difflib.get_close_matches(str(arch), known, 1)
+    raise ValueError(f"arch={arch!r}: open_clip has no model of that "
+                     f"name{f', did you mean {near[0]!r}?' if near else ''}; open_clip.list_models() lists them, "
+                     "or pass a config as a dict")
+
 # %% ../../nbs/23_clip.ipynb #f38649d0
 CLIPS = dict(clip_l14=('ViT-L-14', True), clip_b32=('ViT-B-32', True), clip_l14_openai=('ViT-L-14', True),
              clip_b32_openai=('ViT-B-32', True))
@@ -158,6 +190,7 @@ def _archive_state(path):
     check_values(state, path)
     return state
 
+# %% ../../nbs/23_clip.ipynb #48eac244
 def load_clip(model:nn.Module, # filled in place
               path:Path, # safetensors, torch file or TorchScript archive
              ) -> nn.Module: # the same
@@ -166,16 +199,7 @@ def load_clip(model:nn.Module, # filled in place
     state = {k: v for k, v in state.items() if k not in ('input_resolution', 'context_length', 'vocab_size')}
     return load_strict(model, state, path, describe=lambda s: f'a CLIP of {len(s)} tensors')
 
-def check_arch(arch) -> dict|None: # the config, None for None
-    "The open_clip config that a name stands for, or a config itself"
-    if arch is None or isinstance(arch, dict): return arch
-    open_clip = import_open_clip()
-    if arch in (known := open_clip.list_models()): return open_clip.get_model_config(arch)
-    near = difflib.get_close_matches(str(arch), known, 1)
-    raise ValueError(f"arch={arch!r}: open_clip has no model of that "
-                     f"name{f', did you mean {near[0]!r}?' if near else ''}; open_clip.list_models() lists them, "
-                     "or pass a config as a dict")
-
+# %% ../../nbs/23_clip.ipynb #74fed6c9
 def build_clip(name:str='clip_l14', # key of `CLIPS`
                weights=None, # None for the published file, 'random', or a local file
                arch=None, # an open_clip name or config instead of the usual one
@@ -200,6 +224,7 @@ def check_precision(precision:str) -> str: # the same
                          "bfloat16 or float32")
     return precision
 
+# %% ../../nbs/23_clip.ipynb #f58a537c
 class CLIPScorer(nn.Module):
     "Unit embeddings of images and prompts, and their cosine"
     def __init__(self,
@@ -217,61 +242,73 @@ class CLIPScorer(nn.Module):
         self.chunk_size, self.precision = check_chunk_size(chunk_size), precision
         self.max_cached, self.cache = max_cached, {}
 
-    def _follow(self, device):
-        "Move to a device, and forget embeddings that lie on another"
-        if next(self.model.parameters()).device != device:
-            self.cache.clear(), self.to(device)
+# %% ../../nbs/23_clip.ipynb #f64a5caf
+@patch
+def _autocast(self:CLIPScorer, device):
+    "Half precision on a GPU, unless another is asked for"
+    half = dict(auto=torch.float16 if device.type == 'cuda' else None,
+                float32=None).get(self.precision,
+                                  getattr(torch, self.precision, None))
+    return torch.autocast(device.type, half) if half else nullcontext()
 
-    def _autocast(self, device):
-        half = dict(auto=torch.float16 if device.type == 'cuda' else None,
-                    float32=None).get(self.precision,
-                                      getattr(torch, self.precision, None))
-        return torch.autocast(device.type, half) if half else nullcontext()
+# %% ../../nbs/23_clip.ipynb #c79280a5
+@patch
+def _follow(self:CLIPScorer, device):
+    "Move to a device, and forget embeddings that lie on another"
+    if next(self.model.parameters()).device != device:
+        self.cache.clear(), self.to(device)
 
-    @torch.no_grad()
-    def embed_images(self, images:Tensor, # [N, 3, H, W] in [0, 1]
-                    ) -> Tensor: # [N, D], length 1
-        "Embed images, `chunk_size` at a time"
-        check_images(images)
-        self._follow(images.device)
-        with self._autocast(images.device):
-            out = [self.model.encode_image(self.preprocess(c))
-                   for c in images.split(self.chunk_size or len(images))]
-        return F.normalize(torch.cat(out).float(), dim=-1)
+# %% ../../nbs/23_clip.ipynb #18155e87
+@patch
+@torch.no_grad()
+def embed_images(self:CLIPScorer, images:Tensor, # [N, 3, H, W] in [0, 1]
+                ) -> Tensor: # [N, D], length 1
+    "Embed images, `chunk_size` at a time"
+    check_images(images)
+    self._follow(images.device)
+    with self._autocast(images.device):
+        out = [self.model.encode_image(self.preprocess(c))
+               for c in images.split(self.chunk_size or len(images))]
+    return F.normalize(torch.cat(out).float(), dim=-1)
 
-    @torch.no_grad()
-    def embed_texts(self, prompts:list, # N strings
-                    device='cpu') -> Tensor: # [N, D], length 1
-        "Embed prompts, each once"
-        device = torch.device(device)
-        self._follow(device)
-        new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
-        for i in range(0, len(new), 256):
-            some = new[i:i + 256]
-            with self._autocast(device):
-                e = self.model.encode_text(tokenize(some).to(device))
-            self.cache.update(zip(some, F.normalize(e.float(), dim=-1)))
-        out = torch.stack([self.cache[p] for p in prompts])
-        while len(self.cache) > self.max_cached: self.cache.pop(next(iter(self.cache)))
-        return out
+# %% ../../nbs/23_clip.ipynb #eb59a49d
+@patch
+@torch.no_grad()
+def embed_texts(self:CLIPScorer, prompts:list, # N strings
+                device='cpu') -> Tensor: # [N, D], length 1
+    "Embed prompts, each once"
+    device = torch.device(device)
+    self._follow(device)
+    new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
+    for i in range(0, len(new), 256):
+        some = new[i:i + 256]
+        with self._autocast(device):
+            e = self.model.encode_text(tokenize(some).to(device))
+        self.cache.update(zip(some, F.normalize(e.float(), dim=-1)))
+    out = torch.stack([self.cache[p] for p in prompts])
+    while len(self.cache) > self.max_cached: self.cache.pop(next(iter(self.cache)))
+    return out
 
-    def score(self, images:Tensor, # [N, 3, H, W] in [0, 1]
-              prompts:list, # N strings
-             ) -> Tensor: # [N] cosines
-        "Cosine of every image with its prompt"
-        if len(images) != len(prompts):
-            raise ValueError(f"prompts: expected one per image, got {len(prompts)} "
-                             f"for {len(images)} images")
-        images, texts = (self.embed_images(images),
-                         self.embed_texts(prompts, images.device))
-        return (images*texts).sum(-1)
+# %% ../../nbs/23_clip.ipynb #4aa4d67c
+@patch
+def score(self:CLIPScorer, images:Tensor, # [N, 3, H, W] in [0, 1]
+          prompts:list, # N strings
+         ) -> Tensor: # [N] cosines
+    "Cosine of every image with its prompt"
+    if len(images) != len(prompts):
+        raise ValueError(f"prompts: expected one per image, got {len(prompts)} "
+                         f"for {len(images)} images")
+    images, texts = (self.embed_images(images),
+                     self.embed_texts(prompts, images.device))
+    return (images*texts).sum(-1)
 
 # %% ../../nbs/23_clip.ipynb #6c4a128a
 SCALES = dict(cosine=lambda c: c, percent=lambda c: 100*c,
               torchmetrics=lambda c: (100*c).clamp(min=0),
               clipscore=lambda c: 2.5*c.clamp(min=0))
 
-def cosine_scores(image_features:Tensor, text_features:Tensor, # [..., D], any length
+def cosine_scores(image_features:Tensor, # [..., D], any length
+                  text_features:Tensor, # [..., D]
                   # cosine, percent (HPSv2's benchmark), torchmetrics, or clipscore (the
                   # original 2.5·max(c, 0))
                   scale:str='cosine',
@@ -286,7 +323,8 @@ def cosine_scores(image_features:Tensor, text_features:Tensor, # [..., D], any l
 # %% ../../nbs/23_clip.ipynb #eea42356
 class AestheticHead(nn.Module):
     "LAION's aesthetic predictor V2: five linear layers on a unit embedding"
-    def __init__(self, dim:int=768):
+    def __init__(self, dim:int=768, # length of an embedding
+                ):
         super().__init__()
         sizes, drops = (dim, 1024, 128, 64, 16, 1), (.2, .2, .1, 0, 0)
         layers = [m for i, d in enumerate(drops)
@@ -295,61 +333,81 @@ class AestheticHead(nn.Module):
         # the linear ones are 0, 2, 4, 6, 7, as in the published file
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, embeddings:Tensor) -> Tensor: # [N, D] of any length to [N]
-        return self.layers(F.normalize(embeddings, dim=-1)).squeeze(-1)
+# %% ../../nbs/23_clip.ipynb #8135dc09
+@patch
+def forward(self:AestheticHead, embeddings:Tensor # [N, D] of any length
+           ) -> Tensor: # [N]
+    "Five layers on the direction of an embedding"
+    return self.layers(F.normalize(embeddings, dim=-1)).squeeze(-1)
 
-    @torch.no_grad()
-    def collapse(self) -> tuple: # w [D], b [1], float64
-        "The affine map that the layers amount to"
-        w, b = torch.eye(self.layers[0].in_features, dtype=torch.float64), 0.
-        for m in (m for m in self.layers if isinstance(m, nn.Linear)):
-            w, b = (m.weight.double() @ w,
-                    m.weight.double() @ (b + torch.zeros(m.in_features).double())
-                    + m.bias.double())
-        return w[0], b
+# %% ../../nbs/23_clip.ipynb #bf187cad
+@patch
+@torch.no_grad()
+def collapse(self:AestheticHead) -> tuple: # w [D], b [1], float64
+    "The affine map that the layers amount to"
+    w, b = torch.eye(self.layers[0].in_features, dtype=torch.float64), 0.
+    for m in (m for m in self.layers if isinstance(m, nn.Linear)):
+        w, b = (m.weight.double() @ w,
+                m.weight.double() @ (b + torch.zeros(m.in_features).double())
+                + m.bias.double())
+    return w[0], b
 
+# %% ../../nbs/23_clip.ipynb #cdf5ff66
 def affine_score(embeddings:Tensor, # [N, D], any length
-                 w:Tensor, b:Tensor) -> Tensor: # [N]
+                 w:Tensor, # [D]
+                 b:Tensor, # [1]
+                ) -> Tensor: # [N]
     "The aesthetic score from the collapsed head; a zero embedding scores b"
     return F.normalize(embeddings.to(w), dim=-1) @ w + b
 
 # %% ../../nbs/23_clip.ipynb #1b01ef67
 class CLIPReward:
     "Cosine of image and prompt: CLIPScore, or HPSv2 with its weights and preprocessing"
-    def __init__(self, scorer:CLIPScorer): self.scorer = scorer
+    def __init__(self, scorer:CLIPScorer # with a network and its preprocessing
+                ):
+        self.scorer = scorer
 
-    def __call__(self, images:Tensor, batch:Batch, state=None,
-                    ) -> tuple: # rewards [B, G], state untouched
-        "[B, G, 3, H, W] images against `batch.prompts`"
-        if batch.prompts is None:
-            raise ValueError("batch.prompts is None, but this reward "
-                             "compares images with "
-                             "prompts; for class labels let the data write them, for "
-                             "example 'a photo of a {class name}'")
-        if len(batch.prompts) != len(images):
-            raise ValueError(f"batch.prompts: expected {len(images)}, one per row of "
-                             f"images, got {len(batch.prompts)}")
-        e = self.scorer.embed_images(
-            images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        texts = self.scorer.embed_texts(batch.prompts, images.device)
-        return (e*texts[:, None]).sum(-1), state
+# %% ../../nbs/23_clip.ipynb #f73ec3c9
+@patch
+def __call__(self:CLIPReward, images:Tensor, batch:Batch, state=None,
+                ) -> tuple: # rewards [B, G], state untouched
+    "[B, G, 3, H, W] images against `batch.prompts`"
+    if batch.prompts is None:
+        raise ValueError("batch.prompts is None, but this reward "
+                         "compares images with "
+                         "prompts; for class labels let the data write them, for "
+                         "example 'a photo of a {class name}'")
+    if len(batch.prompts) != len(images):
+        raise ValueError(f"batch.prompts: expected {len(images)}, one per row of "
+                         f"images, got {len(batch.prompts)}")
+    e = self.scorer.embed_images(
+        images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    texts = self.scorer.embed_texts(batch.prompts, images.device)
+    return (e*texts[:, None]).sum(-1), state
 
+# %% ../../nbs/23_clip.ipynb #52f876aa
 class AestheticReward:
     "LAION's aesthetic score V2 of every image"
     def __init__(self, scorer:CLIPScorer, # of ViT-L/14
-                 head:AestheticHead):
+                 head:AestheticHead, # LAION's, or one of its shape
+                ):
         self.scorer, self.head = scorer, head.eval().requires_grad_(False)
 
-    def score(self, images:Tensor) -> Tensor: # [N, 3, H, W] to [N]
-        return self.head.to(images.device)(self.scorer.embed_images(images))
+# %% ../../nbs/23_clip.ipynb #8c2f6e17
+@patch
+def score(self:AestheticReward, images:Tensor # [N, 3, H, W] in [0, 1]
+         ) -> Tensor: # [N], about 1 to 10
+    "The head's reading of each image"
+    return self.head.to(images.device)(self.scorer.embed_images(images))
 
-    def __call__(self, images:Tensor, batch=None, state=None,
-                    ) -> tuple: # rewards [B, G], state untouched
-        return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
+# %% ../../nbs/23_clip.ipynb #0233a831
+@patch
+def __call__(self:AestheticReward, images:Tensor, batch=None, state=None,
+                ) -> tuple: # rewards [B, G], state untouched
+    return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
 
 # %% ../../nbs/23_clip.ipynb #1cec03c0
-def clip_reward(name:str='clip_l14',
-                # key of `CLIPS`; 'hps_v2.1' and 'hps_v2.0' use HPSv2's preprocessing
+def clip_reward(name:str='clip_l14', # key of `CLIPS`; 'hps_v2.1' and 'hps_v2.0' use HPSv2's preprocessing
                 weights=None, # None for the published file, 'random', or a local file
                 arch=None, quick_gelu:bool|None=None, # see `build_clip`
                 cache_dir=None, offline:bool|None=None, # see `weights.locate`
@@ -361,12 +419,15 @@ def clip_reward(name:str='clip_l14',
                                             cache_dir, offline),
                                  **{'preprocess': pre, **options}))
 
-def aesthetic_reward(weights=None,
-                     # of the head: None for the published one, 'random', or a file
-                     # share the one of a `clip_l14` reward; None builds it
+# %% ../../nbs/23_clip.ipynb #3e9f8fda
+def aesthetic_reward(weights=None, # of the head: None for the published one, 'random', or a file
+                     # of the head: None for the published one, 'random', or a file share the one of a `clip_l14`
+                     # reward; None builds it
                      scorer:CLIPScorer|None=None,
                      clip_weights=None, # of ViT-L/14, if it is built
-                     cache_dir=None, offline:bool|None=None) -> AestheticReward:
+                     cache_dir=None, # see `weights.locate`
+                     offline:bool|None=None, # see `weights.locate`
+                    ) -> AestheticReward:
     "The aesthetic score with its weights"
     path = (None if weights == 'random'
             else locate('aesthetic_v2', weights, cache_dir, offline))

@@ -7,6 +7,7 @@ __all__ = ['TRUNKS', 'LPIPSFeatures']
 
 # %% ../../nbs/22_features.ipynb #390b930e
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..models.checkpoints import load_strict, read_state_dict
@@ -41,29 +42,34 @@ class LPIPSFeatures(nn.Module):
                                  verbose=False).eval().requires_grad_(False)
         if path is not None: self._load_trunk(path)
 
-    def _load_trunk(self, path):
-        "Fill the trunk from torchvision's file; layers keep their numbers there"
-        state, own = (read_state_dict(path),
-                      {f"features.{k.split('.', 1)[1]}": k
-                       for k in self.lpips.net.state_dict()})
-        load_strict(
-            self.lpips.net, {own[k]: v for k, v in state.items() if k in own}, path,
-            describe=lambda s: f'{len(s)} tensors of the trunk of {self.published}')
+# %% ../../nbs/22_features.ipynb #84ad549c
+@patch
+def features(self:LPIPSFeatures, images:Tensor, # [N, 3, H, W] in [0, 1]
+            ) -> list: # one [N, C, h, w] for each layer
+    "[N, 3, H, W] in [0, 1] to weighted feature maps"
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError("images: expected [N, 3, H, W], got "
+                         f"{list(images.shape)}; "
+                         "flatten groups with images.flatten(0, 1)")
+    if not images.is_floating_point():
+        raise ValueError("images: expected floats in [0, 1], got "
+                         f"{images.dtype}; divide by 255")
+    if min(images.shape[2:]) < self.side:
+        raise ValueError(f"images: {images.shape[2]} × {images.shape[3]} pixels "
+                         f"are too few for {self.published}, which needs sides of "
+                         f"{self.side}; enlarge them or set perceptual_coef=0")
+    maps = self.lpips.net(self.lpips.scaling_layer(2*images - 1))
+    heads = [lin.model[-1].weight.clamp(min=0).sqrt() for lin in self.lpips.lins]
+    return [m/(m.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)*w
+            for m, w in zip(maps, heads)]
 
-    def features(self, images:Tensor) -> list:
-        "[N, 3, H, W] in [0, 1] to weighted feature maps"
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError("images: expected [N, 3, H, W], got "
-                             f"{list(images.shape)}; "
-                             "flatten groups with images.flatten(0, 1)")
-        if not images.is_floating_point():
-            raise ValueError("images: expected floats in [0, 1], got "
-                             f"{images.dtype}; divide by 255")
-        if min(images.shape[2:]) < self.side:
-            raise ValueError(f"images: {images.shape[2]} × {images.shape[3]} pixels "
-                             f"are too few for {self.published}, which needs sides of "
-                             f"{self.side}; enlarge them or set perceptual_coef=0")
-        maps = self.lpips.net(self.lpips.scaling_layer(2*images - 1))
-        heads = [lin.model[-1].weight.clamp(min=0).sqrt() for lin in self.lpips.lins]
-        return [m/(m.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)*w
-                for m, w in zip(maps, heads)]
+# %% ../../nbs/22_features.ipynb #10dcdc34
+@patch
+def _load_trunk(self:LPIPSFeatures, path):
+    "Fill the trunk from torchvision's file; layers keep their numbers there"
+    state, own = (read_state_dict(path),
+                  {f"features.{k.split('.', 1)[1]}": k
+                   for k in self.lpips.net.state_dict()})
+    load_strict(
+        self.lpips.net, {own[k]: v for k, v in state.items() if k in own}, path,
+        describe=lambda s: f'{len(s)} tensors of the trunk of {self.published}')

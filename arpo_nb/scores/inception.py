@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..models.checkpoints import load_strict, read_state_dict
@@ -51,22 +52,45 @@ def tf1_resize(x:Tensor, # [N, C, H, W] float
 # %% ../../nbs/26_inception.ipynb #b229a8b6
 class Conv(nn.Module):
     "Convolution, batch-norm, ReLU"
-    def __init__(self, inp, out, kernel, stride=1, pad=True):
+    def __init__(self, inp, # channels that come
+                 out, # channels that go
+                 kernel, # side, or (height, width)
+                 stride=1, # of the convolution
+                 pad=True): # so that the size stays, where the stride is 1
         super().__init__()
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         self.conv = nn.Conv2d(inp, out, kernel, stride,
                               tuple(k//2 if pad and stride == 1 else 0 for k in kernel),
                               bias=False)
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
-    def forward(self, x): return F.relu(self.bn(self.conv(x)), inplace=True)
+    def forward(self, x # [N, inp, H, W]
+               ): # [N, out, h, w]
+        "One after the other"
+        return F.relu(self.bn(self.conv(x)), inplace=True)
 
-def avg_pool(x): return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-def max_pool(x): return F.max_pool2d(x, 3, 1, 1)
-def halve(x): return F.max_pool2d(x, 3, 2)
+# %% ../../nbs/26_inception.ipynb #d2a1dc21
+def avg_pool(x # [N, C, H, W]
+            ): # the same
+    "Mean over 3×3, of the places that are there"
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
+def max_pool(x # [N, C, H, W]
+            ): # the same
+    "Largest of 3×3"
+    return F.max_pool2d(x, 3, 1, 1)
+
+def halve(x # [N, C, H, W]
+         ): # [N, C, h, w]
+    "Largest of 3×3, at every second place"
+    return F.max_pool2d(x, 3, 2)
+
+# %% ../../nbs/26_inception.ipynb #11372d2c
 class Mixed(nn.Module):
     "Branches of convolutions side by side, and a pooled one"
-    def __init__(self, inp, pool, **branches):
+    def __init__(self, inp, # channels that come
+                 pool, # of the pooled branch; `halve` is one by itself
+                 # name: [(channels, kernel, stride), …]; a list in it is a fork
+                 **branches):
         super().__init__()
         self.pool, self.plan, self.channels = pool, [], 0
         if pool is halve: self.channels = inp
@@ -81,32 +105,62 @@ class Mixed(nn.Module):
                 names.append(list(fork))
             self.plan.append((name, names))
             self.channels += width
-    def branch(self, x, names):
-        for fork in names:
-            x = (torch.cat([getattr(self, n)(x) for n in fork], 1) if len(fork) > 1
-                 else getattr(self, fork[0])(x))
-        return x
-    def forward(self, x):
-        outs = [self.branch(self.pool(x) if name == 'branch_pool' else x, names)
-                for name, names in self.plan]
-        return torch.cat(outs + ([halve(x)] if self.pool is halve else []), 1)
 
-def mixed_a(inp, pooled):
+# %% ../../nbs/26_inception.ipynb #1be30b30
+@patch
+def branch(self:Mixed, x, # [N, C, H, W]
+           names, # of convolutions, those of a fork together
+          ): # [N, c, h, w]
+    "A chain of convolutions, the last of which may be a fork"
+    for fork in names:
+        x = (torch.cat([getattr(self, n)(x) for n in fork], 1) if len(fork) > 1
+             else getattr(self, fork[0])(x))
+    return x
+
+# %% ../../nbs/26_inception.ipynb #5263e253
+@patch
+def forward(self:Mixed, x # [N, inp, H, W]
+           ): # [N, channels, h, w]
+    "All branches of one map, side by side"
+    outs = [self.branch(self.pool(x) if name == 'branch_pool' else x, names)
+            for name, names in self.plan]
+    return torch.cat(outs + ([halve(x)] if self.pool is halve else []), 1)
+
+# %% ../../nbs/26_inception.ipynb #1d71d244
+def mixed_a(inp, # channels that come
+            pooled, # channels of the pooled branch
+           ) -> Mixed:
+    "35 × 35: one 1×1, one 5×5, two 3×3 in a row"
     return Mixed(inp, avg_pool, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
                  branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
-def mixed_b(inp):
+
+def mixed_b(inp # channels that come
+           ) -> Mixed:
+    "From 35 × 35 to 17 × 17"
     return Mixed(inp, halve, branch3x3=[(384, 3, 2)],
                  branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)])
-def mixed_c(inp, c):
+
+# %% ../../nbs/26_inception.ipynb #a70ea420
+def mixed_c(inp, # channels that come
+            c, # channels inside
+           ) -> Mixed:
+    "17 × 17, with 7×7 as 1×7 and 7×1"
     row, column = (c, (1, 7)), (c, (7, 1))
     return Mixed(inp, avg_pool, branch1x1=[(192, 1)],
                  branch7x7=[(c, 1), row, (192, (7, 1))],
                  branch7x7dbl=[(c, 1), column, row, column, (192, (1, 7))],
                  branch_pool=[(192, 1)])
-def mixed_d(inp):
+
+def mixed_d(inp # channels that come
+           ) -> Mixed:
+    "From 17 × 17 to 8 × 8"
     return Mixed(inp, halve, branch3x3=[(192, 1), (320, 3, 2)],
                  branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)])
-def mixed_e(inp, pool):
+
+def mixed_e(inp, # channels that come
+            pool, # mean in the first of the two, maximum in the second
+           ) -> Mixed:
+    "8 × 8, with forks"
     fork = [(384, (1, 3)), (384, (3, 1))]
     return Mixed(inp, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), fork],
                  branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=[(192, 1)])
@@ -118,6 +172,7 @@ class Features(NamedTuple):
     spatial: Tensor|None = None # [N, 2023], 17 × 17 × 7
     logits: Tensor|None = None # [N, classes], here 1008 and without the bias
 
+# %% ../../nbs/26_inception.ipynb #b9ef688b
 class Inception(nn.Module):
     "The FID Inception, with the keys and shapes of the published file"
     def __init__(self):
@@ -140,40 +195,46 @@ class Inception(nn.Module):
             channels = getattr(self, name).channels
         self.blocks, self.fc = tuple(blocks), nn.Linear(channels, 1008)
 
-    def trunk(self, x) -> Features: # from [N, 3, 299, 299] in about [-1, 1]
-        "Features of prepared images"
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x))))
-        for name in self.blocks:
-            if name == 'Mixed_6d':
-                spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(
-                    0, 2, 3, 1).flatten(1)
-            x = getattr(self, name)(x)
-        pool = x.mean((2, 3))
-        return Features(pool, spatial, pool@self.fc.weight.T)
+# %% ../../nbs/26_inception.ipynb #3b2580ab
+@patch
+def trunk(self:Inception, x) -> Features: # from [N, 3, 299, 299] in about [-1, 1]
+    "Features of prepared images"
+    x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+    x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x))))
+    for name in self.blocks:
+        if name == 'Mixed_6d':
+            spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(
+                0, 2, 3, 1).flatten(1)
+        x = getattr(self, name)(x)
+    pool = x.mean((2, 3))
+    return Features(pool, spatial, pool@self.fc.weight.T)
 
-    @torch.no_grad()
-    def features(self,
-                 images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
-                 batch_size:int=64, # images per forward pass
-                 quantize:bool=True, # round floats to 8 bits first
-                ) -> Features:
-        "Evaluator features of images, on the network's device, in full float32"
-        device, flags = self.fc.weight.device, torch.backends.cudnn
-        with flags.flags(enabled=True, benchmark=flags.benchmark,
-                         deterministic=flags.deterministic, allow_tf32=False):
-            parts = [self.trunk((tf1_resize(to_255(part.to(device), quantize))
-                                 - 128)/128) for part in images.split(batch_size)]
-        return Features(*map(torch.cat, zip(*parts)))
+# %% ../../nbs/26_inception.ipynb #b6f5676b
+@patch
+@torch.no_grad()
+def features(self:Inception,
+             images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
+             batch_size:int=64, # images per forward pass
+             quantize:bool=True, # round floats to 8 bits first
+            ) -> Features:
+    "Evaluator features of images, on the network's device, in full float32"
+    device, flags = self.fc.weight.device, torch.backends.cudnn
+    with flags.flags(enabled=True, benchmark=flags.benchmark,
+                     deterministic=flags.deterministic, allow_tf32=False):
+        parts = [self.trunk((tf1_resize(to_255(part.to(device), quantize))
+                             - 128)/128) for part in images.split(batch_size)]
+    return Features(*map(torch.cat, zip(*parts)))
 
-    def forward(self, images:Tensor): # features [N, 2048] and logits [N, 1008]
-        "As the `net` of a `MetricNet`"
-        out = self.features(images)
-        return out.pool, out.logits
+# %% ../../nbs/26_inception.ipynb #d722d153
+@patch
+def forward(self:Inception, images:Tensor # [N, 3, H, W] uint8, or floats in [0, 1]
+           ) -> tuple: # features [N, 2048] and logits [N, 1008]
+    "As the `net` of a `MetricNet`"
+    out = self.features(images)
+    return out.pool, out.logits
 
 # %% ../../nbs/26_inception.ipynb #6645d8f0
-def load_inception(weights:str|None=None,
-                   # None for the published file, 'random', or a path
+def load_inception(weights:str|None=None, # None for the published file, 'random', or a path
                    seed:int=0, # of random weights
                   ) -> Inception: # in eval mode
     "The FID Inception with its weights"

@@ -9,6 +9,7 @@ __all__ = ['ChannelAttention', 'windows', 'unwindows', 'relative_positions', 'sh
 # %% ../../nbs/24_maniqa.ipynb #f54f7f04
 import math
 
+from fastcore.basics import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,15 @@ from ..weights import import_torchvision, locate
 # %% ../../nbs/24_maniqa.ipynb #3a65d127
 class ChannelAttention(nn.Module):
     "Attention between channels, with a residual"
-    def __init__(self, positions:int):
+    def __init__(self, positions:int, # of a channel, P
+                ):
         super().__init__()
         self.c_q, self.c_k, self.c_v = (nn.Linear(positions, positions)
                                         for _ in range(3))
 
-    def forward(self, x:Tensor) -> Tensor: # [B, C, P] to the same
+    def forward(self, x:Tensor # [B, C, P]
+               ) -> Tensor: # the same
+        "Every channel looks at every channel"
         scores = self.c_q(x) @ self.c_k(x).transpose(1, 2)*x.shape[-1]**-.5
         y = scores.softmax(-1) @ self.c_v(x)
         return x + y.transpose(1, 2).reshape(x.shape) # sic: see the text
@@ -39,18 +43,27 @@ def windows(x:Tensor, # [B, H, W, C]
     return (x.reshape(b, h//size, size, w//size, size, c).transpose(2, 3)
             .reshape(-1, size*size, c))
 
-def unwindows(x:Tensor, size:int, h:int, w:int) -> Tensor: # [B, h, w, C]
+# %% ../../nbs/24_maniqa.ipynb #ee5f3292
+def unwindows(x:Tensor, # what goes through, see what comes back
+              size:int, # side of a window, or of a crop in pixels
+              h:int, # rows
+              w:int, # [B, h, w, C]
+             ) -> Tensor: # [B, h, w, C]
     "Undo `windows`"
     return (x.reshape(-1, h//size, w//size, size, size, x.shape[-1]).transpose(2, 3)
             .reshape(-1, h, w, x.shape[-1]))
 
+# %% ../../nbs/24_maniqa.ipynb #c583ac8f
 def relative_positions(size:int) -> Tensor: # [size², size²] rows of the bias table
     "Which bias a pair of positions in a window shares"
     y, x = (v.flatten() for v in torch.meshgrid(torch.arange(size), torch.arange(size),
                                                 indexing='ij'))
     return (y[:, None] - y + size - 1)*(2*size - 1) + x[:, None] - x + size - 1
 
-def shift_mask(side:int, size:int, shift:int,
+# %% ../../nbs/24_maniqa.ipynb #a7925c8e
+def shift_mask(side:int, # of the map, in positions
+               size:int, # side of a window, or of a crop in pixels
+               shift:int, # of the windows, in positions; 0 for none
               ) -> Tensor: # [windows, size², size²] 0 or −100
     "Keeps apart what the shift brought together"
     band = torch.bucketize(torch.arange(side),
@@ -61,7 +74,10 @@ def shift_mask(side:int, size:int, shift:int,
 # %% ../../nbs/24_maniqa.ipynb #8c870c82
 class WindowAttention(nn.Module):
     "Attention inside windows, with a bias per relative position"
-    def __init__(self, dim:int, heads:int, size:int):
+    def __init__(self, dim:int, # channels, C
+                 heads:int, # of the attention
+                 size:int, # side of a window, or of a crop in pixels
+                ):
         super().__init__()
         self.heads, self.qkv, self.proj = (heads, nn.Linear(dim, 3*dim),
                                            nn.Linear(dim, dim))
@@ -69,25 +85,43 @@ class WindowAttention(nn.Module):
             torch.zeros((2*size - 1)**2, heads))
         self.register_buffer('relative_position_index', relative_positions(size))
 
-    def forward(self, x:Tensor, # [B*windows, size², C]
-                mask:Tensor|None=None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(
-            2, 0, 1)
-        if mask is not None:
-            bias = (bias + mask[:, None]).repeat(len(x)//len(mask), 1, 1, 1)
-        scores = q*q.shape[-1]**-.5 @ k.transpose(-2, -1) + bias
-        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+# %% ../../nbs/24_maniqa.ipynb #26d50086
+@patch
+def forward(self:WindowAttention, x:Tensor, # [B*windows, size², C]
+            mask:Tensor|None=None, # [windows, size², size²], added to the scores
+           ) -> Tensor:
+    "Every position looks at those of its window"
+    q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    bias = self.relative_position_bias_table[self.relative_position_index].permute(
+        2, 0, 1)
+    if mask is not None:
+        bias = (bias + mask[:, None]).repeat(len(x)//len(mask), 1, 1, 1)
+    scores = q*q.shape[-1]**-.5 @ k.transpose(-2, -1) + bias
+    return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
+# %% ../../nbs/24_maniqa.ipynb #6c63c3f1
 class MLP(nn.Module):
-    def __init__(self, dim:int, hidden:int):
+    "Two linear layers with a GELU between them"
+    def __init__(self, dim:int, # channels, C
+                 hidden:int, # width of the MLP
+                ):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-    def forward(self, x): return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x # [..., C]
+               ): # the same
+        "Out, bend, and back"
+        return self.fc2(F.gelu(self.fc1(x)))
 
+# %% ../../nbs/24_maniqa.ipynb #efe5b241
 class SwinBlock(nn.Module):
     "Windowed attention and an MLP, both with residuals"
-    def __init__(self, dim:int, side:int, heads:int, size:int, shift:int, hidden:int):
+    def __init__(self, dim:int, # channels, C
+                 side:int, # of the map, in positions
+                 heads:int, # of the attention
+                 size:int, # side of a window, or of a crop in pixels
+                 shift:int, # of the windows, in positions; 0 for none
+                 hidden:int, # width of the MLP
+                ):
         super().__init__()
         self.side, self.size, self.shift = side, size, shift
         self.norm1, self.attn = nn.LayerNorm(dim), WindowAttention(dim, heads, size)
@@ -95,18 +129,28 @@ class SwinBlock(nn.Module):
         self.register_buffer('attn_mask', shift_mask(side, size, shift)
                              if shift else None)
 
-    def forward(self, x:Tensor) -> Tensor: # [B, side², C] to the same
-        y = self.norm1(x).unflatten(1, (self.side, self.side))
-        y = y.roll((-self.shift,)*2, (1, 2))
-        y = unwindows(self.attn(windows(y, self.size), self.attn_mask),
-                      self.size, self.side, self.side)
-        x = x + y.roll((self.shift,)*2, (1, 2)).flatten(1, 2)
-        return x + self.mlp(self.norm2(x))
+# %% ../../nbs/24_maniqa.ipynb #4ff8890f
+@patch
+def forward(self:SwinBlock, x:Tensor # [B, side², C]
+           ) -> Tensor: # the same
+    "Cut, attend, put together again, and an MLP"
+    y = self.norm1(x).unflatten(1, (self.side, self.side))
+    y = y.roll((-self.shift,)*2, (1, 2))
+    y = unwindows(self.attn(windows(y, self.size), self.attn_mask),
+                  self.size, self.side, self.side)
+    x = x + y.roll((self.shift,)*2, (1, 2)).flatten(1, 2)
+    return x + self.mlp(self.norm2(x))
 
 # %% ../../nbs/24_maniqa.ipynb #e89aac4c
 class SwinLayer(nn.Module):
     "Blocks with alternating shifts, then a convolution"
-    def __init__(self, dim:int, side:int, depth:int, heads:int, size:int, hidden:int):
+    def __init__(self, dim:int, # channels, C
+                 side:int, # of the map, in positions
+                 depth:int, # blocks
+                 heads:int, # of the attention
+                 size:int, # side of a window, or of a crop in pixels
+                 hidden:int, # width of the MLP
+                ):
         super().__init__()
         self.side = side
         self.blocks = nn.ModuleList(SwinBlock(dim, side, heads, size, size//2*(i % 2),
@@ -114,35 +158,53 @@ class SwinLayer(nn.Module):
                                     for i in range(depth))
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
-    def forward(self, x:Tensor) -> Tensor: # [B, side², C] to the same
+    def forward(self, x:Tensor # [B, side², C]
+               ) -> Tensor: # the same
+        "The blocks one after the other, then the convolution on the map"
         for block in self.blocks: x = block(x)
         maps = x.transpose(1, 2).unflatten(2, (self.side, self.side))
         return F.relu(self.conv(maps)).flatten(2).transpose(1, 2)
 
+# %% ../../nbs/24_maniqa.ipynb #90aaf7c9
 class ScaledSwin(nn.Module):
     "Layers whose outputs are scaled before they are added"
-    def __init__(self, dim:int, side:int, depths:tuple, heads:tuple, size:int,
-                 hidden:int, scale:float):
+    def __init__(self, dim:int, # channels, C
+                 side:int, # of the map, in positions
+                 depths:tuple, # blocks of each layer
+                 heads:tuple, # of the attention
+                 size:int, # side of a window, or of a crop in pixels
+                 hidden:int, # width of the MLP
+                 scale:float, # of a layer's output before it is added
+                ):
         super().__init__()
         self.scale = scale
         self.layers = nn.ModuleList(SwinLayer(dim, side, d, h, size, hidden)
                                     for d, h in zip(depths, heads))
         self.downsample = nn.Conv2d(dim, dim, 3, 2, 1) # in the file, never used
 
-    def forward(self, x:Tensor) -> Tensor: # [B, side², C] to the same
+    def forward(self, x:Tensor # [B, side², C]
+               ) -> Tensor: # the same
+        "Each layer adds its share"
         for layer in self.layers: x = self.scale*layer(x) + x
         return x
 
 # %% ../../nbs/24_maniqa.ipynb #01e7f29d
 class MANIQA(nn.Module):
     "MANIQA: crops to quality scores"
-    def __init__(self, embed_dim:int=768, num_outputs:int=1, dim_mlp:int=768,
-                 patch_size:int=8, img_size:int=224, window_size:int=4,
-                 depths:tuple=(2, 2), num_heads:tuple=(4, 4), num_tab:int=2,
-                 scale:float=.8,
+    def __init__(self, embed_dim:int=768, # width of the backbone
+                 num_outputs:int=1, # scores per patch
+                 dim_mlp:int=768, # width of the MLPs
+                 patch_size:int=8, # pixels a side
+                 img_size:int=224, # side of a crop in pixels
+                 window_size:int=4, # side of a window in patches
+                 depths:tuple=(2, 2), # blocks of each layer
+                 num_heads:tuple=(4, 4), # of each layer
+                 num_tab:int=2, # channel attentions in a stage
+                 scale:float=.8, # of a layer's output before it is added
                  vit:str='vit_base_patch8_224', # timm's name of the backbone
                  blocks:tuple=(6, 7, 8, 9), # whose outputs are read
-                 vit_options:dict|None=None): # of timm's model, for a smaller backbone
+                 vit_options:dict|None=None, # of timm's model, for a smaller backbone
+                ):
         super().__init__()
         import_torchvision()
         try: import timm
@@ -167,27 +229,38 @@ class MANIQA(nn.Module):
                                           nn.Linear(embed_dim//2, num_outputs), last)
         self.fc_score, self.fc_weight = head(nn.ReLU()), head(nn.Sigmoid())
 
-    def forward(self, crops:Tensor, # [N, 3, 224, 224] in [0, 1]
-               ) -> Tensor: # [N]
-        x = self.vit.forward_intermediates((crops - .5)/.5, indices=list(self.take),
-                                           norm=False, output_fmt='NLC',
-                                           intermediates_only=True, stop_early=True)
-        x = torch.cat(x, -1).transpose(1, 2)
-        for tab, conv, swin in ((self.tablock1, self.conv1, self.swintransformer1),
-                                (self.tablock2, self.conv2, self.swintransformer2)):
-            x = swin(conv(tab(x)[..., None])[..., 0].transpose(1, 2)).transpose(1, 2)
-        x = x.transpose(1, 2)
-        s, w = self.fc_score(x), self.fc_weight(x)
-        return ((s*w).sum(1)/w.sum(1)).mean(-1)
+# %% ../../nbs/24_maniqa.ipynb #02585ca9
+@patch
+def forward(self:MANIQA, crops:Tensor, # [N, 3, 224, 224] in [0, 1]
+           ) -> Tensor: # [N]
+    "Patch scores, averaged with the patch weights"
+    x = self.vit.forward_intermediates((crops - .5)/.5, indices=list(self.take),
+                                       norm=False, output_fmt='NLC',
+                                       intermediates_only=True, stop_early=True)
+    x = torch.cat(x, -1).transpose(1, 2)
+    for tab, conv, swin in ((self.tablock1, self.conv1, self.swintransformer1),
+                            (self.tablock2, self.conv2, self.swintransformer2)):
+        x = swin(conv(tab(x)[..., None])[..., 0].transpose(1, 2)).transpose(1, 2)
+    x = x.transpose(1, 2)
+    s, w = self.fc_score(x), self.fc_weight(x)
+    return ((s*w).sum(1)/w.sum(1)).mean(-1)
 
 # %% ../../nbs/24_maniqa.ipynb #4eab0969
-def grid_corners(height:int, width:int, size:int=224) -> list: # of (top, left)
+def grid_corners(height:int, # of the image in pixels
+                 width:int, # the same across
+                 size:int=224, # of (top, left)
+                ) -> list: # of (top, left)
     "The fewest evenly spaced crops that cover an image"
     tops, lefts = ([round(i*(s - size)/max(n - 1, 1)) for i in range(n)]
                    for s, n in ((s, math.ceil(s/size)) for s in (height, width)))
     return [(t, l) for t in tops for l in lefts]
 
-def random_corners(height:int, width:int, n:int=20, seed:int=0, size:int=224,
+# %% ../../nbs/24_maniqa.ipynb #22aa9d60
+def random_corners(height:int, # of the image in pixels
+                   width:int, # the same across
+                   n:int=20, # crops
+                   seed:int=0, # of the corners
+                   size:int=224, # side of a window, or of a crop in pixels
                   ) -> list: # of (top, left)
     "The original's random crops, from a generator of their own"
     # the original draws top, left, top, left, … from the global one
@@ -198,42 +271,50 @@ def random_corners(height:int, width:int, n:int=20, seed:int=0, size:int=224,
 # %% ../../nbs/24_maniqa.ipynb #e98bd124
 class MANIQAReward:
     "Image quality by MANIQA, the same crops for every image"
-    def __init__(self, net:MANIQA,
-                 # random crops (20 in the original); 0 for the fixed grid
-                 num_crops:int=0,
+    def __init__(self, net:MANIQA, # which reads a crop
+                 num_crops:int=0, # random crops (20 in the original); 0 for the fixed grid
                  seed:int=0, # of random crops
-                 chunk_size:int=16): # crops per forward, 0 for all
+                 chunk_size:int=16, # crops per forward, 0 for all
+                ):
         self.net, self.num_crops, self.seed, self.chunk_size = (
             net.eval().requires_grad_(False), num_crops, seed,
             check_chunk_size(chunk_size))
 
-    @torch.no_grad()
-    def score(self, images:Tensor, # [N, 3, H, W] in [0, 1], sides at least the crop's
-             ) -> Tensor: # [N]
-        "Mean score over the crops"
-        check_images(images)
-        (h, w), size = images.shape[-2:], self.net.img_size
-        if min(h, w) < size:
-            raise ValueError(f"images: MANIQA reads crops of {size} × {size} "
-                             "pixels, got images "
-                             f"of {h} × {w}; it was not trained on enlarged "
-                             "ones, use another reward")
-        self.net.to(images.device)
-        corners = (random_corners(h, w, self.num_crops, self.seed, size)
-                   if self.num_crops else grid_corners(h, w, size))
-        crops = torch.stack(
-            [images[..., t:t + size, l:l + size] for t, l in corners], 1)
-        return torch.cat([self.net(c) for c in crops.flatten(0, 1).float()
-                          .split(self.chunk_size or crops.shape[:2]
-                                 .numel())]).unflatten(0, (len(images), -1)).mean(1)
+# %% ../../nbs/24_maniqa.ipynb #a000853a
+@patch
+@torch.no_grad()
+def score(self:MANIQAReward, images:Tensor, # [N, 3, H, W] in [0, 1], sides at least the crop's
+         ) -> Tensor: # [N]
+    "Mean score over the crops"
+    check_images(images)
+    (h, w), size = images.shape[-2:], self.net.img_size
+    if min(h, w) < size:
+        raise ValueError(f"images: MANIQA reads crops of {size} × {size} "
+                         "pixels, got images "
+                         f"of {h} × {w}; it was not trained on enlarged "
+                         "ones, use another reward")
+    self.net.to(images.device)
+    corners = (random_corners(h, w, self.num_crops, self.seed, size)
+               if self.num_crops else grid_corners(h, w, size))
+    crops = torch.stack(
+        [images[..., t:t + size, l:l + size] for t, l in corners], 1)
+    flat = crops.flatten(0, 1).to(next(self.net.parameters()).dtype)
+    return torch.cat([self.net(c) for c in flat
+                      .split(self.chunk_size or crops.shape[:2]
+                             .numel())]).unflatten(0, (len(images), -1)).mean(1)
 
-    def __call__(self, images:Tensor, batch=None, state=None,
-                    ) -> tuple: # rewards [B, G], state untouched
-        "[B, G, 3, H, W] images; prompts are not needed"
-        return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
+# %% ../../nbs/24_maniqa.ipynb #bd7dd848
+@patch
+def __call__(self:MANIQAReward, images:Tensor, batch=None, state=None,
+                ) -> tuple: # rewards [B, G], state untouched
+    "[B, G, 3, H, W] images; prompts are not needed"
+    return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
 
+# %% ../../nbs/24_maniqa.ipynb #ffc558c9
 def maniqa_reward(weights=None, # None for the published file, 'random', or a local file
-                  num_crops:int=0, seed:int=0, chunk_size:int=16, # see `MANIQAReward`
+                  num_crops:int=0, # random crops (20 in the original); 0 for the fixed grid
+                  seed:int=0, # of the corners
+                  chunk_size:int=16, # see `MANIQAReward`
                   cache_dir=None, offline:bool|None=None, # see `weights.locate`
                  ) -> MANIQAReward:
     "MANIQA with its weights"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,8 +30,7 @@ CLIP_OF = dict(clip='clip_l14', clip_b32='clip_b32', hps='hps_v2.1',
                aesthetic='clip_l14') | {f'hps_v2.{i}': f'hps_v2.{i}' for i in (0, 1)}
 REWARDS = *CLIP_OF, 'maniqa', 'brightness', 'darkness', 'loo_fid'
 
-def read_rewards(spec,
-                 # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict of weights
+def read_rewards(spec, # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict of weights
                 ) -> dict: # name → weight
     "Names and weights, checked"
     text = spec
@@ -64,7 +64,9 @@ class PCA:
     _PARTS = {'mean', 'basis', 'variances', 'of'}
 
     @classmethod
-    def fit(cls, reference:Reference, k:int):
+    def fit(cls, reference:Reference, # with a covariance
+            k:int, # directions, 1 to D
+           ):
         "The first `k` directions of a reference with covariance"
         if reference.cov is None:
             raise ValueError("pca: needs the reference's covariance, got "
@@ -76,52 +78,60 @@ class PCA:
         return cls(reference.mean, U[:, -k:].flip(1).contiguous(),
                    lam[-k:].flip(0).clamp(min=0), reference.fingerprint)
 
-    def __call__(self, features:Tensor) -> Tensor: # [N, D] to [N, k], float32 or 64
-        "Project features"
-        mean, basis = (t.to(features.device) for t in (self.mean, self.basis))
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        return ((features.double() - mean)@basis).to(dtype)
+# %% ../../nbs/25_reward_factory.ipynb #8aeb33e2
+@patch
+def __call__(self:PCA, features:Tensor) -> Tensor: # [N, D] to [N, k], float32 or 64
+    "Project features"
+    mean, basis = (t.to(features.device) for t in (self.mean, self.basis))
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return ((features.double() - mean)@basis).to(dtype)
 
-    @property
-    def reference(self) -> Reference:
-        "The reference's moments in these directions"
-        return Reference(torch.zeros_like(self.variances), self.variances.sqrt(),
-                         self.variances.diag())
+# %% ../../nbs/25_reward_factory.ipynb #deacf059
+@patch(as_prop=True)
+def reference(self:PCA) -> Reference:
+    "The reference's moments in these directions"
+    return Reference(torch.zeros_like(self.variances), self.variances.sqrt(),
+                     self.variances.diag())
 
-    def save(self, path):
-        "Write a safetensors file, never over another's"
-        refuse_foreign(path := user_path(path),
-                       lambda p: self._PARTS == {*read_state_dict(p)})
-        save_file({k: getattr(self, k).contiguous()
-                   for k in ('mean', 'basis', 'variances', 'of')}, path)
+# %% ../../nbs/25_reward_factory.ipynb #63a18337
+@patch
+def save(self:PCA, path, # a safetensors file
+        ):
+    "Write a safetensors file, never over another's"
+    refuse_foreign(path := user_path(path),
+                   lambda p: self._PARTS == {*read_state_dict(p)})
+    save_file({k: getattr(self, k).contiguous()
+               for k in ('mean', 'basis', 'variances', 'of')}, path)
 
-    @classmethod
-    def load(cls, path):
-        "Read what `save` wrote"
-        path = user_path(path, 'pca')
-        if not path.exists():
-            raise FileNotFoundError(f"pca={str(path)!r}: no such file; "
-                                    "PCA.fit(reference, " "k).save(path) writes one")
-        got = read_state_dict(path)
-        if {*got} != cls._PARTS:
-            raise BadFile(path, f"holds {', '.join(got)}; expected "
-                          f"{', '.join(sorted(cls._PARTS))}, "
-                          "as PCA.save writes them")
-        D, k = got['mean'].numel(), got['variances'].numel()
-        shapes = dict(mean=(D,), basis=(D, k), variances=(k,), of=(2,))
-        for n, shape in shapes.items():
-            if got[n].shape != shape or not got[n].is_floating_point():
-                raise BadFile(path, f"{got[n].dtype} {list(got[n].shape)}, expected "
-                              f"floats {list(shape)}", n)
-        if not 1 <= k <= D or got['variances'].min() < 0:
-            raise BadFile(path, f"{k} directions of {D} features, the least variance "
-                          f"{got['variances'].min():.3g}; expected 1 to {D} "
-                          "directions without negative variances", 'variances')
-        if (got['basis'].double().T @ got['basis'].double() - torch.eye(k)
-            .double()).abs().max() > 1e-3:
-            raise BadFile(path, "directions that are not orthonormal; fit it again",
-                          'basis')
-        return cls(**got)
+# %% ../../nbs/25_reward_factory.ipynb #7d41c0aa
+@patch(cls_method=True)
+def load(cls:PCA, path, # a safetensors file
+        ):
+    "Read what `save` wrote"
+    path = user_path(path, 'pca')
+    if not path.exists():
+        raise FileNotFoundError(f"pca={str(path)!r}: no such file; "
+                                "PCA.fit(reference, " "k).save(path) writes one")
+    got = read_state_dict(path)
+    if {*got} != cls._PARTS:
+        raise BadFile(path, f"holds {', '.join(got)}; expected "
+                      f"{', '.join(sorted(cls._PARTS))}, "
+                      "as PCA.save writes them")
+    D, k = got['mean'].numel(), got['variances'].numel()
+    shapes = dict(mean=(D,), basis=(D, k), variances=(k,), of=(2,))
+    for n, shape in shapes.items():
+        if got[n].shape != shape or not got[n].is_floating_point():
+            raise BadFile(path, f"{got[n].dtype} {list(got[n].shape)}, expected "
+                          f"floats {list(shape)}", n)
+    if not 1 <= k <= D or got['variances'].min() < 0:
+        raise BadFile(path, f"{k} directions of {D} features, the least variance "
+                      f"{got['variances'].min():.3g}; expected 1 to {D} "
+                      "directions without negative variances", 'variances')
+    if (got['basis'].double().T @ got['basis'].double() - torch.eye(k)
+        .double()).abs().max() > 1e-3:
+        raise BadFile(path, "directions that are not orthonormal; fit it again",
+                      'basis')
+    return cls(**got)
 
 # %% ../../nbs/25_reward_factory.ipynb #b50d080d
 def load_reference(reference, # anything `as_reference` takes: pair, features, file, …
@@ -139,13 +149,13 @@ def load_reference(reference, # anything `as_reference` takes: pair, features, f
                          f"{network!r}; make the reference again with that one")
     return ref
 
-def make_loo_fid(extractor,
-                 # images [N, 3, H, W] in [0, 1] to features [N, D];
-                 # its `name`, if it has one, must be that of the reference's network
+# %% ../../nbs/25_reward_factory.ipynb #166455c0
+def make_loo_fid(
+                 # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`, if it has one, must be that of the
+                 # reference's network
+                 extractor,
                  reference=None, # as above; not needed with a stored `pca`
-                 # number of directions, a stored basis (file or `PCA`), or 0 for the
-                 # features themselves
-                 pca=0,
+                 pca=0, # number of directions, a stored basis (file or `PCA`), or 0 for the features themselves
                  **options, # of `LOOFIDReward` and `loo_fid_reward`
                 ) -> LOOFIDReward:
     "The leave-one-out reward, on principal directions if asked for"
@@ -171,8 +181,12 @@ def _extractor(weights):
     extract.name = net.name
     return extract
 
+# %% ../../nbs/25_reward_factory.ipynb #3df789a7
 def needed_files(rewards:dict, # name → weight
-                 reference=None, pca=0, extractor=None) -> list: # keys of `weights.FILES`
+                 reference=None, # None for the published one
+                 pca=0, # number of directions, or a stored basis
+                 extractor=None, # keys of `weights.FILES`
+                ) -> list: # keys of `weights.FILES`
     "Which published files some rewards need"
     files = [CLIP_OF[n] for n in rewards if n in CLIP_OF]
     files += ['aesthetic_v2']*('aesthetic' in rewards) + ['maniqa']*('maniqa' in rewards)
@@ -181,6 +195,21 @@ def needed_files(rewards:dict, # name → weight
         files += ['imagenet256_reference']*(reference is None and not isinstance(pca, (str, Path, PCA)))
     return list(dict.fromkeys(files))
 
+# %% ../../nbs/25_reward_factory.ipynb #1a03f6dc
+def _refuse_slips(weights, files, arch, precision, chunk_size, loo_fid):
+    "Raise for arguments that no factory could follow, before any file is looked for"
+    if isinstance(weights, str) and weights != 'random':
+        raise ValueError(f"weights={weights!r}: expected 'random', or a dict from names of files to local files")
+    if isinstance(weights, dict) and (alias := {n: CLIP_OF[n] for n in weights if n not in FILES and n in CLIP_OF}):
+        raise ValueError(f"weights: {', '.join(alias)} is a reward; name the file it reads, "
+                         f"{', '.join(alias.values())}")
+    check_arch(arch), check_precision(precision), check_chunk_size(chunk_size)
+    # raises for options and values it does not know
+    LOOFIDReward(None, (torch.zeros(2), torch.eye(2)), **(loo_fid or {}))
+    if weights == 'random' and 'imagenet256_reference' in files:
+        raise ValueError("reference: random networks have no published reference; give moments of their own features")
+
+# %% ../../nbs/25_reward_factory.ipynb #b2ca1833
 def make_rewards(spec, # 'clip+hps+0.5*loo_fid', 'clip:1,hps:1,loo_fid:0.5', or a dict name → weight
                  *, normalise:bool=False, # divide each by its std over the step
                  weights=None, # 'random', or a dict from names in `weights.FILES` to local files
@@ -198,32 +227,22 @@ def make_rewards(spec, # 'clip+hps+0.5*loo_fid', 'clip:1,hps:1,loo_fid:0.5', or 
     "A composite reward from its description"
     names = read_rewards(spec)
     files = needed_files(names, reference, pca, extractor)
-    if isinstance(weights, str) and weights != 'random':
-        raise ValueError(f"weights={weights!r}: expected 'random', or a dict from names of files to local files")
-    if isinstance(weights, dict) and (alias := {n: CLIP_OF[n] for n in weights if n not in FILES and n in CLIP_OF}):
-        raise ValueError(f"weights: {', '.join(alias)} is a reward; name the file it reads, "
-                         f"{', '.join(alias.values())}")
-    check_arch(arch), check_precision(precision), check_chunk_size(chunk_size)
-    # raises for options and values it does not know
-    LOOFIDReward(None, (torch.zeros(2), torch.eye(2)), **(loo_fid or {}))
-    if weights == 'random' and 'imagenet256_reference' in files:
-        raise ValueError("reference: random networks have no published reference; give moments of their own features")
+    _refuse_slips(weights, files, arch, precision, chunk_size, loo_fid)
     paths = dict.fromkeys(files, 'random') if weights == 'random' else require(files, weights, cache_dir, offline)
-    scorers, parts = {}, {}
+    scorers = {}
     def scorer(clip):
         if clip not in scorers:
             pre = hps_preprocess if clip.startswith('hps') else clip_preprocess
             scorers[clip] = CLIPScorer(build_clip(clip, paths[clip], arch), pre, chunk_size, precision)
         return scorers[clip]
-    for n in names:
-        if n == 'aesthetic': parts[n] = aesthetic_reward(paths['aesthetic_v2'], scorer('clip_l14'))
-        elif n in CLIP_OF: parts[n] = CLIPReward(scorer(CLIP_OF[n]))
-        elif n == 'maniqa': parts[n] = maniqa_reward(paths[n])
-        elif n == 'loo_fid':
-            moments = reference if reference is not None else paths.get('imagenet256_reference')
-            parts[n] = make_loo_fid(extractor or _extractor(paths['inception']), moments, pca,
-                                    **dict(chunk_size=chunk_size, gather=gather) | (loo_fid or {}))
-        else: parts[n] = BrightnessReward() if n == 'brightness' else BrightnessReward(.2, bright=False)
+    def distribution():
+        moments = reference if reference is not None else paths.get('imagenet256_reference')
+        return make_loo_fid(extractor or _extractor(paths['inception']), moments, pca,
+                            **dict(chunk_size=chunk_size, gather=gather) | (loo_fid or {}))
+    make = {n: lambda clip=clip: CLIPReward(scorer(clip)) for n, clip in CLIP_OF.items()} | dict(
+        aesthetic=lambda: aesthetic_reward(paths['aesthetic_v2'], scorer('clip_l14')),
+        maniqa=lambda: maniqa_reward(paths['maniqa']), loo_fid=distribution,
+        brightness=BrightnessReward, darkness=lambda: BrightnessReward(.2, bright=False))
     constant = allow_constant
     if constant is not True: constant = {*allow_constant, *({'brightness', 'darkness'} & set(names))}
-    return WeightedSum({n: (parts[n], w) for n, w in names.items()}, normalise, gather, constant, chunk_size)
+    return WeightedSum({n: (make[n](), w) for n, w in names.items()}, normalise, gather, constant, chunk_size)

@@ -30,7 +30,8 @@ from ..systems import shapes_of, system_of
 # %% ../../nbs/44_processes.ipynb #9a0c06b1
 ENGINES = {'accelerate launch': 'accelerate.commands.launch', 'torchrun': 'torch.distributed.run'}
 
-def launcher_words(launcher:str) -> list:
+def launcher_words(launcher:str, # command line of accelerate launch or torchrun
+                  ) -> list:
     "A launcher's command line as words, its program run by this Python"
     try: words = shlex.split(launcher)
     except ValueError as e: raise ValueError(f"launcher={launcher!r}: {e}") from e
@@ -51,7 +52,8 @@ def free_port() -> int:
         s.bind(('', 0))
         return s.getsockname()[1]
 
-def launch_command(cfg:Config,
+# %% ../../nbs/44_processes.ipynb #e9c97532
+def launch_command(cfg:Config, # of the run
                    launcher:str='', # command line of accelerate launch or torchrun; '' for this machine
                   ) -> list:
     "The command line that starts the processes, without the job file"
@@ -69,6 +71,17 @@ def _flag(words, *names):
         if name.replace('-', '_').lstrip('_') in names and name.startswith('-'):
             return value if equals else words[i+1] if i+1 < len(words) else ''
 
+# %% ../../nbs/44_processes.ipynb #4a2e7187
+def _shards(launcher, split, n):
+    parts = {k: int(split.get(f'parallelism_config_dp_{k}_size', 1)) for k in ('shard', 'replicate')}
+    if not split: return n
+    if n is not None and parts['shard']*parts['replicate'] != n:
+        raise ValueError(f"launcher={launcher!r}: {parts['replicate']} replicas of {parts['shard']} shards don't make "
+                         f"{n} processes; parallelism_config_dp_replicate_size times "
+                         "parallelism_config_dp_shard_size must be num_processes")
+    return parts['shard']
+
+# %% ../../nbs/44_processes.ipynb #230104b5
 def read_launcher(launcher:str) -> dict: # 'processes': how many, or None where only the launcher knows; 'shards'
     "What a launcher's command line will start"
     words = launcher_words(launcher)
@@ -88,16 +101,10 @@ def read_launcher(launcher:str) -> dict: # 'processes': how many, or None where 
                          "with; start at least two")
     return dict(processes=n, shards=_shards(launcher, conf.get('parallelism_config') or {}, n) if sharded else 1)
 
-def _shards(launcher, split, n):
-    parts = {k: int(split.get(f'parallelism_config_dp_{k}_size', 1)) for k in ('shard', 'replicate')}
-    if not split: return n
-    if n is not None and parts['shard']*parts['replicate'] != n:
-        raise ValueError(f"launcher={launcher!r}: {parts['replicate']} replicas of {parts['shard']} shards don't make "
-                         f"{n} processes; parallelism_config_dp_replicate_size times "
-                         "parallelism_config_dp_shard_size must be num_processes")
-    return parts['shard']
-
-def check_launcher(launcher:str, cfg:Config):
+# %% ../../nbs/44_processes.ipynb #b2389f3e
+def check_launcher(launcher:str, # command line of accelerate launch or torchrun
+                   cfg:Config, # of the run
+                  ):
     "Raise if a launcher starts another number of processes than the configuration says"
     n = read_launcher(launcher)['processes']
     if n not in (None, cfg.num_processes):
@@ -126,14 +133,34 @@ def _first_node(env):
                      "-m arpo_nb.training.launch ...")
 
 # %% ../../nbs/44_processes.ipynb #9ed7921f
-def send_weights(module, device):
+def send_weights(module, # with or without memory
+                 device, # where its tensors go
+                ):
     "Parameters and buffers of process 0 to all; those without memory get it here"
     if any(t.is_meta for t in chain(module.parameters(), module.buffers())): module.to_empty(device=device)
     else: module.to(device)
     with torch.no_grad():
         for t in chain(module.parameters(), module.buffers()): dist.broadcast(t.data, 0)
 
-def load_once(cfg:Config, acc:Accelerator,
+# %% ../../nbs/44_processes.ipynb #e74cdd9c
+def _share(cfg, acc, system, box):
+    broadcast_object_list(box)
+    if box[2] is not None:
+        if acc.is_main_process: raise box[2]
+        raise RuntimeError(f'process 0 could not load {cfg.model}: {box[2]}')
+    if system is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # that weights read into shapes are lost
+            system = shapes_of(cfg)
+        system.encode_prompts, system.answers = box[:2]
+        torch.set_rng_state(box[3]) # random networks of a rehearsal are drawn from here
+    for m in system.modules():
+        if not (acc.is_fsdp2 and m is system.policy): send_weights(m, acc.device)
+    return system
+
+# %% ../../nbs/44_processes.ipynb #615621af
+def load_once(cfg:Config, # of the run
+              acc:Accelerator, # of this process
               say=print, # where the time it took goes, on process 0
              ) -> System:
     "The system of a run, its files read by one process"
@@ -150,19 +177,4 @@ def load_once(cfg:Config, acc:Accelerator,
     n = acc.num_processes
     shared = f', read by one of {n} processes in {read:.1f} s' if n > 1 else ''
     if first: say(f'{cfg.model}: ready in {time.perf_counter() - start:.1f} s{shared}')
-    return system
-
-def _share(cfg, acc, system, box):
-    broadcast_object_list(box)
-    if box[2] is not None:
-        if acc.is_main_process: raise box[2]
-        raise RuntimeError(f'process 0 could not load {cfg.model}: {box[2]}')
-    if system is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # that weights read into shapes are lost
-            system = shapes_of(cfg)
-        system.encode_prompts, system.answers = box[:2]
-        torch.set_rng_state(box[3]) # random networks of a rehearsal are drawn from here
-    for m in system.modules():
-        if not (acc.is_fsdp2 and m is system.policy): send_weights(m, acc.device)
     return system
