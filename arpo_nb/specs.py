@@ -153,14 +153,15 @@ def _literal(text):
 
 # %% ../nbs/02_specs.ipynb #900a921d
 def read_args(text:str, # 'depth=12,patch_nums=1_2_3_4,shared_aln=on'; semicolons will do for commas
+              field:str='model_args', # that the text is of
              ) -> dict: # name: value
     "Arguments in a text"
     out = {}
     for part in filter(None, (p.strip() for p in re.split('[,;]', text))):
         name, equals, value = (s.strip() for s in part.partition('='))
         if not equals or not name.isidentifier() or not value:
-            raise ValueError(f"model_args={text!r}: can't read {part!r}; write name=value, joined by commas")
-        if name in out: raise ValueError(f"model_args={text!r}: {name} occurs twice")
+            raise ValueError(f"{field}={text!r}: can't read {part!r}; write name=value, joined by commas")
+        if name in out: raise ValueError(f"{field}={text!r}: {name} occurs twice")
         out[name] = _literal(value)
     return out
 

@@ -12,7 +12,6 @@ __all__ = ['STARTED', 'model_table', 'own_files', 'name_classes', 'load_system',
 # %% ../nbs/37_models.ipynb #de9ccbda
 import argparse
 import json
-import shutil
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from .adapters import merge_adapter, unstack
 from .config import FREE, Config, from_json, parse_rewards, uses_perceptual
 from .data.captions import DiskFeatures, NamedClasses, PromptData, T5Features, TextData
 from .data.images import ArrayData, LabelData, folder_data, hub_data, imagenet_ids, is_hub_folder
@@ -30,10 +30,10 @@ from .own_rewards import find_reward
 from .protocols import MetricNet, System
 from .rewards import WeightedSum, check_images
 from .scores.features import TRUNKS, LPIPSFeatures
-from .files import read_json, split_part, user_path
+from .files import need_space, read_json, split_part, user_path
 from .scores.reward_factory import CLIP_OF, REWARDS, make_rewards, needed_files, read_rewards
 from .specs import ModelSpec, families, find_model, is_dotted, known_models, names_object, read_args, resolve
-from .weights import FILES, _hub, human_size, import_torchvision, in_folder, local_files
+from .weights import FILES, _hub, human_size, import_torchvision, in_folder, is_repo, local_files
 
 # %% ../nbs/37_models.ipynb #fc56b059
 def model_table(models=None, # names; None for all that are known
@@ -57,8 +57,9 @@ def own_files(spec:ModelSpec, # the model's record
               tokenizer_weights:str='default', # the same for the tokenizer
               files:str='', # your copies of published files, see `weights.local_files`
              ) -> dict: # policy and tokenizer: None, 'random' or a path; text and others: path; by keys of `spec.files`
-    "Which files of your own a model is made of"
+    "Which files of your own a model is made of; below an adapter, those it was trained on"
     local = local_files(files)
+    if not is_repo(weights): weights = unstack(weights)[0]
     given = {k: None if w == 'default' else w for k, w in dict(policy=weights, tokenizer=tokenizer_weights).items()}
     own = {k: local[n] for k, n in spec.files.items() if n in local} if weights != 'random' else {}
     folder = user_path(weights, 'weights') if given['policy'] and weights != 'random' else None
@@ -137,6 +138,7 @@ def load_system(model, # name, dotted path, or `ModelSpec`
                ) -> System: # in eval mode
     "Build a system and load its weights"
     spec, args = find_model(model), read_args(model_args)
+    weights, adapters = unstack(weights)
     own = own_files(spec, weights, tokenizer_weights, files)
     torch.manual_seed(seed)
     given = own.get('text') or own['policy']
@@ -147,6 +149,7 @@ def load_system(model, # name, dotted path, or `ModelSpec`
     if encode:
         system.encode_prompts, system.answers = encode, spec.answers and resolve(spec.answers)(own['policy'], encode)
     system.name, system.spec = model if isinstance(model, str) else spec.name, spec
+    for folder in adapters: merge_adapter(system.policy, folder)
     for m in system.modules(): m.eval()
     return system
 
@@ -387,10 +390,7 @@ def check_hub_model(argument:str, # name for the message
             "name and the network, or download it elsewhere and pass its folder") from e
     cache = Path(hub.constants.HF_HUB_CACHE)
     size = sum(f.size or 0 for f in files if f.rfilename.endswith('.safetensors'))
-    free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
-    if free < 1.02*size:
-        raise OSError(f"{argument}={repo!r} needs {size/1e9:.2f} GB on the disk of "
-                      f"{hub.constants.HF_HUB_CACHE}, which has {free/1e9:.2f} GB free")
+    need_space(cache, int(1.02*size), f'{argument}={repo!r}', 'set HF_HOME to a folder on another disk')
 
 # %% ../nbs/37_models.ipynb #3e77e957
 def prompt_encoder(system:System, # as `load_system` makes it

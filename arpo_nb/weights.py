@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 from tqdm import tqdm
 
-from .files import home_cache, plain_terminal, split_part, user_path
+from .files import home_cache, need_space, plain_terminal, split_part, user_path
 
 # %% ../nbs/08_weights.ipynb #a9ca7230
 @dataclass(frozen=True)
@@ -342,11 +342,8 @@ def plan_file(name:str, # key of `FILES`
     except Exception as e:
         raise ConnectionError(f"{_what(f)} cannot be reached [{type(e).__name__}: {e}]. Check network and proxy, or "
                               f"download it elsewhere and {_by_hand(name, cache)}") from e
-    size, there = size or f.size, next(p for p in (cache, *cache.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    if free < 1.02*size:
-        raise OSError(f"{_what(f)} needs {size/1e9:.2f} GB on the disk of {cache}, which has {free/1e9:.2f} GB free. "
-                      "Free some, or pass cache_dir on another disk")
+    size = size or f.size
+    need_space(cache, int(1.02*size), _what(f), 'pass cache_dir on another disk')
     return _plan(name, 'hub' if hub else 'url', None, size, sha)
 
 def _plan_repo(name, weights):

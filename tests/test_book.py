@@ -14,8 +14,8 @@ CHAPTERS = ['03_enumerable', '14_entropy', '16_scalewise', '30_tokenizers', '31_
 # pages whose exports are explained and used, one thought a cell; what they lack is a picture or some checks
 SHOWN = ['01_protocols', '02_specs', '05_plots', '06_sampling', '10_elbo', '11_noisy_context', '12_ste', '13_grpo', '15_moments',
          '19_own_rewards', '20_rewards', '21_loo_fid', '22_features', '23_clip', '24_maniqa', '25_reward_factory', '26_inception',
-         '35_toy', '37_models', '38_layouts', '39_janus', '44_processes', '50_evaluate', '52_bench', '53_metrics',
-         '54_classifier', '60_your_own_model', '61_matrix', '62_docs']
+         '35_toy', '36_pretrain', '37_models', '38_layouts', '39_janus', '44_processes', '50_evaluate', '52_bench', '53_metrics',
+         '54_classifier', '56_lite_features', '60_your_own_model', '61_matrix', '62_docs']
 MODULES = sorted(p for p in (ROOT/'arpo_nb').rglob('*.py') if not p.stem.startswith('_'))
 
 

@@ -62,6 +62,21 @@ def test_sidebar_has_every_page_once():
     assert sorted(listed) == sorted(PAGES)
 
 
+def test_what_users_of_other_trainers_look_for_is_there():
+    "Every field and every test that the trainer's table names"
+    table = next(source(c) for c in PAGES['41_trainer.ipynb']['cells'] if '| there | here | shown by |' in source(c))
+    rows = [[c.strip() for c in line.strip('|').split('|')] for line in table.splitlines() if line.startswith('| ')][1:]
+    tests = '\n'.join(p.read_text(encoding='utf-8') for p in sorted((ROOT/'tests').glob('test_*.py')))
+    from arpo_nb.config import Config
+    fields = {f.name for f in dataclasses.fields(Config)}
+    assert len(rows) >= 14
+    for there, here, shown in rows:
+        named = re.findall(r'`(test_\w+)`', shown)
+        assert all(f'def {n}' in tests for n in named) and (named or 'ipynb)' in shown), shown
+        words = [w for code in re.findall(r'`([^`]+)`', here) for w in re.findall(r'^[a-z][a-z_]+(?==|$)', code)]
+        assert not [w for w in words if w not in fields | {'evaluate', 'callbacks', 'snapshots', 'weights', 'train', 'run'}], words
+
+
 def test_no_two_notebooks_are_one_page():
     names = [page_name(n) for n in PAGES]
     assert len(set(names)) == len(names), sorted(n for n in names if names.count(n) > 1)

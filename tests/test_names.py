@@ -109,14 +109,14 @@ def test_models_by_name(mine):
 
 
 def test_data_optimizer_and_network(mine):
-    args = ('--model', 'my_things:build', '--set', f'{SIZES},mixed_precision=no,data=my_things:few,optimizer=torch.optim.SGD,perceptual_net=arpo_nb.models.toy:toy_judge')
+    args = ('--model', 'my_things:build', '--set', f'{SIZES},mixed_precision=no,data=my_things:few,optim=torch.optim.SGD,perceptual_net=arpo_nb.models.toy:toy_judge')
     dry, done = command(*args, '--dry-run'), command(*args, '--out_dir', 'out')
     assert dry.returncode == done.returncode == 0, dry.stderr + done.stderr[-2000:]
-    assert json.loads((mine/'out'/'config.json').read_text())['optimizer'] == 'torch.optim.SGD' and len(rows(mine/'out')) == 2
+    assert json.loads((mine/'out'/'config.json').read_text())['optim'] == 'torch.optim.SGD' and len(rows(mine/'out')) == 2
     p = torch.nn.Parameter(torch.ones(2, 2))
-    assert isinstance(make_optimizer([p], Config()), torch.optim.AdamW) and isinstance(make_optimizer([p], Config(optimizer='torch.optim.SGD')), torch.optim.SGD)
-    with pytest.raises(ValueError, match='expected a torch.optim.Optimizer'): make_optimizer([p], Config(optimizer='my_things.no_optimizer'))
-    with pytest.raises(ValueError, match='optimizer=\'sgd\': choose one of adamw'): Config(optimizer='sgd')
+    assert isinstance(make_optimizer([p], Config()), torch.optim.AdamW) and isinstance(make_optimizer([p], Config(optim='torch.optim.SGD')), torch.optim.SGD)
+    with pytest.raises(ValueError, match='expected a torch.optim.Optimizer'): make_optimizer([p], Config(optim='my_things.no_optimizer'))
+    with pytest.raises(ValueError, match='optim=\'sgd\': choose one of adamw'): Config(optim='sgd')
 
 
 def test_records_are_whole():

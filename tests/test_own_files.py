@@ -209,7 +209,7 @@ def test_a_run_from_a_file(tmp_path):
         assert bad.returncode == 2 and why in bad.stderr
 
 
-@pytest.mark.parametrize('field, door', [('model', 'train'), ('data', 'train'), ('optimizer', 'train'), ('perceptual_net', 'train'), ('sampler', 'train'), ('rewards', 'train'), ('scores', 'eval'), ('metric', 'eval')])
+@pytest.mark.parametrize('field, door', [('model', 'train'), ('data', 'train'), ('optim', 'train'), ('perceptual_net', 'train'), ('sampler', 'train'), ('rewards', 'train'), ('scores', 'eval'), ('metric', 'eval')])
 def test_paths_that_lead_nowhere(field, door, tmp_path):
     "Whatever takes a dotted path: a module that is not there, a name that is not in it, one that fails inside"
     (tmp_path/'fails.py').write_text('def helper(): raise RuntimeError("my own mistake")\nhelper()\n')

@@ -276,7 +276,7 @@ def test_two_precisions_in_one_process(tmp_path):
 
 
 def test_room_for_two_checkpoints_is_asked_for_before_the_first_step(tmp_path, monkeypatch):
-    import arpo_nb.training.run_folder as folder
+    import arpo_nb.files as folder
     from arpo_nb.training.plan import make_plan
     from arpo_nb.training.trainer import state_bytes
     system = tiny()

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 # The house, floor by floor: a module imports from its own folder and from floors below, never from one above.
-FLOORS = ['protocols specs own_rewards config files weights docs', 'maths', 'rewards', 'models', 'scores', 'data', 'systems', 'evaluation', 'training']
+FLOORS = ['protocols specs own_rewards config files weights adapters docs', 'maths', 'rewards', 'models', 'scores', 'data', 'systems', 'evaluation', 'training']
 LEVEL = {name: i for i, line in enumerate(FLOORS) for name in line.split()}
 PACKAGE = ROOT/'arpo_nb'
 MODULES = sorted('.'.join(p.relative_to(PACKAGE).with_suffix('').parts) for p in PACKAGE.rglob('*.py') if not p.stem.startswith('_'))

@@ -169,11 +169,21 @@ def test_more_steps_continue_a_run(tmp_path):
 
 
 @pytest.mark.parametrize('changes, why', [(dict(lr_scheduler_type='cosine'), 'falls to zero at the last step'), (dict(entropy_coef=.1, entropy_control='schedule'), 'share of steps made')])
-def test_a_schedule_that_knows_its_end_is_not_extended(tmp_path, changes, why):
-    cfg = replace(FREE if 'entropy_coef' in changes else CFG, steps=2, **changes)
+def test_a_schedule_that_knows_its_end_is_begun_anew(tmp_path, changes, why):
+    "Not extended without a word; by an option in the same folder, warm-up and all, again and again"
+    cfg = replace(FREE if 'entropy_coef' in changes else CFG, steps=2, warmup_steps=1, **changes)
     kw = dict(reward=Bright()) if 'entropy_coef' in changes else {}
-    go(tmp_path, cfg, **kw)
-    with pytest.raises(FileExistsError, match=f'steps 2 → 4: .*{why}.*weights='): go(tmp_path, replace(cfg, steps=4), **kw)
+    rates = [r['optim/lr'] for r in go(tmp_path, cfg, **kw)]
+    with pytest.raises(FileExistsError, match=f'steps 2 → 4: .*{why}.*schedule_start=2'): go(tmp_path, replace(cfg, steps=4), **kw)
+    with pytest.raises(FileExistsError, match='steps 2 → 4'): go(tmp_path, replace(cfg, steps=4, schedule_start=1), **kw)
+    class Power(Exception): pass
+    def cut(*_): raise Power
+    for start in (2, 4):
+        more = replace(cfg, steps=start + 2, schedule_start=start)
+        with pytest.raises(Power): go(tmp_path, more, callbacks=[cut], **kw) # before it has a checkpoint of its own
+        rows = go(tmp_path, more, **kw)
+        assert [r['step'] for r in rows] == list(range(start + 2)) and [r['optim/lr'] for r in rows[start:]] == rates
+    with pytest.raises(ValueError, match='schedule_start=2: the run is at step 0; let it come to its end'): go(tmp_path/'new', replace(cfg, steps=4, schedule_start=2), **kw)
 
 
 def test_begin_at_a_checkpoint_or_at_kept_weights(tmp_path):

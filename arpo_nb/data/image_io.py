@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'MAX_PIXELS', 'CROPS', 'as_rgb', 'open_picture', 'picture_format', 'is_hidden', 'folder_files',
-           'only_pictures', 'center_crop', 'resize_crop', 'to_tensor', 'ten_crop', 'to_uint8', 'resize_pixels']
+           'only_pictures', 'center_crop', 'resize_crop', 'to_tensor', 'ten_crop', 'to_uint8', 'resize_pixels', 'tile']
 
 # %% ../../nbs/07_image_io.ipynb #64225a54
 import io, os, warnings
@@ -198,3 +198,16 @@ def resize_pixels(pixels:Tensor, # [N, 3, H, W], unclamped
     return (pixels if pixels.shape[-1] == size
             else F.interpolate(pixels.float(), (size, size), mode='bicubic',
                                align_corners=False))
+
+# %% ../../nbs/07_image_io.ipynb #5d09d9b6
+def tile(pictures:np.ndarray, # [N, h, w, C], uint8, or floats in [0, 1]
+         columns:int, # pictures in a row
+        ) -> np.ndarray: # [H, W, C], of the same kind
+    "One picture of many"
+    n, h, w, c = pictures.shape
+    rows, white = -(-n//columns), 255 if pictures.dtype == np.uint8 else 1
+    out = np.full((rows*(h + 1) - 1, columns*(w + 1) - 1, c), white, pictures.dtype)
+    for i, p in enumerate(pictures):
+        y, x = divmod(i, columns)
+        out[y*(h + 1):, x*(w + 1):][:h, :w] = p
+    return out

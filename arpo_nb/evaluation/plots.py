@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
+from ..data.image_io import tile
 from ..files import write_atomically
 
 # %% ../../nbs/05_plots.ipynb #98377667
@@ -20,13 +21,8 @@ def show_images(images:Tensor, # [N, 3, H, W] in [0, 1]
                 scale:float=.5, # inches per image
                ): # the axes
     "Draw images as one grid, first row first"
-    n, c, h, w = images.shape
-    cols = -(-n//rows)
-    grid = np.ones((rows*(h+1)-1, cols*(w+1)-1, 3))
-    for i, im in enumerate(
-            images.detach().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()):
-        y, x = (i//cols)*(h+1), (i%cols)*(w+1)
-        grid[y:y+h, x:x+w] = im
+    cols = -(-len(images)//rows)
+    grid = tile(images.detach().cpu().float().clamp(0, 1).permute(0, 2, 3, 1).numpy(), cols)
     if ax is None:
         _, ax = plt.subplots(figsize=(cols*scale, rows*scale + .25*bool(title)))
     ax.imshow(grid, interpolation='nearest'); ax.axis('off')

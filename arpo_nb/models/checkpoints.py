@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..adapters import adapter_folder, merge_adapter
 from ..files import BadFile, inside, open_file, read_json, split_part
 from .llamagen import GPT, SIZES, GPTConfig, gpt_config
 from .tokenizers import VQConfig, VQModel
@@ -198,6 +199,9 @@ def read_state_dict(path, # file, index of shards, or folder; FILE#KEY for one o
     if path.is_dir(): path, part = _of_run(path, part)
     if path.is_dir() and (parts := [p for p in (path, path/SHARDED) if (p/'.metadata').exists()]):
         return read_parts(parts[0])
+    if path.is_dir() and (folder := adapter_folder(path)):
+        raise BadFile(folder, "an adapter, no whole weights; systems.load_system(model, weights=FOLDER) loads it with "
+                              "what it was trained on")
     if path.is_dir(): path = _file_of_folder(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
     if path.name.endswith('.index.json'):
@@ -349,7 +353,8 @@ def load_weights(module:nn.Module, # filled in place
                  ema:bool=False, # take the averaged weights
                  key:str|None=None, # see `read_state_dict`
                 ) -> nn.Module: # the same module
-    "Load a checkpoint strictly"
+    "Load a checkpoint strictly; an adapter is added to the weights that are there"
+    if folder := adapter_folder(path): return merge_adapter(module, folder)
     state = read_state_dict(path, ema, key, module.state_dict().keys())
     state.pop('freqs_cis', None)
     return load_strict(module, state, path)

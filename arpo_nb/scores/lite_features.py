@@ -8,6 +8,7 @@ __all__ = ['LiteNet', 'load_lite0']
 # %% ../../nbs/56_lite_features.ipynb #af0b55ad
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..models.checkpoints import read_state_dict
@@ -19,27 +20,33 @@ from ..weights import import_torchvision
 class LiteNet:
     "EfficientNet-lite0 as a network of `metrics`"
     name = 'EfficientNet-lite0 (not FID)'
-    def __init__(self, net:nn.Module,
-                 size:int=224): # side the images are resized to
+    def __init__(self, net:nn.Module, # timm's EfficientNet-lite0
+                 size:int=224, # side the images are resized to
+                ):
         self.net, self.size = net, size
 
-    @torch.no_grad()
-    def features(self, images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
-                 batch_size:int=64, quantize:bool=True,
-                ) -> Features: # pool [N, 1280] and logits [N, 1000]
-        "Pooled features and class logits"
-        parts = []
-        for x in images.to(next(self.net.parameters()).device).split(batch_size):
-            x = to_255(x, quantize)
-            if x.shape[-2:] != (self.size, self.size):
-                x = F.interpolate(x, (self.size, self.size), mode='bilinear',
-                                  antialias=True)
-            pool = self.net.global_pool(self.net.forward_features((x - 127)/128))
-            parts.append((pool, self.net.classifier(pool)))
-        pool, logits = map(torch.cat, zip(*parts))
-        return Features(pool, None, logits)
+# %% ../../nbs/56_lite_features.ipynb #04904fc5
+@patch
+@torch.no_grad()
+def features(self:LiteNet, images:Tensor, # [N, 3, H, W] uint8, or floats in [0, 1]
+             batch_size:int=64, # images per forward pass
+             quantize:bool=True, # round floats to 8 bits first
+            ) -> Features: # pool [N, 1280] and logits [N, 1000]
+    "Pooled features and class logits"
+    parts = []
+    for x in images.to(next(self.net.parameters()).device).split(batch_size):
+        x = to_255(x, quantize)
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode='bilinear',
+                              antialias=True)
+        pool = self.net.global_pool(self.net.forward_features((x - 127)/128))
+        parts.append((pool, self.net.classifier(pool)))
+    pool, logits = map(torch.cat, zip(*parts))
+    return Features(pool, None, logits)
 
-def load_lite0(size:int=224) -> LiteNet:
+# %% ../../nbs/56_lite_features.ipynb #77ac96a1
+def load_lite0(size:int=224, # side the images are resized to
+              ) -> LiteNet:
     "EfficientNet-lite0 with the weights of its Python package"
     import_torchvision()
     try:

@@ -15,6 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ..adapters import fold, is_adapted, whole_tensors
 from ..config import FREE, Config
 from ..protocols import map_cond
 from ..specs import resolve
@@ -23,9 +24,9 @@ from .sharding import give_back, is_sharded
 
 # %% ../../nbs/49_engines.ipynb #18d1a439
 def named_tensors(policy:nn.Module):
-    "Names and whole tensors of a policy, sharded or not"
+    "Names and whole tensors of a policy, sharded or not; adapters are folded into them"
     if is_sharded(policy): give_back(policy)
-    for name, t in chain(policy.named_parameters(), policy.named_buffers()):
+    for name, t in whole_tensors(policy):
         yield name, (t.full_tensor() if hasattr(t, 'full_tensor') else t).detach()
 
 # %% ../../nbs/49_engines.ipynb #05120055
@@ -38,6 +39,7 @@ class PolicyCopy:
         if dtype not in ('float32', 'bfloat16'): raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
         self.device, self.options = device, dict(compile=True) if compile else {}
         self.copy, self.dtype = copy.deepcopy(policy).eval().requires_grad_(False), getattr(torch, dtype)
+        if is_adapted(policy): fold(self.copy)
         if any(p.is_meta for p in self.copy.parameters()): self.copy.to_empty(device=device or 'cpu')
         self.copy.to(self.dtype)
 

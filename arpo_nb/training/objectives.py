@@ -183,7 +183,8 @@ def bonus_weight(cfg:Config, step:int,
     "Weight of the entropy bonus at a step (LOO-FID Eq. 33)"
     if cfg.entropy_control == 'constant' or not cfg.entropy_coef:
         return cfg.entropy_coef
-    p, schedule = (step/cfg.steps,
+    start_at = cfg.schedule_start
+    p, schedule = ((step - start_at)/(cfg.steps - start_at),
                    dict(peak=cfg.entropy_coef,
                         end=min(cfg.entropy_coef_min, cfg.entropy_coef)))
     if cfg.entropy_control == 'schedule': return entropy_schedule(p, **schedule)

@@ -8,14 +8,16 @@ __all__ = ['BLOCK', 'DECODER', 'PEAKS', 'SOURCES', 'CURES', 'HELD', 'Plan', 'dis
            'eval_command', 'sampling_memory', 'check_sampling']
 
 # %% ../../nbs/43_plan.ipynb #2c01a9b3
-import os, shutil, warnings
+import os, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import FREE, SAMPLING, Config, contexts, uses_perceptual
+from ..adapters import adapt, is_adapted
+from ..config import FREE, SAMPLING, Config, contexts, trained_part, uses_perceptual
+from ..files import need_space
 from ..protocols import map_cond
 from ..specs import find_model
 from ..systems import check_data, check_rewards, model_files, reward_files, shapes_of
@@ -45,13 +47,18 @@ class Plan:
 
 def _count(modules): return sum(p.numel() for m in modules for p in m.parameters())
 
+def _trained(cfg, system):
+    "What a run moves: the adapters, where there are some"
+    if trained_part(cfg) == 'tokenizer': return system.tokenizer.decoder_parameters()
+    every = list(system.policy.parameters())
+    return [p for p in every if p.requires_grad] if is_adapted(system.policy) else every
+
 def disk_estimate(cfg:Config, system) -> dict: # bytes
     "What a run's checkpoints take, by part; the old one goes when the new one is whole"
-    whole = system.tokenizer if cfg.method == 'tokenizer' else system.policy
-    trained = (system.tokenizer.decoder_parameters() if cfg.method == 'tokenizer'
-               else list(system.policy.parameters()))
-    moving = _count([whole])*(cfg.beta > 0 and cfg.ref_policy == 'ema' and cfg.method in SAMPLING)
-    n = _count([whole])
+    whole, trained = getattr(system, trained_part(cfg)), _trained(cfg, system)
+    # of adapters the base is not saved
+    n = _count([whole]) if not is_adapted(whole) else sum(p.numel() for p in trained)
+    moving = n*(cfg.beta > 0 and cfg.ref_policy == 'ema' and cfg.method in SAMPLING)
     averaged = n*(cfg.ema_decay > 0)
     # the weights by two names
     one = 4*(2*n + moving + averaged) + 8*sum(p.numel() for p in trained)
@@ -67,9 +74,10 @@ def memory_estimate(cfg:Config, system, # `System`, may be on the meta device
     "Peak memory of a training step, by part"
     policy, side = system.policy, system.tokenizer.image_size
     half, world = cfg.mixed_precision == 'bf16', cfg.num_processes
-    trained = (system.tokenizer.decoder_parameters() if cfg.method == 'tokenizer'
-               else list(policy.parameters()))
+    trained, lora = _trained(cfg, system), is_adapted(policy)
     n = sum(p.numel() for p in trained)
+    # without adapters the reference is the policy itself
+    kept_ref = cfg.beta and cfg.method in SAMPLING and not (lora and cfg.ref_policy == 'frozen')
     dim, layers = _width(policy)
     rows = min(cfg.micro_batch_size or 10**9,
                (cfg.mini_batch_size or contexts(cfg))//world)
@@ -83,9 +91,8 @@ def memory_estimate(cfg:Config, system, # `System`, may be on the meta device
     out = {'weights, gradients, Adam': n*16//shards,
            'frozen networks': 4*(_count(system.modules()) - n)
            + 4*n*(cfg.ema_decay > 0) # the moving average
-           + (4*n//shards if cfg.beta and cfg.method in SAMPLING
-              and not cfg.ref_offload else 0)}
-    if half: out['weights in half precision'] = 2*n
+           + (4*n//shards if kept_ref and not cfg.ref_offload else 0)}
+    if half: out['weights in half precision'] = 2*(_count([policy]) if lora else n)
     if rewards := sum(FILES[f].size for f in reward_files(cfg, system)):
         out['reward networks'] = rewards
     if world > 1 and shards == 1: out['gradients to send'] = 4*n
@@ -179,6 +186,7 @@ def make_plan(cfg:Config,
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # that weights read into shapes are lost
         system = shapes_of(cfg)
+        adapt(system.policy, cfg)
     for name in reward_files(cfg, system) if cfg.weights != 'random' else ():
         try:
             mine = local_files(cfg.files).get(name)
@@ -232,13 +240,7 @@ def check_disk(files:list): # of `plan_file`
         if not size: continue
         root = (url_cache() if source == 'url'
                 else Path(_hub().constants.HF_HUB_CACHE)).absolute()
-        free = shutil.disk_usage(next(p for p in (root, *root.parents)
-                                      if p.exists())).free
-        if free < 1.02*size:
-            raise OSError(f"{size/1e9:.2f} GB are to be downloaded to "
-                          f"{root}, which has "
-                          f"{free/1e9:.2f} GB free; free some, or set {variable} "
-                          "to a folder on another disk")
+        need_space(root, int(1.02*size), 'what is to be downloaded', f'set {variable} to a folder on another disk')
 
 def describe(plan:Plan, cfg:Config) -> str:
     "The plan in words, for a terminal or a notebook"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_FIELDS', 'SNAPSHOTS', 'tensors_in', 'not_finite', 'check_weights', 'plain_value', 'check_state', 'file_hash',
-           'write_manifest', 'Damaged', 'check_parts', 'read_run', 'save_networks', 'save_checkpoint',
-           'checkpoint_bytes', 'check_checkpoint', 'find_checkpoint', 'settle', 'load_checkpoint', 'keep_snapshot',
-           'snapshots', 'begin_at']
+           'write_manifest', 'Damaged', 'check_parts', 'read_run', 'save_networks', 'adapter_at', 'load_network',
+           'save_checkpoint', 'checkpoint_bytes', 'check_checkpoint', 'find_checkpoint', 'settle', 'load_checkpoint',
+           'keep_snapshot', 'snapshots', 'begin_at']
 
 # %% ../../nbs/48_saving.ipynb #7c66be64
 import hashlib
@@ -23,8 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from ..adapters import SETTINGS, is_adapted, load_adapter, save_adapter
 from .sharding import SHARDED, is_sharded, load_parts, save_parts
-from .run_folder import CHECKPOINTS, MARK, check_room, disk_of, in_words, is_ours, sync, write_whole
+from ..files import disk_of, in_words, need_space, sync, write_text
+from .run_folder import CHECKPOINTS, MARK, OTHER, is_ours
 
 # %% ../../nbs/48_saving.ipynb #216a404c
 def tensors_in(x, name:str='') -> list: # pairs of a name and a tensor or number
@@ -38,8 +40,14 @@ def tensors_in(x, name:str='') -> list: # pairs of a name and a tensor or number
 
 def not_finite(x, name:str='') -> str|None: # the first bad one
     "Where a nested value has a NaN or an infinity"
-    bad = lambda v: not torch.as_tensor(v).isfinite().all()
-    return next((n for n, v in tensors_in(x, name) if bad(v)), None)
+    found = tensors_in(x, name)
+    if not found: return None
+    # one question to each device, not one for each tensor
+    seen = [torch.as_tensor(v).isfinite().all() for _, v in found]
+    homes = {s.device for s in seen}
+    on = {d: torch.stack([s for s in seen if s.device == d]).tolist() for d in homes}
+    answers = {d: iter(v) for d, v in on.items()}
+    return next((n for (n, _), s in zip(found, seen) if not next(answers[s.device])), None)
 
 def check_weights(model:nn.Module, step:int):
     "Raise if a trained network is not finite"
@@ -93,7 +101,7 @@ def write_manifest(folder:Path, step:int, config:str):
     for p in parts: sync(p)
     listed = {str(p.relative_to(folder)): dict(bytes=p.stat().st_size,
                                                sha256=file_hash(p)) for p in parts}
-    write_whole(folder/'manifest.json',
+    write_text(folder/'manifest.json',
                 json.dumps(dict(format=MARK, step=step, config=config, files=listed),
                            indent=1))
 
@@ -153,9 +161,25 @@ def read_run(folder:Path, device='cpu') -> dict:
 # %% ../../nbs/48_saving.ipynb #b1f00d02
 def save_networks(networks:dict, # name: module
                   folder:Path):
-    "Write networks as NAME.safetensors, tensors under their own names"
+    "Write networks as NAME.safetensors, tensors under their own names; of adapters peft's files"
     for name, module in networks.items():
-        save_model(module, str(folder/f'{name}.safetensors'))
+        if is_adapted(module): save_adapter(module, adapter_at(folder, name))
+        else: save_model(module, str(folder/f'{name}.safetensors'))
+
+def adapter_at(folder:Path, name:str) -> Path:
+    "The folder of a network's adapter: the checkpoint's own is the policy's"
+    return folder if name in ('policy', 'model') else folder/name
+
+def load_network(module:nn.Module, # filled in place
+                 folder:Path, name:str): # see `save_networks`
+    "Read what `save_networks` wrote"
+    has, there = is_adapted(module), (adapter_at(folder, name)/SETTINGS).exists()
+    if has and there: return load_adapter(module, adapter_at(folder, name))
+    if has != there:
+        kind = 'an adapter' if there else 'whole weights'
+        raise Damaged(f"{folder}: has {kind}, and this run trains {'an adapter' if has else 'whole weights'}; start "
+                      "from it by weights=FOLDER in the place of a checkpoint")
+    return load_model(module, str(folder/f'{name}.safetensors'))
 
 # %% ../../nbs/48_saving.ipynb #d90a3fd1
 def save_checkpoint(acc:Accelerator, out:Path,
@@ -191,6 +215,13 @@ def save_checkpoint(acc:Accelerator, out:Path,
         raise said from e
     acc.wait_for_everyone()
 
+def _has(folder, name):
+    return (folder/f'{name}.safetensors').exists() or (adapter_at(folder, name)/SETTINGS).exists()
+
+def _same_kind(model, folder):
+    "Raise where an adapter lies and whole weights are trained, or the other way round"
+    if is_adapted(model) != (folder/SETTINGS).exists() and _has(folder, 'policy'): load_network(model, folder, 'policy')
+
 def checkpoint_bytes(out:Path) -> int:
     "Size of the largest checkpoint in a folder, finished or not"
     sizes = [sum(p.stat().st_size for p in (out/name).rglob('*') if p.is_file())
@@ -200,9 +231,9 @@ def checkpoint_bytes(out:Path) -> int:
 # %% ../../nbs/48_saving.ipynb #753674e4
 def _start(new, run, config, need):
     _remove(new)
-    check_room(new.parent, need or checkpoint_bytes(new.parent), 'the next checkpoint')
+    need_space(new.parent, need or checkpoint_bytes(new.parent), 'the next checkpoint', OTHER)
     new.mkdir()
-    write_whole(new/'manifest.json',
+    write_text(new/'manifest.json',
                 json.dumps(dict(format=MARK, step=run['step'], config=config,
                                 files={})))
 
@@ -224,14 +255,15 @@ def _remove(folder):
     shutil.rmtree(folder)
 
 # %% ../../nbs/48_saving.ipynb #5705aded
-def check_checkpoint(folder:Path, verify:bool=True, config:str=''):
+def check_checkpoint(folder:Path, verify:bool=True, config:str|tuple=''):
     "Raise `Damaged` unless a checkpoint can be continued from"
     manifest = check_parts(folder, verify)
     run = read_run(folder)
     if manifest and manifest.get('step') != run['step']:
         raise Damaged(f"{folder}: the manifest says step {manifest.get('step')}, "
                       f"run.pt {run['step']}")
-    if config and manifest.get('config') and manifest['config'] != config:
+    names = (config,) if isinstance(config, str) else config
+    if config and manifest.get('config') and manifest['config'] not in names:
         raise Damaged(f"{folder}: belongs to another configuration "
                       "than config.json beside it")
     for part in folder.glob('*.safetensors'): # an older version's have no manifest
@@ -246,7 +278,7 @@ def check_checkpoint(folder:Path, verify:bool=True, config:str=''):
 
 def find_checkpoint(out:str|Path,
                     verify:bool=False, # compare contents with the manifest's hashes
-                    config:str='', # name of the configuration it must have
+                    config:str|tuple='', # name of the configuration it must have, or several
                    ) -> Path|None: # None if there is none at all
     "The newest whole checkpoint of a run's folder"
     out, wrong = Path(out).expanduser(), []
@@ -290,11 +322,13 @@ def load_checkpoint(acc:Accelerator, folder:Path,
     try:
         parts = (trained is not None
                  and (is_sharded(trained[0]) or (folder/SHARDED).exists()))
+        if trained is not None and not parts: _same_kind(trained[0], folder)
         if parts: load_parts(acc, folder, *trained, ref_policy)
         else: acc.load_state(str(folder))
         if ref_policy is not None and not parts:
             load_model(ref_policy, str(folder/'reference.safetensors'))
-        if average is not None: load_model(average, str(folder/'ema.safetensors'))
+        if average is not None: load_network(average, folder, 'ema')
+    except Damaged: raise
     except Exception as e:
         raise Damaged(f"{folder}: can't be loaded ({_first(e)}); it is damaged, "
                       "or of another model. Bring the right "
@@ -318,7 +352,7 @@ def keep_snapshot(out:Path, run:dict, # see `save_checkpoint`, with a list of po
     for old in (new, folder): _remove(old) # of a life that was killed
     new.mkdir(parents=True)
     try:
-        write_whole(new/'manifest.json', json.dumps(dict(
+        write_text(new/'manifest.json', json.dumps(dict(
             format=MARK, step=run['step'], config=config, files={})))
         save_networks(networks, new)
         torch.save(plain_value(run), new/'run.pt')
@@ -354,19 +388,19 @@ def begin_at(
             f"RUN/checkpoint, RUN/{SNAPSHOTS}/STEP or RUN")
     if (folder/'optimizer.bin').exists() or (folder/SHARDED).is_dir():
         average = kwargs.pop('average', None)
-        kept = (folder/'ema.safetensors').exists()
+        kept = _has(folder, 'ema')
         run = load_checkpoint(acc, folder, average=average if kept else None, **kwargs)
         if average is not None and not kept:
             average.load_state_dict(next(iter(networks.values())).state_dict())
         return run
     for name, module in networks.items():
-        file = folder/f'{name}.safetensors'
         # without an average, it begins at the weights
-        if not file.exists(): file = folder/f'{next(iter(networks))}.safetensors'
-        try: load_model(module, str(file))
+        there = name if _has(folder, name) else next(iter(networks))
+        try: load_network(module, folder, there)
+        except Damaged: raise
         except Exception as e:
             raise Damaged(
-                f"{file}: can't be loaded ({_first(e)}); it is of another model"
+                f"{folder}: {there} can't be loaded ({_first(e)}); it is of another model"
             ) from e
     # a moving reference begins at the weights, as an average does
     if kwargs.get('ref_policy') is not None:

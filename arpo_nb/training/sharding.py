@@ -123,7 +123,10 @@ def follow(ref:nn.Module, policy:nn.Module, # both sharded, or neither
           ):
     "Move a reference a little towards the policy"
     give_back(ref, policy)
-    for r, p in zip(map(_part, ref.parameters()), map(_part, policy.parameters())): r.lerp_(p.to(r.device), 1 - decay)
+    pairs = [(r, p) for r, p in zip(ref.parameters(), policy.parameters()) if r is not p] # what is shared stands still
+    if not pairs: return
+    there, here = ([_part(t) for t in ts] for ts in zip(*pairs))
+    torch._foreach_lerp_(there, [p.to(r.device) for r, p in zip(there, here)], 1 - decay)
 
 def _part(p): return p.to_local() if isinstance(p, DTensor) else p
 
@@ -181,6 +184,10 @@ def check_layout(acc:Accelerator, cfg:Config):
                          "ZeRO-2 shards, see accelerate/fsdp2.yaml")
     if not sharding_asked(): return
     asked = 'ACCELERATE_USE_FSDP=true (distributed_type: FSDP)'
+    if cfg.lora_rank:
+        raise ValueError(f"lora_rank={cfg.lora_rank} under FSDP: a policy with adapters is not sharded, as hardly more "
+                         "than its weights is held; start it without FSDP (distributed_type: MULTI_GPU), or use "
+                         "lora_rank=0")
     if acc.num_processes == 1:
         raise ValueError(f"{asked}: one process has nobody to share with; start at least two, or choose "
                          "distributed_type: NO")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_reward', 'reward_parts', 'Place', 'check_needs', 'forced_samples', 'undecided', 'free_samples', 'compare',
-           'reference_logps', 'judge', 'reward_stats', 'RollOut', 'learning_rate', 'make_optimizer', 'micro_batches',
-           'backward', 'mean_over_processes', 'update']
+           'reference_logps', 'judge', 'reward_stats', 'RollOut', 'learning_rate', 'make_optimizer', 'wants_fused',
+           'micro_batches', 'backward', 'mean_over_processes', 'update']
 
 # %% ../../nbs/46_steps.ipynb #ad3ddccf
 import math
@@ -17,14 +17,15 @@ from typing import Any, Callable
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from ..config import FREE, Config, contexts, uses_perceptual
+from ..config import FREE, OPTIMS, Config, contexts, uses_perceptual
 from ..evaluation.sample_writer import speed_options
 from ..maths.grpo import group_advantages, high_entropy_mask
 from ..maths.sampling import steady_draws
 from ..protocols import Batch, Rollout, System, on_host
 from ..rewards import ReconstructionReward
-from ..specs import resolve
+from ..specs import read_args, resolve
 from .engines import load_sampler, sampling_weights
 from .objectives import scored_policy
 from .rollout import (Clock, _slices, encode_images, free_running, rollout_logps, sampling_gap, score_groups,
@@ -238,28 +239,35 @@ class RollOut:
 # %% ../../nbs/46_steps.ipynb #d3ea0bdd
 def learning_rate(cfg:Config, step:int) -> float:
     "Warm-up, then constant or cosine to zero"
+    step, steps = step - cfg.schedule_start, cfg.steps - cfg.schedule_start
     if step < cfg.warmup_steps: return cfg.learning_rate*(step+1)/cfg.warmup_steps
     if cfg.lr_scheduler_type == 'constant': return cfg.learning_rate
-    done = (step - cfg.warmup_steps)/max(1, cfg.steps - cfg.warmup_steps)
+    done = (step - cfg.warmup_steps)/max(1, steps - cfg.warmup_steps)
     return cfg.learning_rate*.5*(1 + math.cos(math.pi*done))
 
 # %% ../../nbs/46_steps.ipynb #81fcf09e
 def make_optimizer(params:list, cfg:Config) -> torch.optim.Optimizer:
-    "AdamW, or what `cfg.optimizer` names, with weight decay on matrices only"
+    "AdamW, or what `cfg.optim` names, with weight decay on matrices only"
     groups = [dict(params=[p for p in params if p.ndim > 1],
                    weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)]
-    known = dict(adamw=torch.optim.AdamW)
-    make = known.get(cfg.optimizer) or resolve(cfg.optimizer, 'optimizer')
-    options = dict(lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2))
-    if cfg.optimizer in known and not any(on_host(p) for p in params):
-        options['fused'] = True
-    takes = signature(make).parameters
-    opt = make([g for g in groups if g['params']],
-               **{k: v for k, v in options.items() if k in takes})
+    make = resolve(OPTIMS.get(cfg.optim, cfg.optim), 'optim')
+    options = dict(lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2),
+                   fused=wants_fused(params, cfg))
+    takes, more = signature(make).parameters, read_args(cfg.optim_args, 'optim_args')
+    ours = {k: v for k, v in options.items() if k in takes and v is not False}
+    try: opt = make([g for g in groups if g['params']], **ours | more)
+    except TypeError as e:
+        raise ValueError(f"optim_args={cfg.optim_args!r}: {cfg.optim} does not take "
+                         f"them [{e}]") from e
     if isinstance(opt, torch.optim.Optimizer): return opt
-    raise ValueError(f"optimizer={cfg.optimizer!r}: made a {type(opt).__name__}, "
+    raise ValueError(f"optim={cfg.optim!r}: made a {type(opt).__name__}, "
                      "expected a torch.optim.Optimizer")
+
+def wants_fused(params:list, cfg:Config) -> bool:
+    "Whether one kernel is to move all parameters, which is faster on an accelerator"
+    if cfg.optim == 'adamw': return not any(on_host(p) for p in params)
+    return cfg.optim == 'adamw_torch_fused'
 
 # %% ../../nbs/46_steps.ipynb #6536e99f
 def micro_batches(rollouts:dict, k:int, # number of the mini-batch
@@ -318,7 +326,9 @@ def update(acc:Accelerator, objective, opt,
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}")
         seen.append(stats)
-        opt.step(); opt.zero_grad()
+        opt.step()
+        # between processes gradients stay where they are sent from
+        opt.zero_grad(set_to_none=not isinstance(objective, DistributedDataParallel))
     first = {f'{k}_first': v for k, v in seen[0].items()
              if k.endswith('ratio_deviation')}
     return {k: sum(s[k] for s in seen)/len(seen) for k in seen[0]} | first

@@ -21,18 +21,20 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from tqdm.auto import tqdm
 
-from ..config import FREE, SAMPLING, Config, in_vain, parse_rewards, to_json
+from ..adapters import BasePolicy, adapt, adapter_dropout, check_reached, is_adapted
+from ..config import FREE, SAMPLING, Config, in_vain, parse_rewards, to_json, trained_part
 from ..data.images import batches
+from ..files import need_space, write_text
 from ..maths.entropy import normalized_entropy
 from ..own_rewards import reward_name
 from ..protocols import System
 from .engines import load_sampler
 from .objectives import OBJECTIVES, bonus_weight, entropy_target
 from .rollout import Clock
-from .run_folder import MetricsLog, RunLock, check_room, claim_folder, run_hash, write_whole
+from .run_folder import OTHER, MetricsLog, RunLock, claim_folder, run_hash, run_names
 from .saving import (begin_at, check_state, check_weights,
                                      find_checkpoint, keep_snapshot,
                                      load_checkpoint, save_checkpoint, settle)
@@ -91,7 +93,9 @@ def accelerator(cfg:Config) -> Accelerator:
     ) # without a GPU accelerate must be told to look for the others
     AcceleratorState._reset_state(
     ) # an earlier run in this kernel may have had another precision
-    acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpus)
+    # gradients lie where they are sent from, not there and beside it
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    acc = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cpus, kwargs_handlers=[views])
     if acc.num_processes == cfg.num_processes: return acc
     raise ValueError(
         f"num_processes={cfg.num_processes}: {acc.num_processes} processes were "
@@ -160,7 +164,15 @@ def failure(e:Exception, step:int, out:Path, saved:bool) -> Exception: # to be r
             if numbers else RuntimeError)(f"step {step}: {e}; {left}{cure}")
 
 # %% ../../nbs/41_trainer.ipynb #70e4886d
-def _frozen_copy(module): return copy.deepcopy(module).eval().requires_grad_(False)
+def _frozen_copy(module, share:bool=False): # what does not move is shared
+    still = [p for p in module.parameters() if share and not p.requires_grad]
+    return copy.deepcopy(module, {id(p): p for p in still}).eval().requires_grad_(False)
+
+def _reference(policy, cfg):
+    "The policy that the KL is to, if there is one; of adapters, the policy without them"
+    if not cfg.beta or cfg.method not in SAMPLING: return None
+    if is_adapted(policy) and cfg.ref_policy == 'frozen': return BasePolicy(policy)
+    return _frozen_copy(policy, is_adapted(policy) and not cfg.ref_offload)
 
 # %% ../../nbs/41_trainer.ipynb #c0ffee02
 class Watch:
@@ -169,7 +181,7 @@ class Watch:
                  average, evaluate):
         self.acc, self.cfg, self.out, self.evaluate = acc, cfg, out, evaluate
         self.alone = not acc.is_fsdp2 # a sharded policy needs every process
-        part = 'tokenizer' if cfg.method == 'tokenizer' else 'policy'
+        part = trained_part(cfg)
         self.systems = {'': system} | ({} if average is None else
                                        {'ema': replace(system, **{part: average})})
         self.cond = self._conditions(system, data) if cfg.sample_every else None
@@ -257,19 +269,19 @@ def _train(acc, system, data, cfg, out, reward, progress, stop, diary, callbacks
     for m in system.modules():
         if not (acc.is_fsdp2 and m is system.policy):
             m.to(acc.device) # a sharded one goes there in parts
+    adapt(system.policy, cfg)
     raw = OBJECTIVES[cfg.method](system, cfg)
     if hasattr(system.policy, 'gradient_checkpointing'):
         system.policy.gradient_checkpointing = cfg.gradient_checkpointing
-    ref_policy = _frozen_copy(
-        system.policy) if cfg.beta and cfg.method in SAMPLING else None
+    ref_policy = _reference(system.policy, cfg)
     moving = ref_policy if cfg.ref_policy == 'ema' else None
-    average = _frozen_copy(raw.model) if cfg.ema_decay else None
+    average = _frozen_copy(raw.model, is_adapted(raw.model)) if cfg.ema_decay else None
     if average is not None and acc.is_fsdp2:
         raise ValueError(
             f"ema_decay={cfg.ema_decay}: not with a policy that is sharded; use "
             f"ema_decay=0"
         )
-    networks = {'tokenizer' if cfg.method == 'tokenizer' else 'policy': raw.model}
+    networks = {trained_part(cfg): raw.model}
     if average is not None: networks['ema'] = average
     sampler = load_sampler(cfg, system.policy)
     objective, opt = prepare(acc, raw, partial(make_optimizer, cfg=cfg), ref_policy,
@@ -281,7 +293,7 @@ def _train(acc, system, data, cfg, out, reward, progress, stop, diary, callbacks
     roll_out = RollOut(system, cfg, reward, ref_policy, here, sampler)
 
     found = on_first(acc,
-                     lambda: settle(out, find_checkpoint(out, True, run_hash(cfg))))
+                     lambda: settle(out, find_checkpoint(out, True, run_names(cfg))))
     run = dict(step=0, reward_state=None, entropy=None, position=0)
     if found:
         all_see(acc, found/'run.pt')
@@ -297,14 +309,19 @@ def _train(acc, system, data, cfg, out, reward, progress, stop, diary, callbacks
             raise ValueError(
                 f"steps={cfg.steps}: resume_from_checkpoint={cfg.resume_from_checkpoint!r} is at step "
                 f"{run['step']} already; use more steps")
-    if acc.is_main_process: write_whole(out/'config.json', to_json(cfg))
+    if run['step'] < cfg.schedule_start:
+        raise ValueError(
+            f"schedule_start={cfg.schedule_start}: the run is at step {run['step']}; "
+            f"let it come to its end first, with steps={cfg.schedule_start}, "
+            "schedule_start as before")
+    if acc.is_main_process: write_text(out/'config.json', to_json(cfg))
     start = run['step']
     need = state_bytes(raw, moving, networks)
     # the last checkpoint stays until the next is whole
     on_first(
         acc,
-        lambda: check_room(out, need
-                           if found else 2*need, 'this run, for its checkpoints,'))
+        lambda: need_space(out, need if found else 2*need,
+                           'this run, for its checkpoints,', OTHER))
     log = MetricsLog(out/'metrics.jsonl', start, acc.is_main_process)
     save = partial(save_checkpoint, acc, out, ref_policy=moving,
                    trained=(raw.model, opt), config=run_hash(cfg), need=need,
@@ -364,7 +381,9 @@ def _train(acc, system, data, cfg, out, reward, progress, stop, diary, callbacks
                     cfg, run['entropy']) - entropy
             for g in opt.param_groups: g['lr'] = learning_rate(cfg, step)
             if cfg.update_dropout: raw.model.train()
+            elif cfg.lora_dropout: adapter_dropout(raw.model)
             stats |= update(acc, objective, opt, rollouts, cfg, updates)
+            if step == start: check_reached(raw.model, opt)
         except Exception as e:
             whole = acc.num_processes == 1 and not updates and not isinstance(
                 e, FloatingPointError)
@@ -432,9 +451,9 @@ def state_bytes(objective, moving=None, networks=None) -> int:
     ("Size of a checkpoint: what is trained, twice as much for Adam, a moving "
      "reference, and networks by name")
     kept = [
-        p.numel()*p.element_size()
+        t.numel()*t.element_size()
         for m in (objective, moving, *(networks or {}).values()) if m is not None
-        for p in m.parameters()
+        for t in {t.untyped_storage()._cdata: t for t in m.state_dict().values()}.values()
     ]
     adam = [
         2*p.numel()*p.element_size()
