@@ -153,12 +153,19 @@ def read_json(path):
 def read_records(path): # yields place, and a function that returns a JSON value, a dict of strings or a line
     "The records of a .jsonl, .json, .csv, .tsv or text file"
     kind = Path(path).suffix.lower()
+    if kind not in ('.csv', '.tsv') and _holds_lines(path, 2 if kind == '.json' else 1): kind = '.jsonl'
     if kind in ('.csv', '.tsv'): yield from _read_table(path, '\t' if kind == '.tsv' else None)
     elif kind == '.json': yield from ((f'record {i}', lambda r=r: r) for i, r in enumerate(_json_list(path)))
     elif kind in ('.jsonl', '.ndjson'):
         for n, line in read_lines(path):
             if line.strip(): yield f'line {n}', lambda n=n, line=line: parse_json(line, path, f'line {n}')
     else: yield from ((f'line {n}', lambda line=line: line) for n, line in read_lines(path))
+
+def _holds_lines(path, least):
+    "Whether a file holds a JSON object on each of its first lines, whatever its ending"
+    first = [line for _, line in zip(range(least), (t for _, t in read_lines(path) if t.strip()))]
+    try: return len(first) == least and all(isinstance(json.loads(t), dict) for t in first)
+    except (ValueError, RecursionError): return False
 
 def _json_list(path):
     "The list in a JSON file, alone or the only one in an object"
@@ -179,9 +186,9 @@ def _read_table(path, sep):
             if row: yield f'line {rows.line_num}', lambda row=row, n=rows.line_num: _named(names, row, path, n)
 
 def _separator(path):
-    "A comma, or a semicolon where the first line has no comma"
+    "A comma, or a semicolon or tab where the first line has no comma"
     first = next((line for _, line in read_lines(path)), '')
-    return ';' if ';' in first and ',' not in first else ','
+    return next((s for s in ',;\t' if s in first), ',')
 
 def _named(names, row, path, line):
     if len(row) != len(names):

@@ -236,7 +236,6 @@ class WeightedSum:
         self._gather = lambda x: x
         if gather: self.gather = gather
 
-
     @property
     def gather(self):
         "[n] of this process to [N] of all"

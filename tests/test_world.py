@@ -67,6 +67,15 @@ def test_hidden_folders_shift_nothing_and_holes_are_said(tmp_path):
     assert data.labels.tolist() == [0] and '2 of 3 class folders' in text and '1 .tif' in text and '2 (empty)' in text and '1 pictures lie beside' in text
 
 
+def test_names_beside_numbers_shift_no_ids(tmp_path):
+    for name in '0', '10', '2': picture(tmp_path/name/'a.png')
+    (tmp_path/'lost+found').mkdir(); (tmp_path/'11').symlink_to(tmp_path/'nowhere'); picture(tmp_path/'2'/'b.jfif', format='JPEG'); picture(tmp_path/'0'/'bare', format='PNG')
+    data, text = said(lambda: folder_data(tmp_path, 8, 12))
+    assert data.labels.tolist() == [0, 10, 2, 2] and '1 links lead nowhere' in text and 'without an ending' in text
+    (tmp_path/'extra').mkdir()
+    with pytest.raises(ValueError, match='class folders extra; beside numbers'): class_ids(tmp_path, 4)
+
+
 # pictures
 
 def test_grey_of_16_bits_is_scaled(tmp_path):
@@ -187,6 +196,29 @@ def test_sidecars_and_tables(tmp_path):
     assert [r['text'] for r in TextImages(tmp_path/'t', 8)] == ['a, b']
 
 
+def test_what_a_list_leaves_out_is_said(tmp_path):
+    for name in 'a.png', 'b.png': picture(tmp_path/name)
+    (tmp_path/'metadata.jsonl').write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}'); (tmp_path/'metadata.csv').touch()
+    got, text = said(lambda: [r['text'] for r in TextImages(tmp_path, 8)])
+    assert got == ['x', 'y'] and '1 of 2 pictures are not in it' in text and 'metadata.csv beside it is not' in text
+
+
+def test_content_decides_what_a_text_is(tmp_path):
+    for ending in 'txt', 'json', 'jsonl':
+        (tmp_path/f'a.{ending}').write_text('{"text": "a"}\n{"text": "b"}\n')
+        assert read_prompts(tmp_path/f'a.{ending}') == ['a', 'b']
+
+
+def test_a_bad_caption_in_a_shard_is_named(tmp_path):
+    import tarfile
+    png = picture(tmp_path/'a.png').read_bytes()
+    with tarfile.open(tmp_path/'x.tar', 'w') as tar:
+        for name, data in {'a.png': png, 'a.txt': b'M\xf6we', '../b.png': png, '../b.txt': b'up'}.items():
+            info = tarfile.TarInfo(name); info.size = len(data); tar.addfile(info, io.BytesIO(data))
+    got, text = said(lambda: [r['text'] for r in TextImages(tmp_path/'x.tar', 8)])
+    assert got == ['up'] and 'x.tar, a, line 1: not UTF-8' in text
+
+
 def test_emptied_prompts_are_counted():
     class Words:
         def __call__(self, texts, **kw): return dict(input_ids=torch.ones(len(texts), 2, dtype=int), attention_mask=torch.ones(len(texts), 2, dtype=int))
@@ -213,10 +245,10 @@ def test_content_decides_not_the_ending(tmp_path):
     for p in tmp_path.iterdir(): assert torch.equal(load_weights(net(), p).weight, m.weight)
 
 
-@pytest.mark.parametrize('bad', ['nan', 'inf', 'huge', 'int', 'bool', 'complex'])
+@pytest.mark.parametrize('bad', ['nan', 'inf', 'huge', 'int', 'bool', 'complex', 'meta', 'expanded', 'nothing'])
 def test_impossible_weights_are_refused_by_name(tmp_path, bad):
     w = torch.ones(2, 2)
-    w = dict(nan=w*torch.nan, inf=w*torch.inf, huge=w*1e30, int=w.int(), bool=w.bool(), complex=w.cfloat())[bad]
+    w = dict(meta=w.to('meta'), expanded=torch.zeros(1).expand(10**12), nothing=w*-torch.inf, nan=w*torch.nan, inf=w*torch.inf, huge=w*1e30, int=w.int(), bool=w.bool(), complex=w.cfloat())[bad]
     torch.save(dict(weight=w, bias=torch.zeros(2)), tmp_path/'a.pt')
     with pytest.raises(ValueError, match='weight'): load_weights(net(), tmp_path/'a.pt')
 
@@ -229,6 +261,15 @@ def test_averaged_weights_by_option(tmp_path):
     got, text = said(lambda: load_weights(net(), tmp_path/'b.pt'))
     assert torch.equal(got.weight, b.weight) and 'b.pt#ema' in text and torch.equal(load_weights(net(), f'{tmp_path}/b.pt#ema').weight, a.weight)
     assert torch.equal(load_weights(net(), tmp_path/'var.pth').weight, b.weight)
+
+
+def test_content_decides_what_a_reference_is(tmp_path):
+    from arpo_nb.maths.moments import as_reference
+    np.savez(tmp_path/'a.npz', mu=np.zeros(2), sigma=np.eye(2)); os.rename(tmp_path/'a.npz', tmp_path/'a.pt')
+    torch.save(dict(mu=torch.zeros(2), sigma=torch.eye(2)), tmp_path/'b.npz')
+    for name in 'a.pt', 'b.npz': assert as_reference(tmp_path/name).mean.shape == (2,)
+    np.save(tmp_path/'c.npy', np.full((3, 2), np.nan))
+    with pytest.raises(BadFile, match='c.npy'): as_reference(tmp_path/'c.npy')
 
 
 class Runs(torch.nn.Module):
@@ -248,11 +289,11 @@ def test_code_is_refused_as_code(tmp_path):
     assert not (tmp_path/'executed').exists()
 
 
-@pytest.mark.parametrize('index', ['[]', '{}', '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"weight": "../b.safetensors"}}', '{"weight_map": {"other": "b.safetensors"}}', '{"weight_map": {"weight": "/etc/passwd"}}', '\ud800'])
+@pytest.mark.parametrize('index', ['[]', '{}', '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"weight": "../b.safetensors"}}', '{"weight_map": {"other": "b.safetensors"}}', '{"weight_map": {"weight": "/etc/passwd"}}', '{"weight_map": {"weight": "' + 'x'*5000 + '"}}', '\ud800'])
 def test_nonsense_in_an_index(tmp_path, index):
     save_file(net().state_dict(), tmp_path/'b.safetensors')
     (tmp_path/'m.index.json').write_text(index, encoding='utf-8', errors='surrogatepass')
-    with pytest.raises(ValueError, match='m.index.json'): read_state_dict(tmp_path/'m.index.json')
+    with pytest.raises((ValueError, OSError), match='m.index.json'): read_state_dict(tmp_path/'m.index.json')
 
 
 # other people's files

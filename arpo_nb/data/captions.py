@@ -278,7 +278,8 @@ def _tar_members(path, number):
         i, key, fields = None, None, {}
         for m in tar:
             folder, slash, name = m.name.rpartition('/')
-            if not m.isfile() or any(is_hidden(part) for part in m.name.split('/') if part not in ('', '.')): continue
+            hidden = any(is_hidden(part) for part in m.name.split('/') if part not in ('', '.', '..'))
+            if hidden or not m.isfile(): continue
             stem, _, ext = name.partition('.')
             if folder + slash + stem != key:
                 if i is not None: yield i, key, fields
@@ -295,8 +296,8 @@ def _from_tar(path, number):
             return found
         def text(member=member, key=key):
             for n in 'txt', 'caption', 'text':
-                if raw := (member(n) or b'').strip(): return decode_text(raw, path, key)
-            return parse_json(decode_text(raw, path, key), path, key) if (raw := member('json')) else None
+                if raw := (member(n) or b'').strip(): return decode_text(raw, f'{path}, {key}')
+            return parse_json(decode_text(raw, f'{path}, {key}'), path, key) if (raw := member('json')) else None
         yield dict(index=i, key=key, image=lambda m=member: m(*(e[1:] for e in PICTURES)), text=text,
                    feats=lambda m=member: m('npy'))
 
@@ -353,6 +354,7 @@ def _from_folder(path, number):
     "Records of a folder"
     files = folder_files(path)
     if lists := [p for n in _LISTS for p in files if p.parent == Path(path) and p.name.lower() == n]:
+        _warn_of_unlisted(lists, only_pictures(files, f'data={str(path)!r}'))
         yield from _from_list(lists[0], number)
     else:
         beside = {(p.parent, p.name.lower()): p for p in files}
@@ -360,6 +362,18 @@ def _from_folder(path, number):
             if (i := number()) is not None:
                 yield dict(index=i, key=p.stem, image=lambda p=p: read_bytes(p, MAX_MEMBER),
                            text=lambda p=p: _beside(p, beside), feats=None)
+
+def _warn_of_unlisted(lists, pictures):
+    "Say what lies beside a list of pictures and is left out"
+    if len(lists) > 1: warnings.warn(f"{lists[0]}: read, and {', '.join(p.name for p in lists[1:])} beside it is not")
+    listed = {_name_of(lists[0], *record) for record in read_records(lists[0])}
+    if others := [p for p in pictures if p not in listed]:
+        warnings.warn(f"{lists[0]}: {len(others)} of {len(pictures)} pictures are not in it and left out, the first "
+                      f"is {others[0]}")
+
+def _name_of(path, where, read): # of a line of the list; what it names, if it can be read
+    try: return _listed_file(read(), path, where)
+    except (ValueError, OSError): return None
 
 def _from_list(path, number):
     "Records of a list beside its pictures; each is read when it is decoded, so a bad line stops nothing"

@@ -37,7 +37,7 @@ def _eight_bits(image):
 
 # %% ../../nbs/07_image_io.ipynb #363d98fa
 FORMATS = 'PNG', 'JPEG', 'WEBP', 'BMP'
-SUFFIXES = '.png', '.jpg', '.jpeg', '.webp', '.bmp'
+SUFFIXES = '.png', '.jpg', '.jpeg', '.jfif', '.webp', '.bmp'
 MAX_PIXELS = 1 << 27
 # at least, of a pixel in a PNG
 _BITS = {'1': 1, 'L': 1, 'P': 1, 'I;16': 16, 'I;16B': 16, 'LA': 16, 'RGB': 24, 'RGBA': 32}
@@ -87,7 +87,8 @@ def picture_format(path) -> str: # one of FORMATS, or nothing
     return next((name for mark, name in _MAGIC.items() if head.startswith(mark)), '')
 
 # %% ../../nbs/07_image_io.ipynb #2ef9ff7f
-_NO_DATA = '__macosx', '@eadir', '__pycache__'
+_NO_DATA = ('__macosx', '@eadir', '__pycache__', 'lost+found', '$recycle.bin',
+            'system volume information')
 _UNREAD = ('.tif', '.tiff', '.gif', '.heic', '.heif', '.avif', '.jp2', '.jxl', '.ppm', '.pgm', '.eps', '.psd', '.tga',
            '.ico')
 
@@ -122,9 +123,13 @@ def only_pictures(files, # paths
                   where) -> list: # those of pictures
     "The pictures among some files; those in formats that are not read are counted in a warning"
     others = Counter(s for p in files if (s := p.suffix.lower()) in _UNREAD)
+    bare = [p for p in files if not p.suffix and picture_format(p)]
     if others:
         warnings.warn(f"{where}: {others.total()} pictures are in formats that are not read and left out "
                       f"({', '.join(f'{n} {s}' for s, n in others.items())}); convert them to PNG")
+    if bare:
+        warnings.warn(f"{where}: {len(bare)} pictures have names without an ending and are left out, the first is "
+                      f"{bare[0].name}; add .png or .jpg")
     return [p for p in files if p.suffix.lower() in SUFFIXES]
 
 # %% ../../nbs/07_image_io.ipynb #a85a1393

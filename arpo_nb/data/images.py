@@ -133,6 +133,9 @@ def name_ids(names:list, # of classes, sorted
     elif num_classes == 1000 and any(re.fullmatch('n[0-9]{8}', n) for n in names):
         known, want = imagenet_ids(), "next to ImageNet's synsets only others of its 1,000 can stand"
         ids, wrong = {n: known.get(n) for n in names}, [n for n in names if n not in known]
+    elif numbers := [n for n in names if n.isdecimal()]:
+        want = f"beside numbers such as {numbers[0]}, which are class ids, no names can stand"
+        ids, wrong = {}, [n for n in names if n not in numbers]
     else:
         ids, wrong = {n: i for i, n in enumerate(names)}, []
         if names and (len(names) < num_classes or num_classes == 1000): _warn_of_order(ids, num_classes, where, what)
@@ -155,7 +158,11 @@ def class_folders(root:str|Path) -> list: # names, sorted
     root = user_path(root, 'data')
     up = {root.resolve(), *root.resolve().parents}
     with reading(root, expected='a folder of class folders'):
-        found = sorted(d for d in root.iterdir() if d.is_dir() and not is_hidden(d.name))
+        seen = sorted(d for d in root.iterdir() if not is_hidden(d.name))
+    found, lost = [d for d in seen if d.is_dir()], [d for d in seen if not d.exists()]
+    if lost:
+        warnings.warn(f"data={str(root)!r}: {len(lost)} links lead nowhere and are left out, the first is "
+                      f"{lost[0].name}; copy what they should lead to")
     if back := [d.name for d in found if d.resolve() in up]:
         warnings.warn(f"data={str(root)!r}: {len(back)} links lead back upwards and are no classes: "
                       f"{', '.join(back[:5])}")

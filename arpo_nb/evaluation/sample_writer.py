@@ -8,6 +8,7 @@ __all__ = ['random_labels', 'balanced_labels', 'choose_labels', 'image_path', 's
 
 # %% ../../nbs/51_sample_writer.ipynb #ce2e3d4d
 import argparse, errno, inspect, json, os, zipfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -116,23 +117,26 @@ def write_samples(policy, # see `protocols.Policy`
     side, like = size or tokenizer.image_size, next(policy.parameters())
     settle(folder,
            dict(n=n, seed=seed, size=side, dtype=str(like.dtype).removeprefix('torch.'), **kwargs, **(note or {})))
-    mine = range(rank, n, world_size)
-    todo = [i for i in mine if not image_path(folder, i).exists()]
-    bar = _bar(len(mine), len(mine) - len(todo)) if progress and rank == 0 else None
-    for start in range(0, len(todo), batch_size):
-        index = np.array(todo[start:start+batch_size])
-        streams = Streams(seed, np.stack([index, np.zeros_like(index)], 1))
-        tokens = policy.generate(map_cond(lambda c: c.to(like.device), labels(index)), streams, **kwargs)
-        pixels = to_uint8(resize_pixels(tokenizer.decode(tokens, clamp=False), side)).cpu().numpy()
-        for i, im in zip(index, pixels):
-            write_atomically(image_path(folder, i), lambda f: Image.fromarray(im).save(f, 'PNG'))
-        if bar: bar.update(len(index))
-    if bar: bar.close()
+    todo, writing = [i for i in missing_samples(folder, n) if i % world_size == rank], []
+    total = len(range(rank, n, world_size))
+    with ThreadPoolExecutor(8) as pool, _bar(total, total - len(todo), progress and rank == 0) as bar:
+        for start in range(0, len(todo), batch_size):
+            index = np.array(todo[start:start+batch_size])
+            streams = Streams(seed, np.stack([index, np.zeros_like(index)], 1))
+            tokens = policy.generate(map_cond(lambda c: c.to(like.device), labels(index)), streams, **kwargs)
+            pixels = to_uint8(resize_pixels(tokenizer.decode(tokens, clamp=False), side)).cpu().numpy()
+            for written in writing: written.result() # of the batch before, meanwhile written
+            writing = [pool.submit(_write_picture, folder, i, image) for i, image in zip(index, pixels)]
+            bar.update(len(index))
+        for written in writing: written.result()
     return len(todo)
 
-def _bar(total, done):
+def _write_picture(folder, i, pixels):
+    write_atomically(image_path(folder, i), lambda f: Image.fromarray(pixels).save(f, 'PNG'))
+
+def _bar(total, done, show):
     from tqdm.auto import tqdm
-    return tqdm(total=total, initial=done, desc='samples', unit='image')
+    return tqdm(total=total, initial=done, desc='samples', unit='image', disable=not show)
 
 # %% ../../nbs/51_sample_writer.ipynb #f5865cf3
 def missing_samples(folder, n:int=50_000) -> list: # indices of images that are not there

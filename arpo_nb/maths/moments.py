@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 import math
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 import zlib
 
 import numpy as np
@@ -25,7 +25,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..files import open_file, open_npz, read_bytes, read_npy, read_npz, user_path
+from ..files import BadFile, open_file, open_npz, read_bytes, read_npy, read_npz, user_path
 
 # %% ../../nbs/15_moments.ipynb #1adf14a0
 def fid_diag(mean:Tensor, # [..., D]
@@ -202,6 +202,17 @@ def _safetensors(path):
 # %% ../../nbs/15_moments.ipynb #7c09933e
 READERS = {'.npz': _npz, '.npy': _npy, '.pt': _pt, '.pth': _pt, '.safetensors': _safetensors}
 
+def _kind(path): # key of READERS
+    "What a file is by its first bytes, else by its ending"
+    with open_file(path) as f: head = f.read(9)
+    if head.startswith(b'PK') and is_zipfile(path):
+        try: names = ZipFile(path).namelist()
+        except BadZipFile: names = []
+        return '.pt' if any(n.endswith('data.pkl') for n in names) else '.npz'
+    if head.startswith(b'\x93NUMPY'): return '.npy'
+    if head[8:] == b'{': return '.safetensors'
+    return path.suffix.lower() if path.suffix.lower() in READERS else '.npz'
+
 def read_file(path): # contents, by name where they have names
     "A file of moments or features"
     path, given = user_path(path, 'reference'), f"reference={str(path)!r}"
@@ -210,7 +221,7 @@ def read_file(path): # contents, by name where they have names
     if path.is_dir():
         raise ValueError(f"{given}: a folder; expected a file of mu and sigma, which "
                          "arpo_nb.evaluation.metrics.make_reference(folder, file, net) makes of pictures")
-    kind = path.suffix if path.suffix in READERS else '.npz'
+    kind = _kind(path)
     damaged = (f"{given}: not an {kind[1:]} file, or a damaged one ({path.stat().st_size:,} bytes); "
                "make or download it again")
     if kind == '.npz' and not is_zipfile(path): raise ValueError(damaged)
@@ -275,7 +286,10 @@ def as_reference(reference, # anything in the table above
     if not isinstance(reference, (str, Path)): return _build(_Source(*find_moments(reference)))
     path = user_path(reference, 'reference')
     at = path.stat() if path.exists() else None
-    return _build_file(str(reference), at and (at.st_mtime_ns, at.st_size))
+    try: return _build_file(str(reference), at and (at.st_mtime_ns, at.st_size))
+    except ValueError as e:
+        if str(reference) in str(e): raise
+        raise BadFile(reference, str(e)) from e # what is in it says no name
 
 # %% ../../nbs/15_moments.ipynb #e31526e3
 class Moments(NamedTuple):

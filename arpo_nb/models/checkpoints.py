@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'AVERAGED', 'WHOLE', 'MAX_WEIGHT', 'SHARDED', 'MODELS', 'OF_FILE', 'SPECS', 'Refused', 'is_torchscript',
-           'read_state_dict', 'check_values', 'check_index', 'read_parts', 'looks_like', 'load_strict', 'load_weights',
-           'llamagen_files', 'build_llamagen']
+           'read_state_dict', 'check_values', 'check_index', 'read_parts', 'looks_like', 'check_fit', 'load_strict',
+           'read_weights', 'load_weights', 'llamagen_files', 'build_llamagen']
 
 # %% ../../nbs/38_checkpoints.ipynb #6e8b2261
 import argparse, pickle, pickletools, re, warnings, zipfile
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..adapters import adapter_folder, merge_adapter
-from ..files import BadFile, inside, open_file, read_json, split_part
+from ..files import RATIO, ROOM, BadFile, inside, open_file, read_json, reading, split_part
 from .llamagen import GPT, SIZES, GPTConfig, gpt_config
 from .tokenizers import VQConfig, VQModel
 from ..specs import PAPERS, ModelSpec, Recipe, split_args
@@ -44,7 +44,8 @@ class Refused(ValueError):
         self.name, self.why = name, why # the object's type, and what the reader said
 
 # %% ../../nbs/38_checkpoints.ipynb #4c602251
-_NOT_WEIGHTS = {b'version https://git-lfs': 'a Git LFS pointer', b'<!DOCTYPE': 'a web page', b'<html': 'a web page'}
+_NOT_WEIGHTS = {b'version https://git-lfs': 'a Git LFS pointer', b'<!doctype': 'a web page', b'<html': 'a web page',
+                b'\x1f\x8b': 'a gzip archive, to be unpacked first', b'gguf': 'a GGUF file of another program'}
 
 def _no_room(path, e):
     "The error for a file whose reader ran out of memory"
@@ -55,7 +56,7 @@ def _no_room(path, e):
 def _read_file(path):
     "The contents of one file, tensors mapped from disk where possible"
     with open_file(path) as f: head = f.read(64)
-    if what := next((w for mark, w in _NOT_WEIGHTS.items() if head.startswith(mark)), None):
+    if what := next((w for mark, w in _NOT_WEIGHTS.items() if head.lower().startswith(mark)), None):
         raise _damaged(path, f'this is {what}, not a checkpoint')
     zipped = head.startswith(b'PK')
     if not zipped and (_looks_like_safetensors(head) or path.suffix == '.safetensors'): return _read_safetensors(path)
@@ -239,7 +240,8 @@ def _shards_of(path): # tensor name → path
     if not all(isinstance(n, str) for n in where.values()):
         raise _damaged(path, "not an index of shards: its weight_map names something that is no file")
     files = {name: inside(path.parent, name, path, f'tensor {k!r}') for k, name in where.items()}
-    if lost := [n for n, p in files.items() if not p.is_file()]:
+    with reading(path, expected='names of files beside it'): lost = [n for n, p in files.items() if not p.is_file()]
+    if lost:
         raise FileNotFoundError(f"{path}: {len(lost)} of {len(files)} shards are missing ({', '.join(lost[:4])}); "
                                 f"copy them into {path.parent}")
     return {k: files[name] for k, name in where.items()}
@@ -253,10 +255,15 @@ def check_values(state:dict, # name → tensor
     for k, v in state.items():
         if v.is_complex() or v.layout != torch.strided or v.is_quantized:
             raise BadFile(path, f"{v.dtype} numbers ({v.layout}), expected real ones", f'tensor {k}')
-        if not v.is_floating_point() or v.is_meta or not v.numel(): continue
+        if v.is_meta:
+            raise BadFile(path, "holds no numbers, only a shape (of device meta); save it again", f'tensor {k}')
+        need, have = v.numel()*v.element_size(), v.untyped_storage().nbytes()
+        if need > RATIO*have + ROOM:
+            raise BadFile(path, f"promises {need:,} bytes of numbers and holds {have:,}; save it again", f'tensor {k}')
+        if not v.is_floating_point() or not v.numel(): continue
         low, high = (x.item() for x in torch.aminmax(v if v.element_size() > 1 else v.float()))
         if -MAX_WEIGHT <= low <= high <= MAX_WEIGHT: continue
-        if high <= 0 and bool(((v == 0) | (v == -torch.inf)).all()): continue # a mask
+        if 'mask' in k and high <= 0 and bool(((v == 0) | (v == -torch.inf)).all()): continue
         what = 'NaN' if low != low or high != high else f'numbers from {low:.3g} to {high:.3g}'
         raise BadFile(path, f"holds {what}, which no trained network has; the run that wrote it broke down, or the "
                             "file is damaged. Take an earlier one, or download it again", f'tensor {k}')
@@ -329,13 +336,8 @@ def looks_like(state:dict, # name → tensor
 
 def _some(names): return ', '.join(sorted(names)[:6]) + (f' and {len(names)-6} more' if len(names) > 6 else '')
 
-def load_strict(module:nn.Module, # filled in place
-                state:dict, # name → tensor
-                path, # where it came from, for the message
-                describe=looks_like, # puts a state dict into words
-                assign:bool=False, # take the tensors as they are, for a module without memory
-               ) -> nn.Module: # the same module
-    "Load a state dict whose names and shapes must all agree"
+def check_fit(module:nn.Module, state:dict, path, describe=looks_like): # see `load_strict`
+    "Raise unless all names, shapes and kinds of numbers agree"
     want = module.state_dict()
     kinds = {k: (state[k].is_floating_point(), want[k].is_floating_point()) for k in want.keys() & state.keys()}
     wrong = dict(missing=want.keys() - state.keys(), surplus=state.keys() - want.keys(),
@@ -345,8 +347,28 @@ def load_strict(module:nn.Module, # filled in place
     if any(wrong.values()):
         raise ValueError(f"{path} does not fit: it looks like {describe(state)}, but the model is {describe(want)}. "
                          + '; '.join(f'{len(v)} {k}: {_some(v)}' for k, v in wrong.items() if v))
+
+def load_strict(module:nn.Module, # filled in place
+                state:dict, # name → tensor
+                path, # where it came from, for the message
+                describe=looks_like, # puts a state dict into words
+                assign:bool=False, # take the tensors as they are, for a module without memory
+               ) -> nn.Module: # the same module
+    "Load a state dict whose names and shapes must all agree"
+    check_fit(module, state, path, describe)
     module.load_state_dict(state, assign=assign)
     return module
+
+def read_weights(module:nn.Module, # left as it is, perhaps one without memory
+                 path, # see `read_state_dict`
+                 ema:bool=False, # take the averaged weights
+                 key:str|None=None, # see `read_state_dict`
+                ) -> dict: # name → tensor
+    "The weights in a checkpoint, if they fit a module"
+    state = read_state_dict(path, ema, key, module.state_dict().keys())
+    state.pop('freqs_cis', None)
+    check_fit(module, state, path)
+    return state
 
 def load_weights(module:nn.Module, # filled in place
                  path, # see `read_state_dict`
@@ -355,9 +377,8 @@ def load_weights(module:nn.Module, # filled in place
                 ) -> nn.Module: # the same module
     "Load a checkpoint strictly; an adapter is added to the weights that are there"
     if folder := adapter_folder(path): return merge_adapter(module, folder)
-    state = read_state_dict(path, ema, key, module.state_dict().keys())
-    state.pop('freqs_cis', None)
-    return load_strict(module, state, path)
+    module.load_state_dict(read_weights(module, path, ema, key))
+    return module
 
 # %% ../../nbs/38_checkpoints.ipynb #e58a4f6b
 MODELS = dict(llamagen_b=('B', 256, False), llamagen_l=('L', 256, False),
@@ -414,16 +435,15 @@ def build_llamagen(model:str, # key of `MODELS`, or of `OF_FILE` for the shape t
              for n, w in wanted]
     makes = ((lambda: GPT(gpt_config(size, side, text=text, **own))),
              (lambda: VQModel(VQConfig(**dict(image_size=side) | vq))))
-    for make, path in zip(makes, paths):
-        if path is not None:
-            with torch.device('meta'), warnings.catch_warnings():
-                warnings.simplefilter('ignore') # weights read into shapes are lost
-                # a wrong file is known before memory is filled
-                load_weights(make(), path)
-    parts = [make() for make in makes]
+    with torch.device('meta'): shapes = [make() for make in makes]
+    # a wrong file is known before memory is filled
+    states = [None if path is None else read_weights(m, path)
+              for m, path in zip(shapes, paths)]
+    parts = [make().eval() for make in makes]
     if random: nn.init.normal_(parts[0].output.weight, std=.02)
-    return tuple(m.eval() if path is None else load_weights(m, path).eval()
-                 for m, path in zip(parts, paths))
+    for m, state in zip(parts, states):
+        if state is not None: m.load_state_dict(state)
+    return tuple(parts)
 
 def _check_published_name(weights, model, side):
     "Files of two resolutions have the same tensors; only their names tell them apart"

@@ -768,16 +768,17 @@ def understanding_change(before:Tensor, # of `answer_logps`
 # %% ../../nbs/39_janus.ipynb #bde46f88
 class Answers:
     "`answer_logps` of a model by its name, its text head read when asked for"
-    def __init__(self, # see `load_text_head`
+    def __init__(self,
                  model:str, # key of CONFIGS
                  weights, # see `load_text_head`
                  tokenizer, # of its prompt encoder
-                ): # of its prompt encoder
+                ):
         self.model, self.weights, self.tokenizer = model, weights, tokenizer
 
-    def __call__(self, # [8] in nats
-                 policy, # [8] in nats
+    def __call__(self,
+                 policy, # a `Janus`
                 ) -> Tensor: # [8] in nats
+        "Log-probabilities of the answers under a policy"
         torch.manual_seed(0) # of a random head, the same at every call
         return answer_logps(policy, load_text_head(self.model, self.weights)
                             .to(policy.generation_embeddings.weight.device),

@@ -74,8 +74,10 @@ def to_pixels(images:Tensor, # [N, 28, 28] uint8
 class ToyNet(nn.Module):
     ("A small convolutional classifier: feature maps for perceptual distance, pooled "
      "features and logits for metrics")
-    def __init__(self, widths:tuple, # channels at 32², 16² and 8² pixels; the last is the feature length D
-                 num_classes:int=10, # channels at 32², 16² and 8² pixels; the last is the feature length D
+    def __init__(self,
+                 # channels at 32², 16² and 8² pixels; the last is the feature length D
+                 widths:tuple,
+                 num_classes:int=10, # length of the logits
                 ):
         super().__init__()
         conv = lambda a, b, stride: nn.Sequential(

@@ -406,7 +406,7 @@ def shard_units(self:VAR) -> list:
 
 # %% ../../nbs/33_var.ipynb #219047ff
 @patch
-def guidance(self:VAR, # [T]
+def guidance(self:VAR,
              cfg_scale:float, # at the last scale, 1 for none
             ) -> Tensor: # [T]
     ("The guidance scale at every token: it rises from 1 at the first scale to "
@@ -505,7 +505,6 @@ def smooth_weights(logits:Tensor, # [..., V] filtered
 
 # %% ../../nbs/33_var.ipynb #6ff3d902
 @torch.no_grad()
-# latents [N, z, h, w], for `MultiScaleVQ.decode_latents`
 def generate_smooth(policy:VAR, # whose pictures are drawn
                     cond:Tensor, # [N] class ids
                     streams:Streams, # one random stream per sample

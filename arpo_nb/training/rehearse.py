@@ -82,7 +82,7 @@ def build(cfg:Config) -> tuple: # system and reward, large networks on the meta 
         system = system_of(replace(cfg, weights='random')) if small else shapes_of(cfg)
         with nullcontext() if small else init_empty_weights():
             reward = load_reward(replace(cfg, weights='random'), system)
-    if hasattr(reward, 'allow_constant'): reward.allow_constant = set(reward.rewards)
+    if hasattr(reward, 'rewards'): reward.allow_constant = set(reward.rewards)
     return system, reward
 
 def _moments(spec, net) -> Reference:
