@@ -93,8 +93,10 @@ class ReconstructionReward:
     def __init__(self, perceptual=None, # `Perceptual` network, None for pixels only
                  mse_coef:float=1., # weight of the squared error on [-1, 1]
                  perceptual_coef:float=1., # λ_p
-                 grid:tuple|None=None, # token grid for credit per token; None for one reward per image
-                 clamp:bool=False, # to [0, 1] first, instead of the decoder's own pixels
+                 # token grid for credit per token; None for one reward per image
+                 grid:tuple|None=None,
+                 # to [0, 1] first, instead of the decoder's own pixels
+                 clamp:bool=False,
                 ):
         self.perceptual, self.mse_coef = perceptual, mse_coef
         self.perceptual_coef, self.grid = perceptual_coef, grid

@@ -101,7 +101,7 @@ def maps(self:ToyNet, images:Tensor, # [N, 3, 32, 32] in [0, 1]
 @patch
 def features(self:ToyNet, images:Tensor, # [N, 3, 32, 32] in [0, 1]
             ) -> list:
-    "Feature maps of unit length per pixel, as LPIPS compares them (the `Perceptual` protocol)"
+    "Feature maps of unit length per pixel, as LPIPS compares them (see `Perceptual`)"
     return [F.normalize(m, dim=1, eps=1e-6) for m in self.maps(images)]
 
 # %% ../../nbs/35_toy.ipynb #c6ebe14e

@@ -31,13 +31,16 @@ def toy_var_config(**kwargs, # fields that differ
                         **kwargs})
 
 # %% ../../nbs/34_var_toy.ipynb #588700ca
-def build_toy_var(weights=None, # None for the shipped ones, 'random', or a file of the transformer
-                  tokenizer_weights=None, # the same for the tokenizer; None for the shipped one
+def build_toy_var(# None for the shipped ones, 'random', or a file of the transformer
+                  weights=None,
+                  # the same for the tokenizer; None for the shipped one
+                  tokenizer_weights=None,
                  ) -> tuple: # policy, tokenizer; in eval mode
     "The toy's VAR and its tokenizer, with their weights"
     vq = MultiScaleVQ(toy_multiscale_config())
     if tokenizer_weights != 'random':
-        load_tokenizer(vq, tokenizer_weights or own_tokenizer(weights) or ASSETS/'var_vq.safetensors')
+        load_tokenizer(vq, tokenizer_weights or own_tokenizer(weights)
+                       or ASSETS/'var_vq.safetensors')
     policy = VAR(toy_var_config(), vq.quantize)
     if weights == 'random': randomise(policy)
     else: load_var(policy, weights or ASSETS/'var_policy.safetensors')

@@ -407,7 +407,8 @@ def __call__(self:AestheticReward, images:Tensor, batch=None, state=None,
     return self.score(images.flatten(0, 1)).unflatten(0, images.shape[:2]), state
 
 # %% ../../nbs/23_clip.ipynb #1cec03c0
-def clip_reward(name:str='clip_l14', # key of `CLIPS`; 'hps_v2.1' and 'hps_v2.0' use HPSv2's preprocessing
+def clip_reward(# key of `CLIPS`; 'hps_v2.1' and 'hps_v2.0' use HPSv2's preprocessing
+                name:str='clip_l14',
                 weights=None, # None for the published file, 'random', or a local file
                 arch=None, quick_gelu:bool|None=None, # see `build_clip`
                 cache_dir=None, offline:bool|None=None, # see `weights.locate`
@@ -420,9 +421,9 @@ def clip_reward(name:str='clip_l14', # key of `CLIPS`; 'hps_v2.1' and 'hps_v2.0'
                                  **{'preprocess': pre, **options}))
 
 # %% ../../nbs/23_clip.ipynb #3e9f8fda
-def aesthetic_reward(weights=None, # of the head: None for the published one, 'random', or a file
-                     # of the head: None for the published one, 'random', or a file share the one of a `clip_l14`
-                     # reward; None builds it
+def aesthetic_reward(# of the head: None for the published one, 'random', or a file
+                     weights=None,
+                     # share the one of a `clip_l14` reward; None builds it
                      scorer:CLIPScorer|None=None,
                      clip_weights=None, # of ViT-L/14, if it is built
                      cache_dir=None, # see `weights.locate`

@@ -234,7 +234,8 @@ def forward(self:Inception, images:Tensor # [N, 3, H, W] uint8, or floats in [0,
     return out.pool, out.logits
 
 # %% ../../nbs/26_inception.ipynb #6645d8f0
-def load_inception(weights:str|None=None, # None for the published file, 'random', or a path
+def load_inception(# None for the published file, 'random', or a path
+                   weights:str|None=None,
                    seed:int=0, # of random weights
                   ) -> Inception: # in eval mode
     "The FID Inception with its weights"

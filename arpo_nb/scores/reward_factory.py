@@ -30,7 +30,8 @@ CLIP_OF = dict(clip='clip_l14', clip_b32='clip_b32', hps='hps_v2.1',
                aesthetic='clip_l14') | {f'hps_v2.{i}': f'hps_v2.{i}' for i in (0, 1)}
 REWARDS = *CLIP_OF, 'maniqa', 'brightness', 'darkness', 'loo_fid'
 
-def read_rewards(spec, # 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict of weights
+def read_rewards(# 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict of weights
+                 spec,
                 ) -> dict: # name → weight
     "Names and weights, checked"
     text = spec
@@ -151,11 +152,13 @@ def load_reference(reference, # anything `as_reference` takes: pair, features, f
 
 # %% ../../nbs/25_reward_factory.ipynb #166455c0
 def make_loo_fid(
-                 # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`, if it has one, must be that of the
-                 # reference's network
+                 # images [N, 3, H, W] in [0, 1] to features [N, D]; its `name`,
+                 # if it has one, must be that of the reference's network
                  extractor,
                  reference=None, # as above; not needed with a stored `pca`
-                 pca=0, # number of directions, a stored basis (file or `PCA`), or 0 for the features themselves
+                 # number of directions, a stored basis (file or `PCA`), or 0 for the
+                 # features themselves
+                 pca=0,
                  **options, # of `LOOFIDReward` and `loo_fid_reward`
                 ) -> LOOFIDReward:
     "The leave-one-out reward, on principal directions if asked for"
