@@ -8,45 +8,72 @@ from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
-METHODS, DEVICES, MEMORY = ('vapi', 'mle', 'ste', 'tokenizer', 'loofid', 'ar_grpo', 'var_grpo'), (1, 8, 64), 80e9
+METHODS, COUNTS, MEMORY = ('vapi', 'loofid', 'var_grpo', 'ar_grpo', 'tokenizer', 'mle', 'ste'), (1, 8, 64), 80e9
+# what the papers ran, and on how many devices; these rows come first
+PAPERS = {('llamagen_xxl', 'vapi'): (8,), ('llamagen_l', 'loofid'): (1, 4), ('llamagen_xl', 'loofid'): (4,),
+          ('var_d16', 'var_grpo'): (8,), ('var_d30', 'var_grpo'): (8,), ('janus_pro_1b', 'vapi'): (8,)}
 
 
-def cell(model, method, n):
-    "One cell: what fits, and what it takes; a text where there is none"
-    from arpo_nb.config import preset
+def shared(cfg, n):
+    "The configuration with as many conditions as n devices can share evenly"
+    whole, small = (-(-x//n)*n for x in (cfg.batch_size, cfg.mini_batch_size))
+    return replace(cfg, num_processes=n, batch_size=whole, mini_batch_size=small)
+
+
+def cell(cfg, n, parts, records):
+    "What fits one of n devices, and what a step takes; a text where there is none"
+    from arpo_nb.training.plan import memory_estimate
     from arpo_nb.training.rehearse import DEVICES, propose, step_seconds
+    cfg = shared(cfg, n)
+    try: fits, r = propose(cfg, MEMORY, parts=parts, records=records)
+    except (ValueError, RuntimeError, MemoryError, NotImplementedError) as e: return dict(why=f'{type(e).__name__}: {e}')
+    changed = {k: v for k, v in asdict(fits).items() if v != getattr(cfg, k)}
+    at_least = {d: round(sum(step_seconds(r, DEVICES[d]).values()), 4) for d in ('A100 80GB', 'H100')}
+    kinds = {k: int(v) for k, v in r.kinds.items() if v > .01*r.peak}
+    estimate = sum(memory_estimate(fits, parts[0], r.shards).values())
+    return dict(bytes=int(r.peak), kinds=kinds, shards=r.shards, changed=changed, batch_size=cfg.batch_size,
+                estimate=int(estimate), checkpoint=int(r.checkpoint), seconds=at_least, steps=cfg.steps)
+
+
+def row(model, method, counts):
+    "The cells of a model and a method, which share what has been seen"
+    from arpo_nb.config import preset
+    from arpo_nb.training.rehearse import build
     warnings.simplefilter('ignore')
+    began, records = time.process_time(), {}
     try:
         cfg = preset(model, method)
-        whole = -(-cfg.batch_size//n)*n # conditions that n devices share evenly
-        small = -(-cfg.mini_batch_size//n)*n
-        cfg = replace(cfg, num_processes=n, batch_size=whole, mini_batch_size=small)
-        fits, r = propose(cfg, MEMORY)
-    except (ValueError, MemoryError, NotImplementedError) as e: return dict(why=f'{type(e).__name__}: {e}')
-    changed = {k: v for k, v in asdict(fits).items() if v != getattr(cfg, k)}
-    at_least = {d: sum(step_seconds(r, DEVICES[d]).values()) for d in ('A100 80GB', 'H100')}
-    return dict(bytes=r.peak, kinds=r.kinds, shards=r.shards, changed=changed, batch_size=whole, seconds=at_least, steps=cfg.steps)
+        parts = build(cfg)
+    except (ValueError, ImportError, NotImplementedError) as e:
+        return {str(n): dict(why=f'{type(e).__name__}: {e}') for n in counts}
+    cells = {str(n): cell(cfg, n, parts, records) for n in counts}
+    print(f'{model} {method}: {time.process_time() - began:.0f} s', flush=True)
+    return cells
 
 
 def main():
-    from arpo_nb.specs import known_models
+    from arpo_nb.specs import find_model, known_models
     p = argparse.ArgumentParser()
     p.add_argument('--out', type=Path, default=Path('results/rehearsal.json'))
     p.add_argument('--minutes', type=float, default=10.)
     p.add_argument('--workers', type=int, default=2)
     args = p.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
-    wanted = [(m, h, n) for n, m, h in product(DEVICES, known_models(), METHODS) if f'{m} {h} {n}' not in found]
+    models = [m for m in known_models() if not find_model(m).shape] # the others have that of a file
+    pairs = dict.fromkeys([*PAPERS, *((m, h) for h, m in product(METHODS, models))])
+    counts = {pair: tuple(sorted({*COUNTS, *PAPERS.get(pair, ())})) for pair in pairs}
+    wanted = [(*pair, counts[pair]) for pair in pairs if ' '.join(pair) not in found]
     end, names = time.time() + 60*args.minutes, {}
-    with ProcessPoolExecutor(args.workers, max_tasks_per_child=8) as pool:
-        for c in wanted[:args.workers]: names[pool.submit(cell, *c)] = c
-        left = iter(wanted[args.workers:])
+    with ProcessPoolExecutor(args.workers) as pool:
+        left = iter(wanted)
+        for r in [next(left, None) for _ in range(args.workers)]:
+            if r: names[pool.submit(row, *r)] = r
         while names:
             done = next(as_completed(names))
-            found[' '.join(map(str, names.pop(done)))] = done.result()
+            found[' '.join(names.pop(done)[:2])] = done.result()
             args.out.write_text(json.dumps(found, indent=1) + '\n')
-            if time.time() < end and (c := next(left, None)): names[pool.submit(cell, *c)] = c
-    print(f'{len(found)} cells, {len(wanted)} were to be done')
+            if time.time() < end and (r := next(left, None)): names[pool.submit(row, *r)] = r
+    print(f'{len(found)} rows, {len(wanted)} were to be done')
 
 
 if __name__ == '__main__': main()

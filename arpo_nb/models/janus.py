@@ -28,7 +28,7 @@ from ..files import BadFile, read_json, user_path
 from .checkpoints import load_strict, read_state_dict
 from .llamagen import packed_weights
 from .tokenizers import VQConfig, VQModel
-from ..protocols import Streams, check_ids, describe_value
+from ..protocols import Streams, check_all, check_ids, describe_value
 from ..specs import PAPERS, ModelSpec, Recipe
 from ..weights import import_transformers, locate
 
@@ -192,16 +192,14 @@ def _apply(self:JanusPolicy, fn, *args, **kwargs):
 def _check_prompts(ids, mask, c):
     "Prompts must be padded on the left, begin with a sentence and end in an image"
     check_ids('cond', ids, c.text_vocab_size, 'text_vocab_size')
-    if (mask[:, 1:] < mask[:, :-1]).any():
-        raise ValueError("cond: the mask has padding after text, but prompts must be "
-                         "padded on the left; janus.encode_prompts does")
-    if (ids[:, -1] != c.ids.boi).any() or not mask[:, -1].all():
-        raise ValueError("cond: a prompt does not end in begin-of-image "
-                         f"({c.ids.boi}); janus.encode_prompts formats prompts")
-    if (ids.gather(1, mask.int().argmax(1, keepdim=True)) != c.ids.bos).any():
-        raise ValueError("cond: a prompt does not begin with begin-of-sentence "
-                         f"({c.ids.bos}), which the unconditional prompt must keep; "
-                         "was it made by another tokenizer class?")
+    check_all(mask[:, 1:] >= mask[:, :-1], "cond: the mask has padding after text, but "
+              "prompts must be padded on the left; janus.encode_prompts does")
+    check_all((ids[:, -1] == c.ids.boi) & mask[:, -1], "cond: a prompt does not end in "
+              f"begin-of-image ({c.ids.boi}); janus.encode_prompts formats prompts")
+    first = ids.gather(1, mask.int().argmax(1, keepdim=True))
+    check_all(first == c.ids.bos, "cond: a prompt does not begin with "
+              f"begin-of-sentence ({c.ids.bos}), which the unconditional prompt must "
+              "keep; was it made by another tokenizer class?")
 
 # %% ../../nbs/39_janus.ipynb #ed86e47e
 @patch
@@ -353,19 +351,22 @@ def generate(policy:JanusPolicy, # in eval mode
     guided, steps, codes = cfg_scale != 1, policy.num_tokens, []
     u = None if greedy else streams.uniform(steps, device=cond[0].device)
     ids, valid = map(torch.cat, zip(cond, policy.null_cond(cond))) if guided else cond
-    x, valid, cache = (policy.language_model.embed_tokens(ids), valid.bool(),
-                       Cache(ids.shape[1] + steps - 1))
+    start, valid = ids.shape[1], valid.bool()
+    x, cache = policy.language_model.embed_tokens(ids), Cache(start + steps - 1)
     padded = not valid.all() # asked once, not at every code
+    valid = torch.cat([valid, valid.new_ones(len(valid), steps - 1)], 1)
+    places = (valid.cumsum(1) - 1).clamp(min=0)
     # rearranging pays from a few rows and codes on
     with packed_weights(policy, len(x) if len(x) > 3 and steps > 8 else 0):
-        for t in range(steps):
-            logits = policy.head(policy.trunk(x, valid, cache, padded=padded)[:, -1])
+        for end in range(start, start + steps):
+            states = policy.trunk(x, valid[:, :end], cache,
+                                  places[:, end - x.shape[1]:end], padded)
+            logits = policy.head(states[:, -1])
             if guided: logits = guide(*logits.chunk(2), cfg_scale)
-            codes.append(sample_token(logits, None if greedy else u[:, t],
+            codes.append(sample_token(logits, None if greedy else u[:, end - start],
                                       temperature, top_k, top_p, greedy))
-            cache.start, x = (valid.shape[1],
+            cache.start, x = (end,
                               policy.embed_codes(codes[-1].repeat(1 + guided))[:, None])
-            valid = torch.cat([valid, valid.new_ones(len(valid), 1)], 1)
             if progress: progress()
     return torch.stack(codes, 1)
 JanusPolicy.generate = generate

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..maths.sampling import guide, sample_token
-from ..protocols import Streams, check_classes, check_ids, describe_value
+from ..protocols import Streams, check_all, check_classes, check_ids, describe_value
 
 # %% ../../nbs/31_llamagen.ipynb #ad291a32
 @dataclass(frozen=True)
@@ -277,11 +277,9 @@ def check(self:CaptionEmbedding, cond, # what should be features and mask
                          "expected "
                          f"[N, {want[0]}, {want[1]}]; captions.stack_features pads "
                          f"and cuts captions to {want[0]} tokens")
-    if (not cond[1].is_meta
-            and (cond[1].bool()[:, 1:] < cond[1].bool()[:, :-1]).any()):
-        raise ValueError("cond: the mask has padding after text, "
-                         "but features must be "
-                         "padded on the left; use captions.left_pad(feats, mask)")
+    check_all(cond[1].bool()[:, 1:] >= cond[1].bool()[:, :-1],
+              "cond: the mask has padding after text, but features must be padded on "
+              "the left; use captions.left_pad(feats, mask)")
 
 # %% ../../nbs/31_llamagen.ipynb #58ea527c
 @patch

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['MINIATURES', 'SIZES', 'TEMPERATURES', 'LOGGED', 'VAPI_CLAIMS', 'OUR_CONTROLS', 'LOOFID_CLAIMS', 'VAR_CLAIMS',
-           'CLAIMS', 'COLUMNS', 'Miniature', 'miniature_config', 'best_temperature', 'var_shares', 'first_and_last',
-           'run_miniature', 'result_path', 'load_results', 'run_apart', 'run_missing', 'Claim', 'value', 'read_rule',
-           'arms_of', 'judge', 'spread', 'measured', 'ledger', 'seed_table', 'results_folder', 'chosen_arms', 'main']
+           'CLAIMS', 'METHODS', 'COLUMNS', 'Miniature', 'miniature_config', 'best_temperature', 'var_shares',
+           'first_and_last', 'run_miniature', 'result_path', 'load_results', 'run_apart', 'run_missing', 'Claim',
+           'value', 'read_rule', 'arms_of', 'judge', 'rehearsed_cost', 'spread', 'measured', 'ledger', 'seed_table',
+           'results_folder', 'chosen_arms', 'main']
 
 # %% ../../nbs/62_claims.ipynb #b4d36af7
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ from ..models.toy import TOY
 from ..rewards import luminance
 from ..systems import load_metric_net, load_system
 from .launch import provenance, run
+from .rehearse import load_rehearsals
 from .saving import find_checkpoint
 
 # %% ../../nbs/62_claims.ipynb #84f147b2
@@ -393,6 +396,19 @@ VAR_CLAIMS = (
 
 CLAIMS = VAPI_CLAIMS + LOOFID_CLAIMS + VAR_CLAIMS + OUR_CONTROLS
 
+# %% ../../nbs/62_claims.ipynb #62f20a01
+METHODS = dict(run_vapi='vapi', run_loofid='loofid', run_var='var_grpo', run_brightness='var_grpo')
+
+def rehearsed_cost(claim:Claim, found:dict) -> str: # '' where it was not rehearsed
+    "What the real run of a claim takes at least, on the kind of device that the paper had"
+    page = re.search(r'nbs/(run_\w+).ipynb', claim.real)
+    said = dict(re.findall(r'-p (model|num_processes) (\S+)', claim.real))
+    n, device = said.get('num_processes', '1'), 'H100' if claim.paper == 'VAR-GRPO' else 'A100 80GB'
+    cell = found.get(f"{said.get('model')} {METHODS.get(page and page[1])}", {}).get(n, {})
+    if 'seconds' not in cell or not claim.cost: return ''
+    hours = cell['seconds'][device]*cell['steps']/3600
+    return f"≥ {hours:.1f} h" if hours >= 1 else f"≥ {60*hours:.0f} min"
+
 # %% ../../nbs/62_claims.ipynb #b4aed738
 def spread(values:list) -> str:
     "Mean ± standard deviation in words; the number alone if there is one"
@@ -408,15 +424,19 @@ def measured(table:list) -> str: # of `judge`
         return f"{side(left, a, x)} {'&lt;' if sign == '<' else '&gt;'} {side(right, b, y)}"
     return '; '.join(words(*row) for row in table)
 
-def ledger(results:dict, claims:tuple=CLAIMS, seeds:int=5) -> str: # Markdown
+def ledger(results:dict, claims:tuple=CLAIMS, seeds:int=5,
+           rehearsals:dict|None=None, # of `load_rehearsals`; None for the repository's
+          ) -> str: # Markdown
     "The ledger as a table"
-    heads = ('paper', 'where', 'what it says', 'code', 'real run', 'its cost, in the paper', 'miniature', 'measured',
-             'verdict')
+    heads = ('paper', 'where', 'what it says', 'code', 'real run', 'its cost, in the paper; at least, rehearsed',
+             'miniature', 'measured', 'verdict')
+    found = load_rehearsals(results_folder()) if rehearsals is None else rehearsals
     lines = ['| ' + ' | '.join(heads) + ' |', '|---'*len(heads) + '|']
     for c in claims:
         verdict, table = judge(c, results, seeds)
         how = f"`make claims ONLY={','.join(arms_of(c))}`" if c.rules else ''
-        real, cost = c.real and f'`{c.real}`', c.cost and f'*{c.cost}*'
+        real, paper = c.real and f'`{c.real}`', c.cost and f'*{c.cost}*'
+        cost = '; '.join(filter(None, (paper, rehearsed_cost(c, found))))
         cells = c.paper, c.where, c.says, f'[{c.code}]({c.code}.ipynb)', real, cost, how, measured(table), verdict
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)

@@ -34,7 +34,7 @@ from ..files import TEMPORARY, plain_terminal, write_json
 from ..specs import known_models
 from ..systems import load_data, load_metric_net, load_reward
 from .notebooks import lay_out, run_notebook
-from .plan import check_memory, describe, make_plan
+from .plan import check_memory, describe, fitted, make_plan, shards_of
 from .rehearse import describe_rehearsal, networks_in, rehearsed
 from .processes import check_launcher, launch_command, load_once, read_launcher, slurm_rank
 from .run_folder import claim_folder, read_rows
@@ -255,6 +255,9 @@ def main(argv=None):
                    help='seconds to finish a step and save when asked to stop')
     p.add_argument('--no-resume', action='store_true',
                    help='refuse a folder that already holds this run')
+    p.add_argument('--batch', default='',
+                   help="'auto' looks for the largest pieces that fit the device: "
+                   "micro_batch_size, generate_batch_size, decode_batch_size")
     p.add_argument('--dry-run', action='store_true',
                    help='say what the run needs and costs, and stop')
     p.add_argument('--rehearse', action='store_true',
@@ -263,12 +266,12 @@ def main(argv=None):
     add_options(p, skip=('model', 'method'))
     args = p.parse_args(argv)
     job, cfg = _wanted(p, args)
+    cfg = fitted(cfg, args.batch, args.launcher)
     if args.dry_run:
         if args.launcher: check_launcher(args.launcher, cfg)
-        shards = (read_launcher(args.launcher)['shards'] or cfg.num_processes
-                  if args.launcher else None)
+        shards = shards_of(cfg, args.launcher)
         print(describe(plan := make_plan(cfg, missing_ok=True, shards=shards), cfg))
-        if args.rehearse: print(describe_rehearsal(rehearsed(cfg, shards or 1)))
+        if args.rehearse: print(describe_rehearsal(rehearsed(cfg, shards)))
         # elsewhere the run is for another machine
         if torch.cuda.is_available(): check_memory(plan, cfg)
         return

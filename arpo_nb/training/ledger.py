@@ -11,10 +11,11 @@ import sys
 import weakref
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -164,6 +165,7 @@ class Ledger(TorchDispatchMode):
         self.curve, self.frames = [], []
         self.records = {} if records is None else records
         self.waiting, self.casts, self.cast_units = defaultdict(list), [], set()
+        self.blocks = 0 # watched so far, of which `cast_units` has the numbers
 
 # %% ../../nbs/44_ledger.ipynb #33f0e9e4
 _OURS = 'arpo_nb/', 'accelerate/', 'torch/optim'
@@ -299,6 +301,9 @@ def seen(x):
         return tuple(x.shape), x.stride(), x.dtype, str(x.device), x.requires_grad
     if isinstance(x, (list, tuple)): return tuple(map(seen, x))
     if isinstance(x, dict): return tuple((k, seen(v)) for k, v in x.items())
+    if isinstance(x, np.ndarray): return x.shape, str(x.dtype)
+    if is_dataclass(x) and not isinstance(x, type):
+        return type(x), tuple(seen(getattr(x, f.name)) for f in fields(x))
     if x is None or isinstance(x, (int, float, str, torch.dtype)): return x
     return type(x), tuple((k, v) for k, v in _state(x) if not isinstance(v, tuple))
 
@@ -478,10 +483,11 @@ def _is_back(): return torch._C._current_graph_task_id() != -1
 
 def _block(self, unit:nn.Module):
     "Let equal units of a policy be run once"
-    run, shape, mode = unit.forward, repr(unit), {}
+    run, shape, mode, me = unit.forward, repr(unit), {}, self.blocks
+    self.blocks += 1
     def forward(*args, **kwargs):
-        fresh, mine = unit not in self.cast_units, list(unit.parameters())
-        if torch.is_autocast_enabled('cpu'): self.cast_units.add(unit)
+        fresh, mine = me not in self.cast_units, list(unit.parameters())
+        if torch.is_autocast_enabled('cpu'): self.cast_units.add(me)
         if not torch.is_grad_enabled(): return bare(shape, fresh, *args, **kwargs)
         grads = any(p.grad is not None for p in mine)
         key = (shape, seen(args), seen(kwargs), mood(), fresh, unit.training,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'DECODER', 'PEAKS', 'SOURCES', 'CURES', 'HELD', 'Plan', 'disk_estimate', 'memory_estimate', 'flop_estimate',
-           'make_plan', 'check_disk', 'describe', 'device_memory', 'check_memory', 'eval_command', 'sampling_memory',
-           'check_sampling']
+           'make_plan', 'check_disk', 'describe', 'device_memory', 'check_memory', 'shards_of', 'fitted',
+           'eval_command', 'sampling_memory', 'check_sampling']
 
 # %% ../../nbs/43_plan.ipynb #2c01a9b3
 import os, warnings
@@ -21,7 +21,8 @@ from ..files import need_space
 from ..protocols import map_cond
 from ..specs import find_model
 from ..systems import check_data, check_rewards, model_files, reward_files, shapes_of
-from .rehearse import rehearsed
+from .processes import read_launcher
+from .rehearse import propose, rehearsed
 from .sharding import shard_count, shard_units
 from .watching import sampling_of
 from ..weights import FILES, _hub, local_files, plan_file, url_cache
@@ -300,6 +301,25 @@ def _refuse(cfg, needed, parts, total, whose):
                       f"{total/1e9:.1f} GB. Use a smaller {turn}{more}; "
                       "python -m arpo_nb.training.rehearse --fit looks for what fits")
 
+
+# %% ../../nbs/43_plan.ipynb #43f17ed1
+def shards_of(cfg:Config, launcher:str='') -> int:
+    "Parts of the policy that a launcher makes; '' for the one that started this process"
+    if not launcher: return shard_count(cfg)
+    return read_launcher(launcher)['shards'] or cfg.num_processes
+
+def fitted(cfg:Config, batch:str='auto', # '' for the configuration as it is
+           launcher:str='', # see `shards_of`
+           memory:tuple|None=None, # None asks `device_memory`
+          ) -> Config:
+    "The same run in the largest pieces that fit the device it will run on"
+    if batch not in ('', 'auto'):
+        raise ValueError(f"batch={batch!r}: expected 'auto', or '' for the sizes that "
+                         "the configuration has")
+    if not batch: return cfg
+    total, whose = memory or device_memory()
+    copies = cfg.num_processes if whose == 'this machine' else 1
+    return propose(cfg, total/copies, shards=shards_of(cfg, launcher))[0]
 
 # %% ../../nbs/43_plan.ipynb #45660642
 def eval_command(cfg:Config, folder, # of the run
