@@ -74,7 +74,7 @@ def test_a_new_question_is_seen(monkeypatch):
 
 
 @pytest.mark.parametrize('more', [{}, dict(gradient_checkpointing=True),
-    dict(mixed_precision='bf16', gradient_checkpointing=True)])
+    dict(mixed_precision='bf16', gradient_checkpointing=True, micro_batch_size=1)])
 def test_stand_ins_cost_what_they_stand_for(monkeypatch, more):
     cfg = replace(tiny('vapi', **more), mini_batch_size=2)
     short = rehearse(cfg)
@@ -91,6 +91,18 @@ def test_stand_ins_cost_what_they_stand_for(monkeypatch, more):
         a, b = short.phases[name], whole.phases[name]
         assert sum(a.flops.values()) == pytest.approx(sum(b.flops.values()), rel=.01), name
         for x, y in ((a.moved, b.moved), (a.peak, b.peak)): assert x == pytest.approx(y, rel=.1), name # what a rehearsal promises
+
+
+@pytest.mark.parametrize('shards', [1, 2])
+def test_what_was_seen_serves_another_number_of_devices(shards):
+    one = tiny('vapi', micro_batch_size=1)
+    two, parts, records = replace(one, num_processes=2), build(one), {}
+    rehearse(one if shards == 1 else two, parts=parts, records=records, shards=shards)
+    known = rehearse(two, parts=parts, records=records, shards=shards)
+    new = rehearse(two, parts=parts, shards=shards)
+    assert known.peak == pytest.approx(new.peak, rel=.01) and known.checkpoint == new.checkpoint
+    for name, phase in new.phases.items(): assert known.phases[name].flops == phase.flops, name
+    assert known.phases['optimiser'].kinds['optimiser state'] == new.phases['optimiser'].kinds['optimiser state']
 
 
 def test_a_shape_that_only_its_arguments_say():
