@@ -32,6 +32,12 @@ ACCEPTED = {'protocols.Streams.uniform': 'random numbers are drawn on the host, 
             'saving.check_weights': 'whether weights are finite, at a checkpoint'}
 
 
+def title(node):
+    "A function's name, with the class that it is patched into"
+    grown = any(getattr(d, 'id', '') == 'patch' for d in node.decorator_list)
+    return f'{ast.unparse(node.args.args[0].annotation)}.{node.name}' if grown else node.name
+
+
 def asker(line):
     "'file.py:12' to 'file.Class.function'; other people's files stay what they are"
     name, number = line.split(':')
@@ -40,7 +46,7 @@ def asker(line):
     def inside(node): return getattr(node, 'lineno', 0) <= int(number) <= getattr(node, 'end_lineno', 0)
     named = [n for n in ast.walk(ast.parse(found[0].read_text()))
              if isinstance(n, ast.ClassDef | ast.FunctionDef) and inside(n)]
-    return '.'.join([found[0].stem, *(n.name for n in sorted(named, key=lambda n: n.lineno))])
+    return '.'.join([found[0].stem, *(title(n) for n in sorted(named, key=lambda n: n.lineno))])
 
 
 def tiny(method, **kw):
@@ -85,7 +91,7 @@ def test_stand_ins_cost_what_they_stand_for(monkeypatch, more):
     monkeypatch.setattr(_Stage, 'update', really)
     monkeypatch.setattr(_Stage, 'micro_batch', lambda self, run: run)
     monkeypatch.setattr(_Stage, 'step', lambda self, run, *args: run(*args))
-    monkeypatch.setattr(_Stage, 'zero_grad', lambda self, opt, *args: type(opt).zero_grad(opt, *args))
+    monkeypatch.setattr(_Stage, 'zero_grad', lambda self, opt, *args, **kw: type(opt).zero_grad(opt, *args, **kw))
     whole = rehearse(cfg)
     for name in ('generate', 'decode', 'update', 'backward', 'optimiser'):
         a, b = short.phases[name], whole.phases[name]

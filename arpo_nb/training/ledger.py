@@ -491,8 +491,8 @@ def _block(self, unit:nn.Module):
         if not torch.is_grad_enabled(): return bare(shape, fresh, *args, **kwargs)
         grads = any(p.grad is not None for p in mine)
         key = (shape, seen(args), seen(kwargs), mood(), fresh, unit.training,
-               tuple(p.requires_grad for p in mine))
-        back = (key, grads, 'back')
+               tuple(p.requires_grad for p in mine), grads)
+        back = (key, 'back')
         again = _is_back()
         if not again: mode['frame'] = self.records.get(key)
         frame = mode['frame']

@@ -390,8 +390,9 @@ def rehearse(cfg:Config, # any run
                   warmup_steps=0, **aside)
     # what is watched is not given back
     system, reward = copy.deepcopy(parts or build(cfg))
-    records = {} if records is None else records
-    ledger = Ledger(shards, records.setdefault((shards, _kind(one)), {}))
+    # parts of a policy are gathered and let go by what came before
+    known = {} if records is None or shards > 1 else records
+    ledger = Ledger(shards, known.setdefault(_kind(one), {}))
     stage = _Stage(ledger, system, one)
     with ((_processes(shards) if shards > 1 else nullcontext()),
           patch.dict(os.environ, ACCELERATE_TORCH_DEVICE=str(DEVICE)),
