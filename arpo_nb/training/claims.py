@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MINIATURES', 'SIZES', 'TEMPERATURES', 'LOGGED', 'VAPI_CLAIMS', 'OUR_CONTROLS', 'LOOFID_CLAIMS', 'VAR_CLAIMS',
            'CLAIMS', 'METHODS', 'COLUMNS', 'Miniature', 'miniature_config', 'best_temperature', 'var_shares',
-           'first_and_last', 'run_miniature', 'result_path', 'load_results', 'run_apart', 'run_missing', 'Claim',
-           'value', 'read_rule', 'arms_of', 'judge', 'rehearsed_cost', 'spread', 'measured', 'ledger', 'seed_table',
-           'results_folder', 'chosen_arms', 'main']
+           'first_and_last', 'run_miniature', 'result_path', 'load_results', 'results_folder', 'run_apart',
+           'run_missing', 'Claim', 'value', 'read_rule', 'arms_of', 'judge', 'rehearsed_cost', 'spread', 'measured',
+           'ledger', 'seed_table', 'chosen_arms', 'main']
 
 # %% ../../nbs/62_claims.ipynb #b4d36af7
 import argparse
@@ -160,6 +160,12 @@ def load_results(folder:str|Path, size:str='reduced') -> dict: # arm → {seed: 
             raise ValueError(f'{path}: holds (arm, seed, size) = {told}; it was moved or renamed')
         out.setdefault(path.parent.name, {})[int(path.stem)] = r
     return out
+
+def results_folder() -> Path:
+    "The repository's `results`, or the one below the working directory where there is no repository"
+    import arpo_nb
+    ours = Path(arpo_nb.__file__).parents[1]/'results'
+    return ours if ours.is_dir() else Path('results')
 
 # %% ../../nbs/62_claims.ipynb #586daaa4
 def run_apart(name:str, seed:int, size:str) -> dict: # as `run_miniature`
@@ -458,12 +464,6 @@ def seed_table(results:dict, # of `load_results`
             for k in columns] if rows else ['not run yet'] + ['']*(len(columns) - 1)
         lines.append(f"| {title} | {' | '.join(cells)} | {len(rows)} |")
     return '\n'.join(lines)
-
-def results_folder() -> Path:
-    "The repository's `results`, or the one below the working directory where there is no repository"
-    import arpo_nb
-    ours = Path(arpo_nb.__file__).parents[1]/'results'
-    return ours if ours.is_dir() else Path('results')
 
 # %% ../../nbs/62_claims.ipynb #47c7fdec
 def chosen_arms(text:str # 'all', 'claims' for those a claim needs, or names joined by commas

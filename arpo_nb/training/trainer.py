@@ -453,7 +453,7 @@ def state_bytes(objective, moving=None, networks=None) -> int:
     kept = [
         t.numel()*t.element_size()
         for m in (objective, moving, *(networks or {}).values()) if m is not None
-        for t in {t.untyped_storage()._cdata: t for t in m.state_dict().values()}.values()
+        for t in {id(t): t for t in m.state_dict(keep_vars=True).values()}.values()
     ]
     adam = [
         2*p.numel()*p.element_size()
