@@ -21,6 +21,7 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize('golden_case', cases, ids=[c.id for c in cases])
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     "Tests that share a fixture of their module stay on one worker (--dist loadgroup), so that it is made once"
     for item in items:

@@ -328,7 +328,7 @@ def test_notebooks_process_for_the_site(processed):
 def test_entries_have_fields_and_methods(processed):
     from arpo_nb.docs import field_notes
     text = shown(processed, '01_protocols.ipynb')
-    assert '#### Policy.generate' in text and '#### Reward.__call__' in text and '#### Streams.take' in text
+    assert '#### Policy.generate' in text and '#### Reward.__call__' in text and '\n### Streams.take' in text # grown by `@patch`
     assert '| `old_logps` | `Tensor` |' in text and 'subtitle: arpo_nb.protocols' in text
     assert '| `noise_rate` |' in shown(processed, '02_config.ipynb')
     for name in RUNS:

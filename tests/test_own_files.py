@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,14 @@ TINY = 'batch_size=2,num_generations=2,mini_batch_size=0,micro_batch_size=0,mixe
 
 def arpo(*words, cwd, **env):
     return subprocess.run([sys.executable, '-c', 'import sys; from arpo_nb.training.launch import arpo; sys.exit(arpo())', *map(str, words)], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
+
+
+def refused(capsys, *words):
+    "What `arpo` says in refusing, here in this process, which has torch already"
+    from arpo_nb.training import launch
+    with pytest.raises((Exception, SystemExit)) as e: launch.arpo(list(words))
+    assert not isinstance(e.value, SystemExit) or e.value.code
+    return ''.join(traceback.format_exception(e.value)) + ''.join(capsys.readouterr())
 
 
 def ok(done):
@@ -189,7 +198,7 @@ def test_every_door_opens(tmp_path):
     assert arpo('trian', cwd=tmp_path).returncode == 2
 
 
-def test_a_run_from_a_file(tmp_path):
+def test_a_run_from_a_file(tmp_path, monkeypatch, capsys):
     "YAML and JSON start from the recipe; options win; an unknown field is named"
     (tmp_path/'run.yaml').write_text('model: toy\nmethod: loofid\nrewards: brightness\nlearning_rate: 1e-5\ncompile: off\nsteps: 1\nbatch_size: 2\nnum_generations: 2\nout_dir: out\n')
     ok(arpo('train', '--config', 'run.yaml', '--seed', 5, cwd=tmp_path))
@@ -199,27 +208,41 @@ def test_a_run_from_a_file(tmp_path):
     (tmp_path/'again.json').write_text(json.dumps(cfg))
     ok(arpo('train', '--config', 'again.json', '--out_dir', 'again', cwd=tmp_path))
     assert json.loads((tmp_path/'again'/'config.json').read_text()) == cfg
+    monkeypatch.chdir(tmp_path)
     for text, why in (('model: toy\nreward: clip\n', "'reward': no such field; did you mean rewards"), ('model: toy\ntop_k: 3\n', 'use rollout_top_k'), ('steps: 3\n', 'names at least its model'),
                       ('model: toy\nsteps: many\n', 'expected a whole number'), ('[1, 2]', 'a list; expected names'), ('model: toy\nrewards: {clip: 1}\n', 'rewards is a dict')):
         (tmp_path/'bad.yml').write_text(text)
-        bad = arpo('train', '--config', 'bad.yml', '--out_dir', 'bad', cwd=tmp_path)
-        assert bad.returncode and why in bad.stderr, text
+        assert why in refused(capsys, 'train', '--config', 'bad.yml', '--out_dir', 'bad'), text
     for words, why in ((['train', '--config', 'none.yaml'], 'no such file'), (['train', 'out/config.json', '--model', 'toy'], 'says all'), (['train'], 'give a file, --config FILE, or --model')):
-        bad = arpo(*words, cwd=tmp_path)
-        assert bad.returncode == 2 and why in bad.stderr
+        assert why in refused(capsys, *words)
 
 
-@pytest.mark.parametrize('field, door', [('model', 'train'), ('data', 'train'), ('optim', 'train'), ('perceptual_net', 'train'), ('sampler', 'train'), ('rewards', 'train'), ('scores', 'eval'), ('metric', 'eval')])
-def test_paths_that_lead_nowhere(field, door, tmp_path):
-    "Whatever takes a dotted path: a module that is not there, a name that is not in it, one that fails inside"
+NOWHERE = [('nowhere:Thing', "no module named 'nowhere'"), ('plain:Thin', "has no 'Thin', did you mean 'Thing'"), ('fails:Thing', 'in helper')]
+
+
+@pytest.fixture
+def things(tmp_path, monkeypatch):
+    "A working folder with modules of one's own"
     (tmp_path/'fails.py').write_text('def helper(): raise RuntimeError("my own mistake")\nhelper()\n')
     (tmp_path/'plain.py').write_text('Thing = 3\n')
-    for path, why in (('nowhere:Thing', "no module named 'nowhere'"), ('plain:Thin', "has no 'Thin', did you mean 'Thing'"), ('fails:Thing', 'in helper')):
-        words = ['train', '--model', 'toy', '--method', 'grpo', '--out_dir', 'out', '--steps', '1', f'--{field}', path]
-        if field == 'perceptual_net': words[4] = 'vapi'
-        if door == 'eval': words = ['eval', '--model', 'toy', '--n', '4', f'--{field}', path]
-        done = arpo(*words, cwd=tmp_path)
-        assert done.returncode and why in done.stderr + done.stdout, (done.stdout + done.stderr)[-1500:]
+    monkeypatch.chdir(tmp_path); monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in ('fails', 'plain'): sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize('field', ['model', 'data', 'optim', 'perceptual_net', 'sampler', 'rewards'])
+def test_paths_that_lead_nowhere(field, things, capsys):
+    "Whatever takes a dotted path: a module that is not there, a name that is not in it, one that fails inside"
+    method = 'vapi' if field == 'perceptual_net' else 'grpo'
+    for path, why in NOWHERE:
+        assert why in refused(capsys, 'train', '--model', 'toy', '--method', method, '--out_dir', 'out', '--steps', '1', f'--{field}', path), path
+
+
+@pytest.mark.parametrize('field, case', [('scores', 2), ('metric', 1)])
+def test_paths_that_lead_nowhere_in_an_evaluation(field, case, things):
+    path, why = NOWHERE[case]
+    done = arpo('eval', '--model', 'toy', '--n', '4', f'--{field}', path, cwd=things)
+    assert done.returncode and why in done.stderr + done.stdout, (done.stdout + done.stderr)[-1500:]
 
 
 CORE = '''

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,18 @@ def papermill(notebook, out, **params):
     args = [a for k, v in params.items() for a in ('-p', k, str(v))]
     return subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/f'{notebook}.ipynb'), str(out), '-k', 'python3', *args],
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=out.parent, env=ENV)
+
+
+def refused(notebook, home, monkeypatch, **params):
+    "What a run notebook raises, cell by cell in this process, which has torch already"
+    monkeypatch.chdir(home)
+    names = {'__name__': '__main__'}
+    with pytest.raises(Exception) as e:
+        for cell in json.loads((ROOT/'nbs'/f'{notebook}.ipynb').read_text(encoding='utf-8'))['cells']:
+            if cell['cell_type'] != 'code': continue
+            exec(''.join(cell['source']), names)
+            if 'parameters' in cell['metadata'].get('tags', []): names |= {k: str(v) if isinstance(v, Path) else v for k, v in params.items()}
+    return str(e.value)
 
 
 def weights(folder): return load_file(folder/'checkpoint'/'model.safetensors')

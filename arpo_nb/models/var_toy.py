@@ -31,10 +31,10 @@ def toy_var_config(**kwargs, # fields that differ
                         **kwargs})
 
 # %% ../../nbs/34_var_toy.ipynb #588700ca
-def build_toy_var(# None for the shipped ones, 'random', or a file of the transformer
-                  weights=None,
-                  # the same for the tokenizer; None for the shipped one
-                  tokenizer_weights=None,
+def build_toy_var(
+    # None for the shipped ones, 'random', or a file of the transformer
+    weights=None,
+    tokenizer_weights=None, # the same for the tokenizer; None for the shipped one
                  ) -> tuple: # policy, tokenizer; in eval mode
     "The toy's VAR and its tokenizer, with their weights"
     vq = MultiScaleVQ(toy_multiscale_config())
