@@ -16,6 +16,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT/'scripts'))
 from outputs import tidy, without_places
 
+pytestmark = pytest.mark.xdist_group('test_docs') # one worker, so that what its tests share is made once
+
 NBS = ROOT/'nbs'
 WIDTH = 88
 PAGES = {p.name: json.loads(p.read_text(encoding='utf-8')) for p in sorted(NBS.glob('*.ipynb'))}

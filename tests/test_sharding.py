@@ -14,6 +14,8 @@ from arpo_nb.models.checkpoints import read_state_dict
 from arpo_nb.training.processes import free_port, read_launcher
 from arpo_nb.training.sharding import shard_count
 
+pytestmark = pytest.mark.xdist_group('test_sharding') # one worker, so that what its tests share is made once
+
 TIMES = ('time/', 'sampling/')
 
 
