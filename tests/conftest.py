@@ -1,6 +1,9 @@
 "Shared by all tests: no network, and the --golden option"
 import os
+import shutil
 from pathlib import Path
+
+from filelock import FileLock
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 ROOT = Path(__file__).parent.parent
@@ -17,3 +20,16 @@ def pytest_generate_tests(metafunc):
     roots = [Path(d) for d in metafunc.config.getoption('golden') or [Path(__file__).parent/'golden']]
     cases = [c for root in roots for c in discover(root)]
     metafunc.parametrize('golden_case', cases, ids=[c.id for c in cases])
+
+
+def once(tmp_path_factory, name, make):
+    "A folder that one worker fills by `make(folder)` while the others wait for it"
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/name
+    with FileLock(f'{home}.lock'):
+        if not (whole := home/'.whole').exists():
+            shutil.rmtree(home, ignore_errors=True) # of a worker that failed
+            home.mkdir()
+            make(home)
+            whole.touch()
+    return home

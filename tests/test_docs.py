@@ -11,12 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, once
 
 sys.path.insert(0, str(ROOT/'scripts'))
 from outputs import tidy, without_places
-
-pytestmark = pytest.mark.xdist_group('test_docs') # one worker, so that what its tests share is made once
 
 NBS = ROOT/'nbs'
 WIDTH = 88
@@ -275,7 +273,7 @@ def test_outputs_say_nothing_of_the_machine(name):
 
 
 def test_outputs_lose_places_and_keep_what_was_said():
-    warned = '/tmp/ipykernel_1/2.py:3: UserWarning: one picture skipped, /tmp/tmpab12cd34/a.png\n  warnings.warn(text)\n'
+    warned = '/var/folders/kernel_1/2.py:3: UserWarning: one picture skipped, /var/folders/x1/tmpab12cd34/a.png\n  warnings.warn(text)\n'
     library = '/x/lib/python3.11/site-packages/tqdm/auto.py:21: TqdmWarning: no bar\n  from .autonotebook import tqdm\n'
     bar = 'toy vapi:   2%|▏         | 1/60 [00:05<04:59,  5.07s/it]\n'
     assert without_places(library + bar + warned + '  indented\n') == 'UserWarning: one picture skipped, TMP/a.png\n  indented\n'
@@ -302,17 +300,19 @@ def test_cited_equations_have_a_reference(name):
 
 # nbdev's part of the work, and ours
 
-@pytest.fixture(scope='module')
-def processed(tmp_path_factory):
-    pytest.importorskip('nbdev')
-    home = tmp_path_factory.mktemp('site')
+def process(home):
     for name in ('nbs', 'arpo_nb'): shutil.copytree(ROOT/name, home/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     for name in ('settings.ini', '_quarto.yml'): shutil.copy(ROOT/name, home/name)
-    code = 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)'
+    code = 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=2, force=True)'
     done = subprocess.run([sys.executable, '-c', code], cwd=home, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(home)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'Found cells containing imports and other code' not in done.stderr, done.stderr[-3000:]
-    return home/'_proc'
+
+
+@pytest.fixture(scope='module')
+def processed(tmp_path_factory):
+    pytest.importorskip('nbdev')
+    return once(tmp_path_factory, 'site', process)/'_proc'
 
 
 def shown(folder, name):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from conftest import once
 from sharding_worker import RESUMED, ROOT, SETTINGS, environment, run
 
 from arpo_nb.config import Config
@@ -14,21 +15,23 @@ from arpo_nb.models.checkpoints import read_state_dict
 from arpo_nb.training.processes import free_port, read_launcher
 from arpo_nb.training.sharding import shard_count
 
-pytestmark = pytest.mark.xdist_group('test_sharding') # one worker, so that what its tests share is made once
-
 TIMES = ('time/', 'sampling/')
 
 
-@pytest.fixture(scope='module')
-def found(tmp_path_factory):
-    "Folder, and what both processes found; one process runs in here meanwhile"
-    out, port = tmp_path_factory.mktemp('sharding'), free_port()
+def train(out):
+    "Two agents of one process each, which leave what they found in the folder"
     agent = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d',
-             f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=test', '--local_addr=127.0.0.1', os.path.join(os.path.dirname(__file__), 'sharding_worker.py'), str(out)]
+             f'--rdzv_endpoint=127.0.0.1:{free_port()}', '--rdzv_id=test', '--local_addr=127.0.0.1', os.path.join(os.path.dirname(__file__), 'sharding_worker.py'), str(out)]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     agents = [subprocess.Popen(agent, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     said = [a.communicate()[0] for a in agents]
     assert not any(a.returncode for a in agents), '\n'.join(said)
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+    "Folder, and what both processes found"
+    out = once(tmp_path_factory, 'sharding', train)
     return out, [json.loads((out/f'found{r}.json').read_text()) for r in range(2)]
 
 

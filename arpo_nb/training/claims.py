@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config, preset
+from ..config import Config, preset, trained_part
 from ..data.images import LabelData
 from ..files import write_atomically
 from ..evaluation.evaluate import evaluate, generate_images
@@ -130,8 +130,7 @@ def run_miniature(name:str, # in MINIATURES
     if cfg is not None:
         with tempfile.TemporaryDirectory() as folder:
             rows = run(cfg, folder, progress=False)
-            trained = system.tokenizer if cfg.method == 'tokenizer' else system.policy
-            load_weights(trained, find_checkpoint(folder))
+            load_weights(getattr(system, trained_part(cfg)), find_checkpoint(folder))
     def measure(seed, n, **kw):
         return evaluate(system.policy, system.tokenizer, metric_net, 10, n=n, seed=seed, progress=False, **kw)
     out = dict(metrics=measure(1000 + seed, n))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from ..config import FREE, Config
+from ..config import FREE, Config, trained_part
 from ..models.checkpoints import load_weights
 from ..models.janus import JanusConfig, JanusPolicy, SpecialIds
 from ..models.llamagen import GPT, GPTConfig
@@ -163,8 +163,8 @@ def run_cell(backbone:str, # in BACKBONES
     "Train two steps and raise for what does not hold"
     system, before, fresh, cfg = (*(build_tiny(backbone) for _ in range(3)),
                                   replace(BASE, **changes))
-    trained, frozen = (('tokenizer', 'policy') if cfg.method == 'tokenizer'
-                       else ('policy', 'tokenizer'))
+    trained = trained_part(cfg)
+    frozen, = {'policy', 'tokenizer'} - {trained}
     data = _Pictures(BACKBONES[backbone][1], system.tokenizer.image_size)
     rows = train(system, data, cfg, out, reward=_rewards(cfg.rewards.split('+'))
                  if cfg.method in FREE else None, progress=False)

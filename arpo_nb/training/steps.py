@@ -28,8 +28,8 @@ from ..rewards import ReconstructionReward
 from ..specs import read_args, resolve
 from .engines import load_sampler, sampling_weights
 from .objectives import scored_policy
-from .rollout import (Clock, _slices, encode_images, free_running, rollout_logps, sampling_gap, score_groups,
-                                      teacher_forced)
+from .rollout import (Clock, _slices, encode_images, free_running, rollout_logps,
+                                      sampling_gap, score_groups, teacher_forced)
 from .sharding import is_sharded
 
 # %% ../../nbs/46_steps.ipynb #05e0ec30
