@@ -272,9 +272,22 @@ def check_caption(text) -> str: # without spaces around it
     return text.strip()
 
 # %% ../../nbs/09_text_data.ipynb #b3f69ef1
+class _Member(tarfile.TarInfo):
+    "A member of an archive, whose damaged header is an error; `tarfile` takes it for the end"
+    @classmethod
+    def fromtarfile(cls, tar):
+        try: return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError: raise
+        except tarfile.HeaderError as e: raise tarfile.ReadError(f'{e} at byte {tar.offset:,}') from e
+
+def _check_end(tar):
+    "Raise if something follows the mark of an archive's end"
+    while block := tar.fileobj.read(1 << 20):
+        if block.strip(b'\0'): raise tarfile.ReadError('more after its end; join archives with tar --concatenate')
+
 def _tar_members(path, number):
     "Records of a tar shard as (number, key, {extension: bytes}); members of unwanted ones are not read"
-    with open_packed(path) as file, tarfile.open(fileobj=file, mode='r|') as tar:
+    with open_packed(path) as file, tarfile.open(fileobj=file, mode='r|', tarinfo=_Member) as tar:
         i, key, fields = None, None, {}
         for m in tar:
             folder, slash, name = m.name.rpartition('/')
@@ -286,6 +299,7 @@ def _tar_members(path, number):
                 i, key, fields = number(), folder + slash + stem, {}
             if i is not None: fields[ext.lower()] = tar.extractfile(m).read() if m.size <= MAX_MEMBER else m.size
         if i is not None: yield i, key, fields
+        _check_end(tar)
 
 def _from_tar(path, number):
     "Records of a tar shard"
