@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RATIO', 'ROOM', 'MOMENTS', 'TEMPORARY', 'user_path', 'home_cache', 'split_part', 'BadFile', 'reading', 'open_file',
            'read_bytes', 'inside', 'decode_text', 'read_text', 'read_lines', 'parse_json', 'read_json', 'read_records',
-           'Bounded', 'open_packed', 'npy_header', 'read_npy', 'open_npz', 'read_npz', 'read_moments', 'refuse_foreign',
-           'disk_of', 'need_space', 'is_full', 'in_words', 'sync', 'write_atomically', 'write_text', 'write_json',
-           'plain_terminal']
+           'Bounded', 'open_packed', 'zip_entries', 'npy_header', 'read_npy', 'open_npz', 'read_npz', 'read_moments',
+           'refuse_foreign', 'disk_of', 'need_space', 'is_full', 'in_words', 'sync', 'write_atomically', 'write_text',
+           'write_json', 'plain_terminal']
 
 # %% ../nbs/08_files.ipynb #6d2ac899
-import bz2, codecs, csv, errno, gzip, json, lzma, math, os, re, shutil, stat, sys, tempfile, zipfile
+import bz2, codecs, csv, errno, gzip, io, json, lzma, math, os, re, shutil, stat, sys, tempfile, zipfile
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -221,6 +221,19 @@ def open_packed(path): # yields a stream with `read(n)`
             raise BadFile(path, "compressed with zstandard, which is not read; unpack it first")
         yield Bounded(unpack(f), path, RATIO*size + ROOM) if unpack else f
 
+# %% ../nbs/08_files.ipynb #acc56acf
+_END = b'PK\5\6' # begins the last record of a zip archive
+def zip_entries(z:zipfile.ZipFile, # open for reading
+               ) -> list: # of `zipfile.ZipInfo`
+    "The members of an archive; raises `zipfile.BadZipFile` if they are not those that it promises"
+    entries, back = z.infolist(), min(1 << 16, z.fp.seek(0, io.SEEK_END))
+    z.fp.seek(-back, io.SEEK_END)
+    end = z.fp.read().rpartition(_END)[2]
+    promised = int.from_bytes(end[6:8], 'little') # 0xffff: too many for this record
+    if promised not in (len(entries), 0xffff): raise zipfile.BadZipFile(f'{len(entries)} of {promised} members found')
+    for i in entries: z.open(i).close() # compares the names
+    return entries
+
 # %% ../nbs/08_files.ipynb #dfd4dcd6
 def npy_header(f, # stream at the start of an array
                path, where:str=''):
@@ -258,7 +271,7 @@ def open_npz(path): # yields a dict: name → entry of the archive, and the arch
             raise BadFile(path, f"no .npz archive, or a damaged one ({os.fstat(file.fileno()).st_size:,} bytes); "
                                 "make or copy it again")
         with zipfile.ZipFile(file) as z:
-            yield {i.filename.removesuffix('.npy'): i for i in z.infolist() if i.filename.endswith('.npy')}, z
+            yield {i.filename.removesuffix('.npy'): i for i in zip_entries(z) if i.filename.endswith('.npy')}, z
 
 def read_npz(path, names=None, # of arrays; None for all
             ) -> dict: # name → array, of those that are there

@@ -322,9 +322,23 @@ def _caption_of(record):
                      f"expected one of {', '.join(CAPTIONS)}")
 
 # %% ../../nbs/09_text_data.ipynb #b3f69ef1
+class _Member(tarfile.TarInfo):
+    "A member of an archive, whose damaged header is an error; `tarfile` takes it for the end"
+    @classmethod
+    def fromtarfile(cls, tar):
+        try: return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError: raise
+        except tarfile.HeaderError as e: raise tarfile.ReadError(f'{e} at byte {tar.offset:,}') from e
+
+def _check_end(tar):
+    "Raise if something follows the mark of an archive's end"
+    while block := tar.fileobj.read(1 << 20):
+        if block.strip(b'\0'): raise tarfile.ReadError('more after its end; join archives with tar --concatenate')
+
+# %% ../../nbs/09_text_data.ipynb #b523028d
 def _tar_members(path, number):
     "Records of a tar shard as (number, key, {extension: bytes}); members of unwanted ones are not read"
-    with open_packed(path) as file, tarfile.open(fileobj=file, mode='r|') as tar:
+    with open_packed(path) as file, tarfile.open(fileobj=file, mode='r|', tarinfo=_Member) as tar:
         i, key, fields = None, None, {}
         for m in tar:
             folder, slash, name = m.name.rpartition('/')
@@ -336,8 +350,9 @@ def _tar_members(path, number):
                 i, key, fields = number(), folder + slash + stem, {}
             if i is not None: fields[ext.lower()] = tar.extractfile(m).read() if m.size <= MAX_MEMBER else m.size
         if i is not None: yield i, key, fields
+        _check_end(tar)
 
-# %% ../../nbs/09_text_data.ipynb #cca13662
+# %% ../../nbs/09_text_data.ipynb #c02852a8
 def _from_tar(path, number):
     "Records of a tar shard"
     for i, key, f in _tar_members(path, number):
@@ -377,7 +392,7 @@ def _tables(path):
     _check_promises(file.metadata, path)
     return file.schema_arrow, lambda columns: file.iter_batches(64, columns=columns)
 
-# %% ../../nbs/09_text_data.ipynb #36da398c
+# %% ../../nbs/09_text_data.ipynb #c1cc2abd
 def _from_table(path, number):
     "Records of a parquet or Arrow file, a few rows at a time"
     schema, batches = _tables(path)
@@ -421,7 +436,7 @@ def _beside(picture, files):
         text = read_text(file).strip() if file else ''
         if text: return parse_json(text, file) if ending == '.json' else text
 
-# %% ../../nbs/09_text_data.ipynb #586e6108
+# %% ../../nbs/09_text_data.ipynb #f23a671b
 _LISTS = 'metadata.jsonl', 'metadata.json', 'metadata.csv', 'metadata.tsv'
 
 def _from_list(path, number):
@@ -441,7 +456,7 @@ def _listed_file(record, path, where):
                             f"{str(record)[:80]!r}", where)
     return inside(path.parent, name, path, where)
 
-# %% ../../nbs/09_text_data.ipynb #3d71abad
+# %% ../../nbs/09_text_data.ipynb #90668ec5
 def _warn_of_unlisted(lists, pictures):
     "Say what lies beside a list of pictures and is left out"
     if len(lists) > 1: warnings.warn(f"{lists[0]}: read, and {', '.join(p.name for p in lists[1:])} beside it is not")
@@ -469,7 +484,7 @@ def _shards(files):
     return tars or [(_from_table, p) for p in files if p.suffix.lower() in ('.parquet', '.arrow')
                     and (len(files) == 1 or not p.with_suffix('').is_dir())]
 
-# %% ../../nbs/09_text_data.ipynb #22d4e2a8
+# %% ../../nbs/09_text_data.ipynb #3d410770
 def _sources(path):
     "Pairs of a reader and what it reads"
     path = user_path(path, 'data')
@@ -512,7 +527,7 @@ class TextImages:
         if captions not in ('whole', 'first', 'turn'):
             raise ValueError(f"captions={captions!r}: choose whole, first or turn")
 
-# %% ../../nbs/09_text_data.ipynb #ffec5c2e
+# %% ../../nbs/09_text_data.ipynb #8a55095e
 @patch
 def skip(self:TextImages, reason:str, # in a few words, for counting
          what, # record or shard
@@ -524,7 +539,7 @@ def skip(self:TextImages, reason:str, # in a few words, for counting
                       "ones are only counted, in data/skipped")
     self.skipped[reason] += 1
 
-# %% ../../nbs/09_text_data.ipynb #d092835a
+# %% ../../nbs/09_text_data.ipynb #49a393ee
 @patch
 def _decode(self:TextImages, record):
     "A raw record to tensors"
@@ -538,7 +553,7 @@ def _decode(self:TextImages, record):
     rows = read_npy(io.BytesIO(feats), len(feats), name, 'features')
     return dict(out, feats=check_rows(rows, f'{name}, features'))
 
-# %% ../../nbs/09_text_data.ipynb #af56c9f8
+# %% ../../nbs/09_text_data.ipynb #7778c0b6
 @patch
 def _one_epoch(self:TextImages):
     sources, epoch, seen = list(self.sources), self.epoch, 0
@@ -561,7 +576,7 @@ def _reason(e):
     if str(e).startswith('no '): return str(e).split(' among ')[0]
     return type(e.__cause__ or e).__name__
 
-# %% ../../nbs/09_text_data.ipynb #c68683d2
+# %% ../../nbs/09_text_data.ipynb #3a3dd644
 @patch
 def _records(self:TextImages, sources, number, skip):
     "Raw records of some sources; what is left of a broken shard is skipped"
@@ -584,7 +599,7 @@ def _count(self:TextImages):
     for _ in self._records(self.sources, number, lambda *_: None): pass
     return seen
 
-# %% ../../nbs/09_text_data.ipynb #0e63b356
+# %% ../../nbs/09_text_data.ipynb #5356fe20
 @patch
 def __iter__(self:TextImages):
     "Records that could be decoded; without end if `endless`"
@@ -598,7 +613,7 @@ def __iter__(self:TextImages):
             raise ValueError("data: no usable record in a whole epoch; skipped "
                              f"{dict(self.skipped) or 'none'}")
 
-# %% ../../nbs/09_text_data.ipynb #3d4a18c9
+# %% ../../nbs/09_text_data.ipynb #3774ac8b
 def _stored_rows(data, record, features):
     "The stored features of a record; None where there are none to be used"
     what = f"record {record['key']!r}"
@@ -664,7 +679,7 @@ class TextData:
                 f"{dict(probe.skipped) or 'none'}. A record needs a picture, a "
                 "caption, and features stored with it unless an encoder computes them")
 
-# %% ../../nbs/09_text_data.ipynb #3c754aea
+# %% ../../nbs/09_text_data.ipynb #f8c28ae0
 @patch
 def batches(self:TextData, batch_size:int, # of all processes together
             seed:int, # of the streams, and of the order of shards
@@ -688,7 +703,7 @@ def batches(self:TextData, batch_size:int, # of all processes together
             ahead = reader.submit(load) if step+1 < stop else None
             yield batch
 
-# %% ../../nbs/09_text_data.ipynb #a91a4815
+# %% ../../nbs/09_text_data.ipynb #a1849136
 @patch
 def _load(self:TextData, steps, before):
     "The next batch, and what had to be left out so far"
@@ -729,7 +744,7 @@ def read_prompts(path, # of a text file, .jsonl, .json, .csv or .parquet
                             f"{len(prompts)} prompts remain")
     return prompts
 
-# %% ../../nbs/09_text_data.ipynb #79636277
+# %% ../../nbs/09_text_data.ipynb #8289c27a
 def _table_prompts(path):
     "The captions of a parquet file, as `read_records` gives them"
     with reading(path, expected='a parquet file'):
@@ -740,7 +755,7 @@ def _table_prompts(path):
                               for r in batch.to_pylist()):
             yield f'row {i}', lambda v=r[key]: v
 
-# %% ../../nbs/09_text_data.ipynb #66e6b337
+# %% ../../nbs/09_text_data.ipynb #31e1fd07
 class PromptData:
     "Prompts without pictures, from a file, see `read_prompts`"
     def __init__(self, path, # of the file
