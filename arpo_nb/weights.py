@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'HUB', 'Published', 'human_size', 'table', 'url_cache', 'in_folder', 'is_repo', 'split_repo', 'fetch_repo',
-           'local_files', 'plan_file', 'file_sha256', 'download', 'noted_sha256', 'published_sha256', 'mislabelled',
+           'local_files', 'file_sha256', 'noted_sha256', 'published_sha256', 'mislabelled', 'plan_file', 'download',
            'locate', 'require', 'import_torchvision', 'import_transformers', 'check_file', 'main']
 
 # %% ../nbs/08_weights.ipynb #2dfe1853
@@ -393,7 +393,75 @@ def _named(name, part):
                      f"{near and ', did you mean '}{near}; "
                      "python -m arpo_nb.weights --list names them all")
 
-# %% ../nbs/08_weights.ipynb #987321cf
+# %% ../nbs/08_weights.ipynb #94e8a86d
+def file_sha256(path, # of a file of any size
+               ) -> str: # 64 hexadecimal digits
+    "SHA-256 of a file, read in pieces"
+    digest = sha256()
+    with open(path, 'rb') as f:
+        while piece := f.read(1 << 22): digest.update(piece)
+    return digest.hexdigest()
+
+# %% ../nbs/08_weights.ipynb #386a9adc
+def noted_sha256(path, # of a file
+                ) -> str: # 64 hexadecimal digits
+    "SHA-256 of a file, computed again only when its size or times have changed"
+    path, s = Path(path).resolve(), Path(path).stat()
+    state = f'{path} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}'
+    note = url_cache()/'sha256'/sha256(state.encode()).hexdigest()
+    if note.is_file():
+        digest = note.read_text(encoding='ascii', errors='replace')
+        if len(digest) == 64: return digest
+    digest = file_sha256(path)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(digest, encoding='ascii')
+    except OSError: pass # nowhere to write: it is read again next time
+    return digest
+
+# %% ../nbs/08_weights.ipynb #4da7670c
+def published_sha256(name:str, # key of `FILES`
+                     path:Path, # where it lies
+                    ) -> str: # or its first digits, or nothing
+    "The hash a file should have: the table's, or its name in the hub's cache"
+    blob = path.resolve().name
+    return FILES[name].sha256 or (blob if re.fullmatch('[0-9a-f]{64}', blob) else '')
+
+# %% ../nbs/08_weights.ipynb #f30e1989
+def _is_other(path, name, other):
+    return (f"{path}: its SHA-256 is that of {other} ({FILES[other].file}), not of "
+            f"{name}, whatever its name says. Use it as {other}, or download "
+            f"{FILES[name].address}")
+
+def _is_damaged(path, name, want, digest):
+    named, size = path.name == Path(FILES[name].file).name, path.stat().st_size
+    return (f"{path}: has the {'name' if named else 'size'} of {name} but not its "
+            f"SHA-256 ({digest[:8]}… instead of {want[:8]}…, {size:,} bytes), so it is "
+            "damaged, cut short or another file. Delete it and download it again from "
+            f"{FILES[name].address}"
+            f"{', or rename it if it is your own' if named else ''}")
+
+# %% ../nbs/08_weights.ipynb #648eb780
+def mislabelled(path:Path, # of a file or folder
+                name:str, # what it is taken for
+               ) -> str: # '' if nothing speaks against it
+    ("Why a file cannot be `name`; read only if it has the name or the size of a "
+     "published file with a known hash")
+    if not path.is_file() or name not in FILES: return ''
+    size, like = path.stat().st_size, {}
+    for n, f in FILES.items():
+        alike = path.name == Path(f.file).name or 0 < f.size == size
+        if alike and (sha := published_sha256(n, path)): like[n] = sha
+    if not like: return ''
+    digest = noted_sha256(path)
+    if name in like and digest.startswith(like[name]): return ''
+    hashed = {n: f.sha256 for n, f in FILES.items() if f.sha256}
+    other = next((n for n, sha in hashed.items() if digest.startswith(sha)), None)
+    if other == name: return ''
+    if other: return _is_other(path, name, other)
+    return _is_damaged(path, name, like[name], digest) if name in like else ''
+
+# %% ../nbs/08_weights.ipynb #4c6d0a9a
 def _what(f): return f"{f.file} ({human_size(f.size)}, {f.address})"
 
 def _plan(name, source, path=None, size=0, sha=None, part=None):
@@ -430,13 +498,13 @@ def _plan_download(name, f, hub, cache):
     except Exception as e:
         why = f"{type(e).__name__}: {e}"
         raise ConnectionError(f"{_what(f)} cannot be reached [{why}]. Check "
-                              " network and proxy, or download it elsewhere and "
+                              "network and proxy, or download it elsewhere and "
                               f"{_by_hand(name, cache)}") from e
     size = size or f.size
     need_space(cache, int(1.02*size), _what(f), 'pass cache_dir on another disk')
     return _plan(name, 'hub' if hub else 'url', None, size, sha)
 
-# %% ../nbs/08_weights.ipynb #176e6d7a
+# %% ../nbs/08_weights.ipynb #0fa3ff8a
 def _source(f, path):
     return 'package' if f.package and 'site-packages' in path.parts else 'cache'
 
@@ -454,7 +522,7 @@ def _ask_hub(hub, f):
     sha = metas[0].etag if re.fullmatch('[0-9a-f]{64}', tag) else None
     return sum(m.size or 0 for m in metas), sha
 
-# %% ../nbs/08_weights.ipynb #28874ed8
+# %% ../nbs/08_weights.ipynb #d79d15ae
 def _open(url, start=0):
     "Open an address at a byte"
     headers = {'User-Agent': 'arpo_nb', 'Referer': url}
@@ -465,7 +533,7 @@ def _ask_url(url):
     "Size of a file at an address, 0 if the server does not say"
     with _open(url) as r: return int(r.headers.get('Content-Length') or 0)
 
-# %% ../nbs/08_weights.ipynb #d2af2137
+# %% ../nbs/08_weights.ipynb #adfea38c
 def plan_file(name:str, # key of `FILES`
               weights=None, # a local file or folder instead
               cache_dir=None, # None for the defaults
@@ -489,16 +557,7 @@ def plan_file(name:str, # key of `FILES`
             f"there is a network and {_by_hand(name, cache)}, or unset HF_HUB_OFFLINE")
     return _plan_download(name, f, hub, cache)
 
-# %% ../nbs/08_weights.ipynb #94e8a86d
-def file_sha256(path, # of a file of any size
-               ) -> str: # 64 hexadecimal digits
-    "SHA-256 of a file, read in pieces"
-    digest = sha256()
-    with open(path, 'rb') as f:
-        while piece := f.read(1 << 22): digest.update(piece)
-    return digest.hexdigest()
-
-# %% ../nbs/08_weights.ipynb #a51afcd3
+# %% ../nbs/08_weights.ipynb #aec565b2
 def _fetch_part(url, part, progress):
     "Append to `part` what is still missing; the size the server announced, or 0"
     start = part.stat().st_size if part.exists() else 0
@@ -517,7 +576,7 @@ def _fetch_part(url, part, progress):
                 bar.update(len(piece))
     return size if size > start else 0
 
-# %% ../nbs/08_weights.ipynb #9144763f
+# %% ../nbs/08_weights.ipynb #baeee998
 def download(url:str, # where from
              path:Path, # where to
              sha256:str='', # or its first digits
@@ -542,66 +601,7 @@ def download(url:str, # where from
                              "deleted. Run again")
         return part.replace(path)
 
-# %% ../nbs/08_weights.ipynb #386a9adc
-def noted_sha256(path, # of a file
-                ) -> str: # 64 hexadecimal digits
-    "SHA-256 of a file, computed again only when its size or times have changed"
-    path, s = Path(path).resolve(), Path(path).stat()
-    state = f'{path} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}'
-    note = url_cache()/'sha256'/sha256(state.encode()).hexdigest()
-    if note.is_file():
-        digest = note.read_text(encoding='ascii', errors='replace')
-        if len(digest) == 64: return digest
-    digest = file_sha256(path)
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(digest, encoding='ascii')
-    except OSError: pass # nowhere to write: it is read again next time
-    return digest
-
-# %% ../nbs/08_weights.ipynb #61a802b7
-def published_sha256(name:str, # key of `FILES`
-                     path:Path, # where it lies
-                    ) -> str: # or its first digits, or nothing
-    "The hash a file should have: the table's, or its name in the hub's cache"
-    blob = path.resolve().name
-    return FILES[name].sha256 or (blob if re.fullmatch('[0-9a-f]{64}', blob) else '')
-
-# %% ../nbs/08_weights.ipynb #a1756d3d
-def _is_other(path, name, other):
-    return (f"{path}: its SHA-256 is that of {other} ({FILES[other].file}), not of "
-            f"{name}, whatever its name says. Use it as {other}, or download "
-            f"{FILES[name].address}")
-
-def _is_damaged(path, name, want, digest):
-    named, size = path.name == Path(FILES[name].file).name, path.stat().st_size
-    return (f"{path}: has the {'name' if named else 'size'} of {name} but not its "
-            f"SHA-256 ({digest[:8]}… instead of {want[:8]}…, {size:,} bytes), so it is "
-            "damaged, cut short or another file. Delete it and download it again from "
-            f"{FILES[name].address}"
-            f"{', or rename it if it is your own' if named else ''}")
-
-# %% ../nbs/08_weights.ipynb #fc1a4326
-def mislabelled(path:Path, # of a file or folder
-                name:str, # what it is taken for
-               ) -> str: # '' if nothing speaks against it
-    ("Why a file cannot be `name`; read only if it has the name or the size of a "
-     "published file with a known hash")
-    if not path.is_file() or name not in FILES: return ''
-    size, like = path.stat().st_size, {}
-    for n, f in FILES.items():
-        alike = path.name == Path(f.file).name or 0 < f.size == size
-        if alike and (sha := published_sha256(n, path)): like[n] = sha
-    if not like: return ''
-    digest = noted_sha256(path)
-    if name in like and digest.startswith(like[name]): return ''
-    hashed = {n: f.sha256 for n, f in FILES.items() if f.sha256}
-    other = next((n for n, sha in hashed.items() if digest.startswith(sha)), None)
-    if other == name: return ''
-    if other: return _is_other(path, name, other)
-    return _is_damaged(path, name, like[name], digest) if name in like else ''
-
-# %% ../nbs/08_weights.ipynb #b4f7ed5c
+# %% ../nbs/08_weights.ipynb #19b3b661
 def _fetch(name, f, plan, cache_dir, progress):
     "Download a file from its address or from the hub"
     if plan['source'] == 'url':
@@ -648,7 +648,7 @@ def _files_of(name, weights):
     published = f and is_repo(weights) and split_repo(weights)[0] == f.repo
     return (f.file, *f.parts) if published else _WEIGHTS
 
-# %% ../nbs/08_weights.ipynb #3bb417ca
+# %% ../nbs/08_weights.ipynb #23ab8e7a
 def _check_names(names, weights):
     if not isinstance(weights, dict):
         raise ValueError(f"weights={weights!r}: expected a dict from names of files to "
@@ -667,7 +667,7 @@ def _problems(names, problems):
     fetch = f"With a network: python -m arpo_nb.weights --fetch {' '.join(absent)}"
     return '\n'.join([*said, *[fetch]*bool(absent)])
 
-# %% ../nbs/08_weights.ipynb #49feebb0
+# %% ../nbs/08_weights.ipynb #babbdb66
 def require(names, # keys of `FILES`
             weights=None, # name → local file
             cache_dir=None, # None for the defaults
@@ -698,7 +698,7 @@ def import_torchvision():
         import torchvision
     return torchvision
 
-# %% ../nbs/08_weights.ipynb #a99b422a
+# %% ../nbs/08_weights.ipynb #59d1197e
 def import_transformers(extra:str='t2i' # the extra to install it with, for the message
                        ):
     "transformers, which itself imports torchvision"
@@ -713,7 +713,7 @@ def import_transformers(extra:str='t2i' # the extra to install it with, for the 
                           f"'arpo_nb[{extra}]' [{e}]") from e
     return transformers
 
-# %% ../nbs/08_weights.ipynb #bf766501
+# %% ../nbs/08_weights.ipynb #da09aac6
 def check_file(name:str, # key of `FILES`
                cache_dir=None, # None for the defaults
               ) -> tuple: # 'ok', 'unverified', 'missing' or 'damaged'; path or None
@@ -725,7 +725,7 @@ def check_file(name:str, # key of `FILES`
     if not want: return 'unverified', path
     return 'ok' if file_sha256(path).startswith(want) else 'damaged', path
 
-# %% ../nbs/08_weights.ipynb #9e345ebe
+# %% ../nbs/08_weights.ipynb #bf272580
 def _check(a):
     found = {n: check_file(n, a.cache) for n in (a.check or FILES)}
     for n, (status, path) in found.items():
@@ -751,7 +751,7 @@ def _parser():
     p.add_argument('--cache', metavar='DIR', help='another cache folder')
     return p
 
-# %% ../nbs/08_weights.ipynb #4367f222
+# %% ../nbs/08_weights.ipynb #4cf96db5
 def main(args=None): # words; None for those of the command line
     "Command line of the table"
     plain_terminal()
