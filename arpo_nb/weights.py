@@ -44,7 +44,7 @@ class Published:
         if self.repo: return f'https://huggingface.co/{self.repo}/blob/main/{self.file}'
         return f'inside the Python package {self.package}'
 
-# %% ../nbs/08_weights.ipynb #02289b7b
+# %% ../nbs/08_weights.ipynb #b3e28343
 def human_size(n:int, # bytes; 0 where unknown
               ) -> str:
     "Bytes as kB, MB or GB"
@@ -93,7 +93,7 @@ FILES |= {
         ('clip_b32', 'ViT-B-32',
          '40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af'))}}
 
-# %% ../nbs/08_weights.ipynb #54bc30be
+# %% ../nbs/08_weights.ipynb #cba44f41
 FILES |= {
     'hps_v2.1': Published(
         'HPS_v2.1_compressed.pt', 1_972_490_005, 'human preference score v2.1',
@@ -120,7 +120,7 @@ FILES |= {
             'ckpt_koniq10k.pt',
         sha256='a207f8ab57322e6be38ff5c8d019301dc032b454bef21c3c9f9dbf7974eebff6')}
 
-# %% ../nbs/08_weights.ipynb #22c3e8b4
+# %% ../nbs/08_weights.ipynb #369a5e8e
 FILES |= {
     'inception': Published(
         'pt_inception-2015-12-05-6726825d.pth', 95_628_359,
@@ -145,7 +145,7 @@ FILES |= {
         'SqueezeNet 1.1, another trunk of LPIPS', 'BSD-3',
         url=f'{_TORCH}squeezenet1_1-b8a52dc0.pth', sha256='b8a52dc0')}
 
-# %% ../nbs/08_weights.ipynb #e0a068ac
+# %% ../nbs/08_weights.ipynb #f73d468d
 FILES |= {
     **{f'lpips_{n}': Published(f'weights/v0.1/{n}.pth', size,
                                f'LPIPS: its linear heads on {net}', 'BSD-2',
@@ -172,7 +172,7 @@ FILES |= {
         'other (model card)', repo='facebook/mask2former-swin-small-coco-instance',
         parts=('config.json', 'preprocessor_config.json'))}
 
-# %% ../nbs/08_weights.ipynb #ba7a3499
+# %% ../nbs/08_weights.ipynb #eda2f770
 _CODE = 'MIT (code repository)'
 _LLAMAGEN = dict(
     vq_ds16_c2i=71_948_939, vq_ds8_c2i=70_175_371, c2i_B_256=110_888_448,
@@ -190,7 +190,7 @@ def _llamagen(name, repo, values):
 FILES |= {n: _llamagen(n, repo, v) for repo, values in _LLAMAGENS.items()
           for n, v in values.items()}
 
-# %% ../nbs/08_weights.ipynb #4bbee922
+# %% ../nbs/08_weights.ipynb #e19c06c6
 _VAR = dict(d16=1_243_054_656, d20=2_405_625_984, d24=4_135_599_936, d30=8_042_166_864,
             d36=9_435_995_712)
 
@@ -206,7 +206,7 @@ FILES |= {
                          repo='FoundationVision/var'),
     **{f'var_{d}': _var(d, size) for d, size in _VAR.items()}}
 
-# %% ../nbs/08_weights.ipynb #a32bb010
+# %% ../nbs/08_weights.ipynb #3c030cd3
 FILES |= {
     'vqgan_f16_16384': Published(
         'vqgan_imagenet_f16_16384.ckpt', 0, 'VQGAN tokenizer, 16,384 codes', _CODE,
@@ -219,7 +219,7 @@ FILES |= {
             'files/get/last.ckpt?path=%2F2021-04-03T19-39-50_cin_transformer%2F'
             'checkpoints%2Flast.ckpt')}
 
-# %% ../nbs/08_weights.ipynb #f50fbb8d
+# %% ../nbs/08_weights.ipynb #109a71d8
 _JANUS = 'MIT code, DeepSeek model licence'
 _JANUS_7B = tuple(f'pytorch_model-0000{i}-of-00002.bin' for i in (1, 2))
 
@@ -254,7 +254,7 @@ def _torch_cache():
     home = user_path(mine, 'TORCH_HOME') if mine else home_cache('torch')
     return home/'hub'/'checkpoints'
 
-# %% ../nbs/08_weights.ipynb #1ff37e7d
+# %% ../nbs/08_weights.ipynb #f62a7797
 def _is_offline(offline, hub=None):
     "Whether the network may not be asked"
     if offline is not None: return offline
@@ -266,7 +266,7 @@ def _known(name):
     raise ValueError(f"name={name!r}: no published file of that name; known: "
                      f"{', '.join(FILES)}")
 
-# %% ../nbs/08_weights.ipynb #d2e4b802
+# %% ../nbs/08_weights.ipynb #0329eeb9
 def _in_cache(name, cache_dir=None):
     "The path of a file that is already here, or None"
     f = _known(name)
@@ -322,7 +322,7 @@ def split_repo(weights:str, # beginning with HUB
     raise ValueError(f"weights={weights!r}: expected {HUB}user/repo, with @revision or "
                      "#part after it")
 
-# %% ../nbs/08_weights.ipynb #1d35bf33
+# %% ../nbs/08_weights.ipynb #eb000b68
 _WEIGHTS = '*.safetensors', '*.json', '*.pt', '*.pth', '*.ckpt', '*.bin'
 
 def fetch_repo(weights, # anything; what does not begin with HUB is its own answer
@@ -349,7 +349,7 @@ def fetch_repo(weights, # anything; what does not begin with HUB is its own answ
         warnings.warn(f"{weights}: taken as it is now; {pinned} pins it")
     return f'{folder}#{part}' if part else str(folder)
 
-# %% ../nbs/08_weights.ipynb #8b6d9a42
+# %% ../nbs/08_weights.ipynb #16919717
 def _there(path, part):
     path = user_path(path, 'files')
     if split_part(path)[0].exists(): return path
@@ -419,7 +419,7 @@ def noted_sha256(path, # of a file
     except OSError: pass # nowhere to write: it is read again next time
     return digest
 
-# %% ../nbs/08_weights.ipynb #4da7670c
+# %% ../nbs/08_weights.ipynb #b955d6ca
 def published_sha256(name:str, # key of `FILES`
                      path:Path, # where it lies
                     ) -> str: # or its first digits, or nothing
@@ -427,7 +427,7 @@ def published_sha256(name:str, # key of `FILES`
     blob = path.resolve().name
     return FILES[name].sha256 or (blob if re.fullmatch('[0-9a-f]{64}', blob) else '')
 
-# %% ../nbs/08_weights.ipynb #f30e1989
+# %% ../nbs/08_weights.ipynb #5aae6500
 def _is_other(path, name, other):
     return (f"{path}: its SHA-256 is that of {other} ({FILES[other].file}), not of "
             f"{name}, whatever its name says. Use it as {other}, or download "
@@ -441,7 +441,7 @@ def _is_damaged(path, name, want, digest):
             f"{FILES[name].address}"
             f"{', or rename it if it is your own' if named else ''}")
 
-# %% ../nbs/08_weights.ipynb #648eb780
+# %% ../nbs/08_weights.ipynb #9a8981ff
 def mislabelled(path:Path, # of a file or folder
                 name:str, # what it is taken for
                ) -> str: # '' if nothing speaks against it
@@ -461,7 +461,7 @@ def mislabelled(path:Path, # of a file or folder
     if other: return _is_other(path, name, other)
     return _is_damaged(path, name, like[name], digest) if name in like else ''
 
-# %% ../nbs/08_weights.ipynb #4c6d0a9a
+# %% ../nbs/08_weights.ipynb #d5afd5e9
 def _what(f): return f"{f.file} ({human_size(f.size)}, {f.address})"
 
 def _plan(name, source, path=None, size=0, sha=None, part=None):
@@ -504,7 +504,7 @@ def _plan_download(name, f, hub, cache):
     need_space(cache, int(1.02*size), _what(f), 'pass cache_dir on another disk')
     return _plan(name, 'hub' if hub else 'url', None, size, sha)
 
-# %% ../nbs/08_weights.ipynb #0fa3ff8a
+# %% ../nbs/08_weights.ipynb #8b65c4a1
 def _source(f, path):
     return 'package' if f.package and 'site-packages' in path.parts else 'cache'
 
@@ -522,7 +522,7 @@ def _ask_hub(hub, f):
     sha = metas[0].etag if re.fullmatch('[0-9a-f]{64}', tag) else None
     return sum(m.size or 0 for m in metas), sha
 
-# %% ../nbs/08_weights.ipynb #d79d15ae
+# %% ../nbs/08_weights.ipynb #7b862b6f
 def _open(url, start=0):
     "Open an address at a byte"
     headers = {'User-Agent': 'arpo_nb', 'Referer': url}
@@ -533,7 +533,7 @@ def _ask_url(url):
     "Size of a file at an address, 0 if the server does not say"
     with _open(url) as r: return int(r.headers.get('Content-Length') or 0)
 
-# %% ../nbs/08_weights.ipynb #adfea38c
+# %% ../nbs/08_weights.ipynb #679cd900
 def plan_file(name:str, # key of `FILES`
               weights=None, # a local file or folder instead
               cache_dir=None, # None for the defaults
@@ -557,7 +557,7 @@ def plan_file(name:str, # key of `FILES`
             f"there is a network and {_by_hand(name, cache)}, or unset HF_HUB_OFFLINE")
     return _plan_download(name, f, hub, cache)
 
-# %% ../nbs/08_weights.ipynb #aec565b2
+# %% ../nbs/08_weights.ipynb #b4571739
 def _fetch_part(url, part, progress):
     "Append to `part` what is still missing; the size the server announced, or 0"
     start = part.stat().st_size if part.exists() else 0
@@ -576,7 +576,7 @@ def _fetch_part(url, part, progress):
                 bar.update(len(piece))
     return size if size > start else 0
 
-# %% ../nbs/08_weights.ipynb #baeee998
+# %% ../nbs/08_weights.ipynb #4b5f45b0
 def download(url:str, # where from
              path:Path, # where to
              sha256:str='', # or its first digits
@@ -601,7 +601,7 @@ def download(url:str, # where from
                              "deleted. Run again")
         return part.replace(path)
 
-# %% ../nbs/08_weights.ipynb #19b3b661
+# %% ../nbs/08_weights.ipynb #f7f4116b
 def _fetch(name, f, plan, cache_dir, progress):
     "Download a file from its address or from the hub"
     if plan['source'] == 'url':
@@ -648,7 +648,7 @@ def _files_of(name, weights):
     published = f and is_repo(weights) and split_repo(weights)[0] == f.repo
     return (f.file, *f.parts) if published else _WEIGHTS
 
-# %% ../nbs/08_weights.ipynb #23ab8e7a
+# %% ../nbs/08_weights.ipynb #00172664
 def _check_names(names, weights):
     if not isinstance(weights, dict):
         raise ValueError(f"weights={weights!r}: expected a dict from names of files to "
@@ -667,7 +667,7 @@ def _problems(names, problems):
     fetch = f"With a network: python -m arpo_nb.weights --fetch {' '.join(absent)}"
     return '\n'.join([*said, *[fetch]*bool(absent)])
 
-# %% ../nbs/08_weights.ipynb #babbdb66
+# %% ../nbs/08_weights.ipynb #1d6198e6
 def require(names, # keys of `FILES`
             weights=None, # name → local file
             cache_dir=None, # None for the defaults
@@ -698,7 +698,7 @@ def import_torchvision():
         import torchvision
     return torchvision
 
-# %% ../nbs/08_weights.ipynb #59d1197e
+# %% ../nbs/08_weights.ipynb #a664f684
 def import_transformers(extra:str='t2i' # the extra to install it with, for the message
                        ):
     "transformers, which itself imports torchvision"
@@ -713,7 +713,7 @@ def import_transformers(extra:str='t2i' # the extra to install it with, for the 
                           f"'arpo_nb[{extra}]' [{e}]") from e
     return transformers
 
-# %% ../nbs/08_weights.ipynb #da09aac6
+# %% ../nbs/08_weights.ipynb #39657095
 def check_file(name:str, # key of `FILES`
                cache_dir=None, # None for the defaults
               ) -> tuple: # 'ok', 'unverified', 'missing' or 'damaged'; path or None
@@ -725,7 +725,7 @@ def check_file(name:str, # key of `FILES`
     if not want: return 'unverified', path
     return 'ok' if file_sha256(path).startswith(want) else 'damaged', path
 
-# %% ../nbs/08_weights.ipynb #bf272580
+# %% ../nbs/08_weights.ipynb #c6bff55e
 def _check(a):
     found = {n: check_file(n, a.cache) for n in (a.check or FILES)}
     for n, (status, path) in found.items():
@@ -751,7 +751,7 @@ def _parser():
     p.add_argument('--cache', metavar='DIR', help='another cache folder')
     return p
 
-# %% ../nbs/08_weights.ipynb #4cf96db5
+# %% ../nbs/08_weights.ipynb #525f6b1c
 def main(args=None): # words; None for those of the command line
     "Command line of the table"
     plain_terminal()

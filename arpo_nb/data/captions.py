@@ -40,7 +40,7 @@ _ADDRESS = (r'\b(?:%s:(?:/{1,3}|[a-zA-Z0-9%%])|[a-zA-Z0-9.-]+\.(?:com?|ru|net|or
 _BEFORE = [('<person>', 'person'), (_ADDRESS % 'https?', ''), (_ADDRESS % 'www', ''),
            (r'&(?=[a-z]\Z)', '')]
 
-# %% ../../nbs/09_text_data.ipynb #06a604b3
+# %% ../../nbs/09_text_data.ipynb #36981df0
 _FILES = '(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)'
 _MIDDLE = [ # on the text without tags
     (r'@\w+\b', ''), # handles
@@ -63,7 +63,7 @@ _MIDDLE = [ # on the text without tags
     (r'\s+\.\s+', ' ')
 ]
 
-# %% ../../nbs/09_text_data.ipynb #144d3665
+# %% ../../nbs/09_text_data.ipynb #c155fba4
 _AFTER = [ # on repaired Unicode
     # model numbers
     (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''),
@@ -80,7 +80,7 @@ _AFTER = [ # on repaired Unicode
 _ENDS = [(r'^["\'](.+)["\']$', r'\1'), (r"^['_,\-:;]", ''), (r"['_,\-:+]$", ''),
          (r'^\.\S+$', '')]
 
-# %% ../../nbs/09_text_data.ipynb #646b04d8
+# %% ../../nbs/09_text_data.ipynb #19973c86
 class _Text(HTMLParser):
     ("Collects the text between tags; an unknown &name; loses its semicolon, a known "
      "one may lack it")
@@ -109,7 +109,7 @@ def _strip_tags(text):
     parser.feed(text); parser.close()
     return ''.join(parser.parts)
 
-# %% ../../nbs/09_text_data.ipynb #5d1a9481
+# %% ../../nbs/09_text_data.ipynb #1744cbf0
 def _clean_once(text):
     try: import ftfy
     except ImportError as e:
@@ -138,7 +138,7 @@ def left_pad(feats:Tensor, # [B, L, D] features, valid rows first
     ordered = feats.gather(1, order[..., None].expand_as(feats))
     return ordered*mask[..., None].to(feats.dtype), mask
 
-# %% ../../nbs/09_text_data.ipynb #dbd15b3b
+# %% ../../nbs/09_text_data.ipynb #337b741f
 def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each caption
                    length:int=120, # rows after padding
               ) -> tuple: # features [B, length, D], mask [B, length], how many too long
@@ -172,7 +172,7 @@ def _is_left(counter, prompt, text):
                       "data/emptied")
     counter.emptied += 1
 
-# %% ../../nbs/09_text_data.ipynb #8709af5b
+# %% ../../nbs/09_text_data.ipynb #987c04b4
 class T5Features:
     "Prompts to left-padded features, by a T5 encoder"
     def __init__(self,
@@ -195,7 +195,7 @@ class T5Features:
 def _folder_or_name(model): # of a hub; a folder may begin with ~
     return str(user_path(model, 'model')) if str(model).startswith('~') else model
 
-# %% ../../nbs/09_text_data.ipynb #9c14ba29
+# %% ../../nbs/09_text_data.ipynb #3e07045d
 @patch
 @torch.no_grad()
 def __call__(self:T5Features, prompts:list, # of strings
@@ -227,7 +227,7 @@ def check_rows(a:np.ndarray, # [n, D] or [1, n, D]
     if finite: return a
     raise ValueError(f"{what}: values that are not finite, or too large for float32")
 
-# %% ../../nbs/09_text_data.ipynb #6f3ede0b
+# %% ../../nbs/09_text_data.ipynb #e7a27236
 class DiskFeatures:
     "Left-padded features of captions by key, from a folder of .npy files or one .npz"
     def __init__(self, path, # of the folder or the .npz
@@ -241,7 +241,7 @@ class DiskFeatures:
         if path.is_file():
             with open_npz(path): pass # raises for anything else
 
-# %% ../../nbs/09_text_data.ipynb #b107a5e8
+# %% ../../nbs/09_text_data.ipynb #75e9d5f1
 @patch
 def _read(self:DiskFeatures, key):
     "The stored array of a caption"
@@ -254,7 +254,7 @@ def _read(self:DiskFeatures, key):
     if not file.exists(): raise missing
     with open_file(file) as f: return read_npy(f, file.stat().st_size, file)
 
-# %% ../../nbs/09_text_data.ipynb #55298c5a
+# %% ../../nbs/09_text_data.ipynb #aac5000d
 @patch
 def rows(self:DiskFeatures, key:str, # of the caption
         ) -> np.ndarray: # [n, D]
@@ -283,7 +283,7 @@ def pick(record:dict, # of a list, or of a row
     key = next((known[n] for n in names if n in known), None)
     return key, None if key is None else record[key]
 
-# %% ../../nbs/09_text_data.ipynb #72802eb1
+# %% ../../nbs/09_text_data.ipynb #9b115495
 def check_caption(text, # whatever stood in its place
                  ) -> str: # without spaces around it
     "A caption, if it can be one"
@@ -298,7 +298,7 @@ def check_caption(text, # whatever stood in its place
         raise ValueError('a caption with half a character (a lone surrogate)')
     return text.strip()
 
-# %% ../../nbs/09_text_data.ipynb #8e14b455
+# %% ../../nbs/09_text_data.ipynb #16a1c2f3
 def choose_caption(value, # a text, several, a record with one of CAPTIONS, or None
                    captions:str='whole', # or 'first' or 'turn', where there are several
                    turn:int=0, # number of the epoch
@@ -325,7 +325,8 @@ def _caption_of(record):
 class _Member(tarfile.TarInfo):
     "A member of an archive, whose damaged header is an error; `tarfile` takes it for the end"
     @classmethod
-    def fromtarfile(cls, tar):
+    def fromtarfile(cls, tar): # open archive
+        "The next member"
         try: return super().fromtarfile(tar)
         except tarfile.EOFHeaderError: raise
         except tarfile.HeaderError as e: raise tarfile.ReadError(f'{e} at byte {tar.offset:,}') from e
@@ -335,7 +336,7 @@ def _check_end(tar):
     while block := tar.fileobj.read(1 << 20):
         if block.strip(b'\0'): raise tarfile.ReadError('more after its end; join archives with tar --concatenate')
 
-# %% ../../nbs/09_text_data.ipynb #b523028d
+# %% ../../nbs/09_text_data.ipynb #4c3c9852
 def _tar_members(path, number):
     "Records of a tar shard as (number, key, {extension: bytes}); members of unwanted ones are not read"
     with open_packed(path) as file, tarfile.open(fileobj=file, mode='r|', tarinfo=_Member) as tar:
@@ -352,7 +353,7 @@ def _tar_members(path, number):
         if i is not None: yield i, key, fields
         _check_end(tar)
 
-# %% ../../nbs/09_text_data.ipynb #c02852a8
+# %% ../../nbs/09_text_data.ipynb #7d49b739
 def _from_tar(path, number):
     "Records of a tar shard"
     for i, key, f in _tar_members(path, number):
@@ -392,7 +393,7 @@ def _tables(path):
     _check_promises(file.metadata, path)
     return file.schema_arrow, lambda columns: file.iter_batches(64, columns=columns)
 
-# %% ../../nbs/09_text_data.ipynb #c1cc2abd
+# %% ../../nbs/09_text_data.ipynb #9ac7602a
 def _from_table(path, number):
     "Records of a parquet or Arrow file, a few rows at a time"
     schema, batches = _tables(path)
@@ -436,7 +437,7 @@ def _beside(picture, files):
         text = read_text(file).strip() if file else ''
         if text: return parse_json(text, file) if ending == '.json' else text
 
-# %% ../../nbs/09_text_data.ipynb #f23a671b
+# %% ../../nbs/09_text_data.ipynb #520741c0
 _LISTS = 'metadata.jsonl', 'metadata.json', 'metadata.csv', 'metadata.tsv'
 
 def _from_list(path, number):
@@ -456,7 +457,7 @@ def _listed_file(record, path, where):
                             f"{str(record)[:80]!r}", where)
     return inside(path.parent, name, path, where)
 
-# %% ../../nbs/09_text_data.ipynb #90668ec5
+# %% ../../nbs/09_text_data.ipynb #467b6c84
 def _warn_of_unlisted(lists, pictures):
     "Say what lies beside a list of pictures and is left out"
     if len(lists) > 1: warnings.warn(f"{lists[0]}: read, and {', '.join(p.name for p in lists[1:])} beside it is not")
@@ -484,7 +485,7 @@ def _shards(files):
     return tars or [(_from_table, p) for p in files if p.suffix.lower() in ('.parquet', '.arrow')
                     and (len(files) == 1 or not p.with_suffix('').is_dir())]
 
-# %% ../../nbs/09_text_data.ipynb #3d410770
+# %% ../../nbs/09_text_data.ipynb #a82d4559
 def _sources(path):
     "Pairs of a reader and what it reads"
     path = user_path(path, 'data')
@@ -527,7 +528,7 @@ class TextImages:
         if captions not in ('whole', 'first', 'turn'):
             raise ValueError(f"captions={captions!r}: choose whole, first or turn")
 
-# %% ../../nbs/09_text_data.ipynb #8a55095e
+# %% ../../nbs/09_text_data.ipynb #736404d1
 @patch
 def skip(self:TextImages, reason:str, # in a few words, for counting
          what, # record or shard
@@ -539,7 +540,7 @@ def skip(self:TextImages, reason:str, # in a few words, for counting
                       "ones are only counted, in data/skipped")
     self.skipped[reason] += 1
 
-# %% ../../nbs/09_text_data.ipynb #49a393ee
+# %% ../../nbs/09_text_data.ipynb #3d537714
 @patch
 def _decode(self:TextImages, record):
     "A raw record to tensors"
@@ -553,7 +554,7 @@ def _decode(self:TextImages, record):
     rows = read_npy(io.BytesIO(feats), len(feats), name, 'features')
     return dict(out, feats=check_rows(rows, f'{name}, features'))
 
-# %% ../../nbs/09_text_data.ipynb #7778c0b6
+# %% ../../nbs/09_text_data.ipynb #9c36b4a9
 @patch
 def _one_epoch(self:TextImages):
     sources, epoch, seen = list(self.sources), self.epoch, 0
@@ -576,7 +577,7 @@ def _reason(e):
     if str(e).startswith('no '): return str(e).split(' among ')[0]
     return type(e.__cause__ or e).__name__
 
-# %% ../../nbs/09_text_data.ipynb #3a3dd644
+# %% ../../nbs/09_text_data.ipynb #52788217
 @patch
 def _records(self:TextImages, sources, number, skip):
     "Raw records of some sources; what is left of a broken shard is skipped"
@@ -599,7 +600,7 @@ def _count(self:TextImages):
     for _ in self._records(self.sources, number, lambda *_: None): pass
     return seen
 
-# %% ../../nbs/09_text_data.ipynb #5356fe20
+# %% ../../nbs/09_text_data.ipynb #bd32e417
 @patch
 def __iter__(self:TextImages):
     "Records that could be decoded; without end if `endless`"
@@ -613,7 +614,7 @@ def __iter__(self:TextImages):
             raise ValueError("data: no usable record in a whole epoch; skipped "
                              f"{dict(self.skipped) or 'none'}")
 
-# %% ../../nbs/09_text_data.ipynb #3774ac8b
+# %% ../../nbs/09_text_data.ipynb #86694af4
 def _stored_rows(data, record, features):
     "The stored features of a record; None where there are none to be used"
     what = f"record {record['key']!r}"
@@ -679,7 +680,7 @@ class TextData:
                 f"{dict(probe.skipped) or 'none'}. A record needs a picture, a "
                 "caption, and features stored with it unless an encoder computes them")
 
-# %% ../../nbs/09_text_data.ipynb #f8c28ae0
+# %% ../../nbs/09_text_data.ipynb #a5e764bf
 @patch
 def batches(self:TextData, batch_size:int, # of all processes together
             seed:int, # of the streams, and of the order of shards
@@ -703,7 +704,7 @@ def batches(self:TextData, batch_size:int, # of all processes together
             ahead = reader.submit(load) if step+1 < stop else None
             yield batch
 
-# %% ../../nbs/09_text_data.ipynb #a1849136
+# %% ../../nbs/09_text_data.ipynb #ac6479eb
 @patch
 def _load(self:TextData, steps, before):
     "The next batch, and what had to be left out so far"
@@ -744,7 +745,7 @@ def read_prompts(path, # of a text file, .jsonl, .json, .csv or .parquet
                             f"{len(prompts)} prompts remain")
     return prompts
 
-# %% ../../nbs/09_text_data.ipynb #8289c27a
+# %% ../../nbs/09_text_data.ipynb #c9dd68c9
 def _table_prompts(path):
     "The captions of a parquet file, as `read_records` gives them"
     with reading(path, expected='a parquet file'):
@@ -755,7 +756,7 @@ def _table_prompts(path):
                               for r in batch.to_pylist()):
             yield f'row {i}', lambda v=r[key]: v
 
-# %% ../../nbs/09_text_data.ipynb #31e1fd07
+# %% ../../nbs/09_text_data.ipynb #ccb21096
 class PromptData:
     "Prompts without pictures, from a file, see `read_prompts`"
     def __init__(self, path, # of the file

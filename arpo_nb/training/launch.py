@@ -62,7 +62,7 @@ def make_evaluation(cfg:Config, # its `eval_every`, `eval_images` and sampling
                         **sampling_of(cfg, system.spec))
     return measure
 
-# %% ../../nbs/42_launch.ipynb #0348e4d9
+# %% ../../nbs/42_launch.ipynb #7f2d2282
 def run(cfg:Config, # what to run
         out_dir:str|Path, # gets config.json, metrics.jsonl and checkpoint/
         resume:bool=True, # continue a run found there
@@ -105,7 +105,7 @@ def _environment():
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     return {**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONPATH': path}
 
-# %% ../../nbs/42_launch.ipynb #8ec909e3
+# %% ../../nbs/42_launch.ipynb #81658eb3
 def end(child, # `Popen`
         stop_s:float, # seconds to wait before it is terminated
        ):
@@ -153,7 +153,7 @@ def first_failure(job:Path, # its folder
     return (f"{head}: process {note['rank']} failed first: "
             f"{note['message']}\n{note['traceback']}\n")
 
-# %% ../../nbs/42_launch.ipynb #c4b38f66
+# %% ../../nbs/42_launch.ipynb #743a6f93
 def _start(cfg, out, launcher, progress, stop_s):
     "Run as a job: the processes' exit code, or what ended them"
     # all machines see it there
@@ -170,7 +170,7 @@ def _start(cfg, out, launcher, progress, stop_s):
         if (job/'stopped').exists(): raise Stopped((job/'stopped').read_text())
         if code: raise RuntimeError(first_failure(job, cmd, code) + ''.join(lines))
 
-# %% ../../nbs/42_launch.ipynb #ece210e3
+# %% ../../nbs/42_launch.ipynb #d864273d
 def launch(cfg:Config, # what to run
            out_dir:str|Path, # gets config.json, metrics.jsonl and checkpoint/
            resume:bool=True, # continue a run found there
@@ -234,7 +234,7 @@ def watch(job:Path|None=None, # folder of the job, if `launch` started this proc
         os._exit(1)
     threading.Thread(target=look, daemon=True).start()
 
-# %% ../../nbs/42_launch.ipynb #f09021e4
+# %% ../../nbs/42_launch.ipynb #9bedbe70
 def as_process(job:Path|None, # folder of the job, if `launch` started this process
                start, # what to do, without arguments
                rank:int, # number of this process
@@ -276,7 +276,7 @@ def _parser():
     add_options(p, skip=('model', 'method'))
     return p
 
-# %% ../../nbs/42_launch.ipynb #f1cd979b
+# %% ../../nbs/42_launch.ipynb #0dd5d91d
 def _how_to_run(p):
     p.add_argument('--launcher', default='',
                    help="what starts the processes: a command line "
@@ -296,7 +296,7 @@ def _how_to_run(p):
                    help='with --dry-run: also two steps at full size on tensors '
                    'without content, which takes a minute')
 
-# %% ../../nbs/42_launch.ipynb #b586f76c
+# %% ../../nbs/42_launch.ipynb #844e0cf7
 def _wanted(p, args) -> tuple: # what a file says besides, and the configuration
     "What to run, from a run's own file, a written one, or options alone"
     recipe = {k: getattr(args, k) for k in ('model', 'method', 'variant')
@@ -318,7 +318,7 @@ def _wanted(p, args) -> tuple: # what a file says besides, and the configuration
            else from_settings(job | recipe))
     return job, override(cfg, args.set, **given)
 
-# %% ../../nbs/42_launch.ipynb #92483c71
+# %% ../../nbs/42_launch.ipynb #0573d333
 def _told(start):
     "Exit code 75 has no message of its own"
     try: return start()
@@ -333,7 +333,7 @@ def _dry_run(cfg, args):
     # elsewhere the run is for another machine
     if torch.cuda.is_available(): check_memory(plan, cfg)
 
-# %% ../../nbs/42_launch.ipynb #80d0146b
+# %% ../../nbs/42_launch.ipynb #3afc1476
 def main(argv=None): # words; None for those of the command line
     "python -m arpo_nb.training.launch FILE | --model NAME [...] [--dry-run]"
     plain_terminal()
@@ -380,7 +380,7 @@ def _lay_out(words):
         sys.exit('usage: arpo notebooks DIR')
     print(*lay_out(words[0]), sep='\n')
 
-# %% ../../nbs/42_launch.ipynb #d1c23602
+# %% ../../nbs/42_launch.ipynb #8fe2375d
 def arpo(argv=None): # words; None for those of the command line
     "The console script: arpo DOOR ..."
     plain_terminal()

@@ -31,7 +31,7 @@ def choose_forcing(policy, # `Policy`
                          "another way; use 'causal'")
     policy.teacher_forcing = kind
 
-# %% ../../nbs/45_objectives.ipynb #e40fe416
+# %% ../../nbs/45_objectives.ipynb #eb8a6807
 class Objective(nn.Module):
     "A rollout in, a loss and its metrics out; `model` is what is trained"
     def __init__(self, system:System, # frozen, but for what is trained
@@ -47,7 +47,7 @@ class Objective(nn.Module):
         for m in system.modules(): m.requires_grad_(False).eval()
         for p in free: p.requires_grad_(True)
 
-# %% ../../nbs/45_objectives.ipynb #4de2a542
+# %% ../../nbs/45_objectives.ipynb #958c5219
 @patch
 def trained(self:Objective) -> nn.Module:
     "The network that moves"
@@ -72,7 +72,7 @@ def prior(target_logps:Tensor, # [B, T] nats
     stats['policy/prior_ce'] = ce.detach()
     return ce
 
-# %% ../../nbs/45_objectives.ipynb #9b0182b2
+# %% ../../nbs/45_objectives.ipynb #498b90e6
 def reconstruction(pixels:Tensor, # [B, G, 3, H, W], not clamped
                    rollout:Rollout, # whose batch has the images they should be
                    system:System, # whose perceptual network compares
@@ -113,7 +113,7 @@ class PolicyGradient(Objective):
             loss = loss + c.prior_coef*prior(target_logps, stats)
         return loss, stats
 
-# %% ../../nbs/45_objectives.ipynb #a8885f03
+# %% ../../nbs/45_objectives.ipynb #279e3886
 @patch
 def policy_term(self:PolicyGradient, logps:Tensor, # [B, G, T] log π_θ
                 r:Rollout, # with advantages
@@ -153,7 +153,7 @@ class StraightThrough(Objective):
             -1, rollout.targets[..., None])[..., 0]
         return recon + self.cfg.prior_coef*prior(target_logps, stats), stats
 
-# %% ../../nbs/45_objectives.ipynb #7cbcb0a5
+# %% ../../nbs/45_objectives.ipynb #b33f1b4a
 @patch
 def through_pixels(self:StraightThrough, logits:Tensor, # [B, T, V]
                    rollout:Rollout, # whose images they should be
@@ -200,7 +200,7 @@ def entropy_target(cfg:Config, # its target, or its margin
     "Where the adaptive bonus wants the normalised entropy (LOO-FID App. C)"
     return cfg.normalized_entropy_target or min(1., start + cfg.entropy_margin)
 
-# %% ../../nbs/45_objectives.ipynb #37337681
+# %% ../../nbs/45_objectives.ipynb #8a3766f3
 def bonus_weight(cfg:Config, # its `entropy_…` fields
                  step:int, # from 0
                  entropy:float, # Ĥ in [0, 1] of this step's samples

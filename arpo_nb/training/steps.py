@@ -78,7 +78,7 @@ def check_needs(system:System, # that rolls out
         # raises without a null class
         system.policy.null_cond(system.policy.example_cond(1))
 
-# %% ../../nbs/46_steps.ipynb #2b92a460
+# %% ../../nbs/46_steps.ipynb #69bcad16
 def undecided(r:Rollout, # with the policy's entropy at each token
               cfg:Config, # its `top_entropy_quantile`
               here:Place, # where it was made
@@ -169,7 +169,7 @@ def reference_logps(ref_policy, # `Policy`; sent back to the CPU with `ref_offlo
     if cfg.ref_offload and not is_sharded(ref): ref.to('cpu')
     return torch.cat(logps)
 
-# %% ../../nbs/46_steps.ipynb #520acb26
+# %% ../../nbs/46_steps.ipynb #c97c94da
 def reward_stats(r:Rollout, # judged
                  reward, # whose terms may have metrics of their own
                 ) -> dict: # metrics
@@ -237,7 +237,7 @@ class RollOut:
         for _, part in reward_parts(reward):
             if hasattr(part, 'gather'): part.gather = self.here.gather
 
-# %% ../../nbs/46_steps.ipynb #d661df0e
+# %% ../../nbs/46_steps.ipynb #d22f2a99
 @patch
 def __call__(self:RollOut, batch:Batch, # of this process
              state=None, # of the reward
@@ -251,7 +251,7 @@ def __call__(self:RollOut, batch:Batch, # of this process
 def _judge(self:RollOut, r, reward, state):
     return judge(r, reward, state, self.system, self.cfg, self.here, self.ref_policy)
 
-# %% ../../nbs/46_steps.ipynb #dc7c13c4
+# %% ../../nbs/46_steps.ipynb #c77da95e
 @patch
 def forced(self:RollOut, batch:Batch, # with images
            state, # of the reward
@@ -272,7 +272,7 @@ def free(self:RollOut, batch:Batch, # conditions or prompts
     r, state, stats = self._judge(r, self.free_reward, state)
     return {'': r.flat()}, state, stats
 
-# %% ../../nbs/46_steps.ipynb #51b49c43
+# %% ../../nbs/46_steps.ipynb #2e211688
 @patch
 def both(self:RollOut, batch:Batch, # with images
          state, # of the free-running rewards
@@ -302,7 +302,7 @@ def wants_fused(params:list, # of tensors
     if cfg.optim == 'adamw': return not any(on_host(p) for p in params)
     return cfg.optim == 'adamw_torch_fused'
 
-# %% ../../nbs/46_steps.ipynb #9fd1fd0f
+# %% ../../nbs/46_steps.ipynb #6332cc19
 def make_optimizer(params:list, # of tensors
                    cfg:Config, # its `optim`, `optim_args` and what belongs to them
                   ) -> torch.optim.Optimizer:
@@ -354,7 +354,7 @@ def backward(acc:Accelerator, # this process among the others
             stats[prefix + k] = stats.get(prefix + k, 0.) + share*v
     return stats
 
-# %% ../../nbs/46_steps.ipynb #572677cf
+# %% ../../nbs/46_steps.ipynb #be783f19
 def mean_over_processes(acc:Accelerator, # this process among the others
                         stats:dict, # of numbers or scalar tensors
                        ) -> dict: # of floats
@@ -363,7 +363,7 @@ def mean_over_processes(acc:Accelerator, # this process among the others
                           for v in stats.values()])
     return dict(zip(stats, acc.reduce(values, 'mean').tolist()))
 
-# %% ../../nbs/46_steps.ipynb #420c2e6e
+# %% ../../nbs/46_steps.ipynb #8798d765
 def _check_finite(stats):
     "Raise unless every loss is a number"
     for name, value in stats.items():

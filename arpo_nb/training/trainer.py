@@ -47,7 +47,7 @@ from .watching import (EarlyStopping, RunLog, draw_grid,
                                        fixed_conditions, load_callbacks,
                                        start_trackers, write_picture)
 
-# %% ../../nbs/41_trainer.ipynb #180d74e2
+# %% ../../nbs/41_trainer.ipynb #c3fdfad0
 class StopSignal:
     "Remembers a SIGTERM while inside a `with` block"
     def __enter__(self):
@@ -60,7 +60,7 @@ class StopSignal:
     def __exit__(self, *_):
         if self.old is not None: signal.signal(signal.SIGTERM, self.old)
 
-# %% ../../nbs/41_trainer.ipynb #4482cd7a
+# %% ../../nbs/41_trainer.ipynb #f8c499d0
 class Stopped(SystemExit):
     "A run ended on request, and can be continued: exit code 75, a temporary failure"
     def __init__(self, message:str): # what happened, and how it goes on
@@ -83,7 +83,7 @@ def ignore_foreign(cfg:Config): # whose fields win
             warnings.warn(f"{name}={value} in the environment is ignored: the "
                           f"configuration says {field}={ours!r}")
 
-# %% ../../nbs/41_trainer.ipynb #f76b8c0e
+# %% ../../nbs/41_trainer.ipynb #d8d291a1
 def accelerator(cfg:Config, # its `num_processes` and `mixed_precision`
                ) -> Accelerator:
     "This process among those that were started"
@@ -117,7 +117,7 @@ def on_first(acc:Accelerator, # this process among the others
     if box[1] is not None: raise RuntimeError(f"process 0: {box[1]}")
     return box[0]
 
-# %% ../../nbs/41_trainer.ipynb #8c1bd94c
+# %% ../../nbs/41_trainer.ipynb #f267ef77
 def all_see(acc:Accelerator, # this process among the others
             path:Path, # a file
            ):
@@ -181,7 +181,7 @@ def _reference(policy, cfg):
     if is_adapted(policy) and cfg.ref_policy == 'frozen': return BasePolicy(policy)
     return _frozen_copy(policy, is_adapted(policy) and not cfg.ref_offload)
 
-# %% ../../nbs/41_trainer.ipynb #b0108ed0
+# %% ../../nbs/41_trainer.ipynb #6c10e197
 def state_bytes(objective, # module that holds what is trained
                 moving=None, # a reference that moves
                 networks:dict|None=None, # by name, saved as they are
@@ -211,7 +211,7 @@ class Watch:
             self.systems['ema'] = replace(system, **{trained_part(cfg): average})
         self.cond = self._conditions(system, data) if cfg.sample_every else None
 
-# %% ../../nbs/41_trainer.ipynb #7509aa56
+# %% ../../nbs/41_trainer.ipynb #394b9ab3
 @patch
 def _conditions(self:Watch, system, data):
     if system.num_classes: return fixed_conditions(system, None)
@@ -222,7 +222,7 @@ def _conditions(self:Watch, system, data):
 
 def _stream(data): return getattr(data, 'batches', None) or partial(batches, data)
 
-# %% ../../nbs/41_trainer.ipynb #d5dc997a
+# %% ../../nbs/41_trainer.ipynb #af2a0100
 @patch
 def pictures(self:Watch, step:int): # steps made
     "Draw the grid of a step, if it is one's turn"
@@ -237,7 +237,7 @@ def pictures(self:Watch, step:int): # steps made
             if not hasattr(t, 'log_images'): continue
             t.log_images({f"samples{name and '/' + name}": grid[None]}, step=step)
 
-# %% ../../nbs/41_trainer.ipynb #3d866d51
+# %% ../../nbs/41_trainer.ipynb #20774466
 @patch
 def __call__(self:Watch, step:int, # steps made
             ) -> dict: # metrics
@@ -251,7 +251,7 @@ def __call__(self:Watch, step:int, # steps made
         got |= {f"eval/{name and name + '/'}{k}": v for k, v in seen.items()}
     return got | {'time/eval': time.perf_counter() - start}
 
-# %% ../../nbs/41_trainer.ipynb #ccae1a87
+# %% ../../nbs/41_trainer.ipynb #53e33504
 class Training:
     "A run under way: what moves, who looks on, and where it stands"
     def __init__(self, acc, # this process among the others
@@ -271,7 +271,7 @@ class Training:
         self.callbacks, self.evaluate = callbacks, evaluate
         self.stopping, self.tied = False, False
 
-# %% ../../nbs/41_trainer.ipynb #a3cd5a55
+# %% ../../nbs/41_trainer.ipynb #0d4ef77a
 @patch
 def place(self:Training):
     "Networks to their device, adapters where asked for, and the objective"
@@ -284,7 +284,7 @@ def place(self:Training):
     if hasattr(policy, 'gradient_checkpointing'):
         policy.gradient_checkpointing = c.gradient_checkpointing
 
-# %% ../../nbs/41_trainer.ipynb #112b0eef
+# %% ../../nbs/41_trainer.ipynb #621871be
 @patch
 def copies(self:Training):
     "The reference of a KL, and the average that is followed"
@@ -298,7 +298,7 @@ def copies(self:Training):
     self.networks = {trained_part(c): raw.model}
     if self.average is not None: self.networks['ema'] = self.average
 
-# %% ../../nbs/41_trainer.ipynb #9f729acb
+# %% ../../nbs/41_trainer.ipynb #a889b976
 @patch
 def ready(self:Training):
     "The optimiser, and what rolls a batch out"
@@ -313,7 +313,7 @@ def ready(self:Training):
     here = Place(acc.autocast, acc.gather, acc.process_index, self.clock)
     self.roll_out = RollOut(self.system, c, self.reward, self.ref_policy, here, sampler)
 
-# %% ../../nbs/41_trainer.ipynb #567b8472
+# %% ../../nbs/41_trainer.ipynb #34adafbb
 @patch
 def find_start(self:Training) -> Path|None: # this run's checkpoint, if there is one
     "Take up the state of a checkpoint, or start anew"
@@ -334,7 +334,7 @@ def find_start(self:Training) -> Path|None: # this run's checkpoint, if there is
     self.start = self.state['step']
     return found
 
-# %% ../../nbs/41_trainer.ipynb #a8f34b4a
+# %% ../../nbs/41_trainer.ipynb #135878a7
 @patch
 def _begin_elsewhere(self:Training):
     "At another run's checkpoint, or at weights that it kept"
@@ -350,7 +350,7 @@ def _begin_elsewhere(self:Training):
                      f"{c.resume_from_checkpoint!r} is at step {at} already; use more "
                      "steps")
 
-# %% ../../nbs/41_trainer.ipynb #e640252d
+# %% ../../nbs/41_trainer.ipynb #135081d7
 @patch
 def open_files(self:Training, found): # this run's checkpoint, or None
     "The configuration, room for checkpoints, the log, and who looks on"
@@ -365,7 +365,7 @@ def open_files(self:Training, found): # this run's checkpoint, or None
     self.watch = Watch(acc, self.system, self.data, c, out, self.average, self.evaluate)
     self.early = EarlyStopping(c, **self.state.get('early', {}))
 
-# %% ../../nbs/41_trainer.ipynb #70ab3397
+# %% ../../nbs/41_trainer.ipynb #53a5dbfe
 TIED = (
     "step {}: all rewards are equal within every group, so this step teaches nothing; "
     "check the reward. Said once: reward/tied_groups counts the later ones")
@@ -386,7 +386,7 @@ def collect(self:Training, step:int, # from 0
     self._check_rewards(step, stats)
     return rollouts, reward_state, stats
 
-# %% ../../nbs/41_trainer.ipynb #0fa63e13
+# %% ../../nbs/41_trainer.ipynb #4e4e237b
 @patch
 def _check_rewards(self:Training, step, stats):
     "Refuse a mean that is no number; say once that a step teaches nothing"
@@ -397,7 +397,7 @@ def _check_rewards(self:Training, step, stats):
         self.tied = True
         warnings.warn(TIED.format(step))
 
-# %% ../../nbs/41_trainer.ipynb #98be417f
+# %% ../../nbs/41_trainer.ipynb #8dfba2ef
 @patch
 def hold_entropy(self:Training, step:int, # from 0
                  stats:dict, # metrics of the rollout
@@ -412,7 +412,7 @@ def hold_entropy(self:Training, step:int, # from 0
     return {'policy/entropy_coef': self.raw.entropy_coef,
             'policy/entropy_error': entropy_target(self.cfg, begun) - entropy}
 
-# %% ../../nbs/41_trainer.ipynb #498c26e0
+# %% ../../nbs/41_trainer.ipynb #f835f0c8
 @patch
 def move(self:Training, step:int, # from 0
          rollouts, # what to learn from
@@ -426,7 +426,7 @@ def move(self:Training, step:int, # from 0
     if step == self.start: check_reached(self.raw.model, self.opt)
     return made
 
-# %% ../../nbs/41_trainer.ipynb #b27a3639
+# %% ../../nbs/41_trainer.ipynb #b54dbf73
 @patch
 def save(self:Training):
     "Write a checkpoint of the state as it stands"
@@ -434,7 +434,7 @@ def save(self:Training):
                     trained=(self.raw.model, self.opt), config=run_hash(self.cfg),
                     need=self.need, plain=self.networks)
 
-# %% ../../nbs/41_trainer.ipynb #a176e4c1
+# %% ../../nbs/41_trainer.ipynb #7b2d0cbd
 @patch
 def after(self:Training, e:Exception, # what was raised
           step:int, # from 0
@@ -454,7 +454,7 @@ def _saved(self:Training) -> bool:
         return False
     return True
 
-# %% ../../nbs/41_trainer.ipynb #440ec626
+# %% ../../nbs/41_trainer.ipynb #7f49e920
 def _seed(cfg, step, acc):
     "Of dropout; everything else has its own stream"
     mixed = cfg.seed*1_000_003 + step*acc.num_processes + acc.process_index
@@ -484,7 +484,7 @@ def advance(self:Training, step:int, # from 0
     self.raw.model.eval()
     return stats | self.watch(step + 1)
 
-# %% ../../nbs/41_trainer.ipynb #75cff189
+# %% ../../nbs/41_trainer.ipynb #58ddac8e
 @patch
 def _follow(self:Training):
     "Move the reference and the average a little towards the policy"
@@ -492,7 +492,7 @@ def _follow(self:Training):
     if self.moving is not None: follow(self.moving, self.system.policy, c.ref_decay)
     if self.average is not None: follow(self.average, self.raw.model, c.ema_decay)
 
-# %% ../../nbs/41_trainer.ipynb #aceb111e
+# %% ../../nbs/41_trainer.ipynb #b41181d5
 @patch
 def note(self:Training, step:int, # from 0
          stats:dict, # its metrics
@@ -510,7 +510,7 @@ def note(self:Training, step:int, # from 0
     self.state |= dict(early=self.early.state(), ended=ended)
     return ended
 
-# %% ../../nbs/41_trainer.ipynb #e179798d
+# %% ../../nbs/41_trainer.ipynb #d738a53f
 @patch
 def keep(self:Training, step:int, # from 0
          last:bool, # whether the run ends with it
@@ -524,7 +524,7 @@ def keep(self:Training, step:int, # from 0
     self.save()
     self.diary.say(f'checkpoint after step {step}')
 
-# %% ../../nbs/41_trainer.ipynb #e9b71f68
+# %% ../../nbs/41_trainer.ipynb #9e54de25
 @patch
 def _snapshot(self:Training):
     "Keep weights; a sharded run has them in its checkpoints alone"
@@ -537,7 +537,7 @@ def _snapshot(self:Training):
     on_first(acc, lambda: keep_snapshot(self.out, state, self.networks, run_hash(c),
                                         c.save_total_limit))
 
-# %% ../../nbs/41_trainer.ipynb #c6e6cc46
+# %% ../../nbs/41_trainer.ipynb #fed23ac9
 @patch
 def loop(self:Training, progress:bool=True): # show a bar, on the main process
     "Every step that is left"
@@ -566,7 +566,7 @@ def _shown(stats):
     shown = [k for k in ('reward/mean', 'policy/prior_ce') if k in stats]
     return {k.split('/')[-1]: f'{stats[k]:.4f}' for k in shown}
 
-# %% ../../nbs/41_trainer.ipynb #6fc622c9
+# %% ../../nbs/41_trainer.ipynb #8bc47b05
 @patch
 def go(self:Training, trackers=(), # of `find_trackers`
        progress:bool=True, # show a bar, on the main process
@@ -590,7 +590,7 @@ def go(self:Training, trackers=(), # of `find_trackers`
     acc.free_memory()
     return self.log.rows
 
-# %% ../../nbs/41_trainer.ipynb #908b19e1
+# %% ../../nbs/41_trainer.ipynb #82ae0ab7
 def _unmeasured(cfg):
     return (f"eval_every={cfg.eval_every}: nothing measures {cfg.model}; pass evaluate=, a function of a system, "
             "or use a model whose record has a metric")
