@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,12 @@ def refused(notebook, home, monkeypatch, **params):
     return str(e.value)
 
 
+def _script(path, *words):
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name='__main__')
+
+
+def begin_script(path, *words): return Started(_script, str(path), *map(str, words))
 def begin_arpo(*words, cwd=None, **env): return Started(_arpo, *map(str, words), cwd=cwd, env=env)
 def arpo(*words, cwd=None, **env): return begin_arpo(*words, cwd=cwd, **env).wait()
 def notebook(name, cwd=None, **params): return Started(_cells, name, params, cwd=cwd).wait()
