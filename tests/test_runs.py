@@ -84,9 +84,9 @@ def test_run_vapi_end_to_end(tmp_path):
     for m in summary['metrics'].values(): assert {'fid', 'inception_score', 'precision', 'recall', 'accuracy'} <= set(m)
     assert len((out/'metrics.jsonl').read_text().splitlines()) == 2
     for f in ('config.json', 'samples.png', 'curves.png', 'checkpoint/model.safetensors', 'checkpoint/optimizer.bin'): assert (out/f).exists(), f
-    ok(notebook('run_vapi', **small))
+    ok(notebook('run_vapi', **{**small, 'baselines': 'mle'})) # finished runs are not made again
     second = json.loads((out/'summary.json').read_text())
-    assert second['metrics'] == summary['metrics']
+    assert second['metrics'] == {k: summary['metrics'][k] for k in second['metrics']} and 'mle' in second['metrics']
     ok(notebook('run_vapi', **{**small, 'baselines': 'none', 'out_dir': tmp_path/'from', 'weights': out/'checkpoint', 'steps': 1}))
     assert json.loads((tmp_path/'from'/'summary.json').read_text())['metrics']['base'] == summary['metrics']['tuned']
 
