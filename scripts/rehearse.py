@@ -11,7 +11,8 @@ from pathlib import Path
 METHODS, COUNTS, MEMORY = ('vapi', 'loofid', 'var_grpo', 'ar_grpo', 'tokenizer', 'mle', 'ste'), (1, 8, 64), 80e9
 # what the papers ran, and on how many devices; these rows come first
 PAPERS = {('llamagen_xxl', 'vapi'): (8,), ('llamagen_l', 'loofid'): (1, 4), ('llamagen_xl', 'loofid'): (4,),
-          ('var_d16', 'var_grpo'): (8,), ('var_d30', 'var_grpo'): (8,), ('janus_pro_1b', 'vapi'): (8,)}
+          ('var_d16', 'var_grpo'): (8,), ('var_d30', 'var_grpo'): (8,), ('janus_pro_1b', 'vapi'): (8,),
+          ('janus_pro_7b', 'loofid'): (8,)}
 
 
 def shared(cfg, n):
@@ -22,7 +23,6 @@ def shared(cfg, n):
 
 def cell(cfg, n, parts, records):
     "What fits one of n devices, and what a step takes; a text where there is none"
-    from arpo_nb.training.plan import memory_estimate
     from arpo_nb.training.rehearse import DEVICES, propose, step_seconds
     cfg = shared(cfg, n)
     try: fits, r = propose(cfg, MEMORY, parts=parts, records=records)
@@ -30,9 +30,8 @@ def cell(cfg, n, parts, records):
     changed = {k: v for k, v in asdict(fits).items() if v != getattr(cfg, k)}
     at_least = {d: round(sum(step_seconds(r, DEVICES[d]).values()), 4) for d in ('A100 80GB', 'H100')}
     kinds = {k: int(v) for k, v in r.kinds.items() if v > .01*r.peak}
-    estimate = sum(memory_estimate(fits, parts[0], r.shards).values())
     return dict(bytes=int(r.peak), kinds=kinds, shards=r.shards, changed=changed, batch_size=cfg.batch_size,
-                estimate=int(estimate), checkpoint=int(r.checkpoint), seconds=at_least, steps=cfg.steps)
+                checkpoint=int(r.checkpoint), seconds=at_least, steps=cfg.steps)
 
 
 def row(model, method, counts):
