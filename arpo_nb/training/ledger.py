@@ -94,10 +94,19 @@ def bytes_sent(func, # of torch.ops
 
 # %% ../../nbs/44_ledger.ipynb #1115a999
 SMALL = 64 # elements up to which a tensor has a shadow
+_GATHERS = {'sum', 'mean', 'amin', 'amax', 'min', 'max', 'std', 'var', 'cat', 'stack',
+            'linalg_vector_norm', 'clone', 'copy_', '_to_copy', 'lerp_'}
+
+def _harmless(func) -> bool: # no number says where in memory another one lies
+    "Whether a call may be repeated on numbers that nobody knows"
+    name = func._opname
+    return name != 'as_strided' and (torch.Tag.pointwise in func.tags or func.is_view
+                                     or name in _GATHERS or name.startswith('_foreach'))
 
 class Shadows:
     "Real values beside small fake tensors, so that the loop's questions have answers"
-    def __init__(self): self.values = WeakTensorKeyDictionary()
+    def __init__(self):
+        self.values, self.sure = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
     def of(self, x:Tensor # real or not
           ) -> Tensor:
@@ -110,22 +119,36 @@ class Shadows:
                                   else known.clone())
         return self.values[x]
 
-    def follow(self, func, # of torch.ops
-               args, kwargs, # of the call
-               ins:list, outs:list): # all tensors in it
-        "Repeat a call on shadows, if all it touches is small"
-        if not ins or any(x.numel() > SMALL for x in outs): return
-        if func.namespace not in ('aten', 'prims'): return
-        if all(x.numel() <= SMALL for x in ins): self._repeat(func, args, kwargs, outs)
-        elif func._opname == 'any': # a check of many elements finds nothing
-            with no_dispatch():
-                self.values[outs[0]] = torch.zeros(outs[0].shape, dtype=torch.bool)
+    def is_sure(self, x:Tensor # real or not
+               ) -> bool:
+        "Whether a shadow is what the tensor would hold"
+        known = type(x) is Tensor or getattr(x, 'constant', None) is not None
+        return known or x in self.sure
 
-    def _repeat(self, func, args, kwargs, outs):
-        with no_dispatch():
-            a, k = tree_map_only(Tensor, self.of, (args, kwargs))
-            if 'device' in k: k['device'] = 'cpu'
-            for x, value in zip(outs, tensors(func(*a, **k))): self.values[x] = value
+# %% ../../nbs/44_ledger.ipynb #1115a998
+def _follow(self, func, args, kwargs, ins, outs):
+    "Repeat a call on shadows, if all it touches is small"
+    if not ins or any(x.numel() > SMALL for x in outs): return
+    if func.namespace not in ('aten', 'prims'): return
+    small = all(x.numel() <= SMALL for x in ins)
+    # checks find nothing: what must hold for all holds, what must not for any doesn't
+    told = dict(all=torch.ones) | ({} if small else dict(any=torch.zeros))
+    sure = small and all(map(self.is_sure, ins))
+    if make := told.get(func._opname):
+        with no_dispatch(): self.values[outs[0]] = make(outs[0].shape).bool()
+    elif sure or small and _harmless(func):
+        self.repeat(func, args, kwargs, outs, sure)
+Shadows.follow = _follow
+
+def _repeat_on_shadows(self, func, args, kwargs, outs, sure):
+    with no_dispatch():
+        a, k = tree_map_only(Tensor, self.of, (args, kwargs))
+        if 'device' in k: k['device'] = 'cpu'
+        for x, value in zip(outs, tensors(func(*a, **k))):
+            self.values[x] = value
+            if sure: self.sure[x] = True
+            else: self.sure.pop(x, None)
+Shadows.repeat = _repeat_on_shadows
 
 # %% ../../nbs/44_ledger.ipynb #a349f641
 @dataclass
