@@ -10,10 +10,11 @@ __all__ = ['PAPERS', 'is_dotted', 'names_object', 'resolve', 'Recipe', 'ModelSpe
 import difflib, importlib.util, os, re, sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import signature
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -198,12 +199,18 @@ def families() -> dict: # name: `ModelSpec`, those that need no download first
     return dict(zip(names, specs))
 
 # %% ../nbs/02_specs.ipynb #455e5297
-def registered(group:str, # of entry points
-              ) -> dict: # name: list of entry points, one for each package that has it
-    "What installed packages register"
+@lru_cache(maxsize=16)
+def _entry_points(group, places):
+    "Entry points of a group, for as long as the folders that hold packages are what they were"
     out = {}
     for e in entry_points(group=group): out.setdefault(e.name, []).append(e)
     return out
+
+def registered(group:str, # of entry points
+              ) -> dict: # name: list of entry points, one for each package that has it
+    "What installed packages register"
+    folders = [Path(p or '.') for p in sys.path]
+    return _entry_points(group, tuple((str(p.resolve()), p.stat().st_mtime_ns) for p in folders if p.exists()))
 
 # %% ../nbs/02_specs.ipynb #3ef9e3e8
 def pick(name:str, # a text

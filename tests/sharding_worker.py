@@ -13,7 +13,6 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
-from arpo_nb import systems
 from arpo_nb.config import Config
 from arpo_nb.systems import load_data, load_reward
 from arpo_nb.training.processes import load_once
@@ -29,17 +28,6 @@ SETTINGS = dict(vapi=VAPI, grpo_micro=dict(GRPO, batch_size=4, micro_batch_size=
                 engine=dict(GRPO, model='toy_var', rewards='brightness', sampler='PolicyCopy', sampler_args='dtype=float32', vllm_importance_sampling_correction=True),
                 mle=dict(BASE, method='mle'), ste=dict(BASE, method='ste'))
 RESUMED = dict(VAPI, steps=4, num_iterations=2, beta=.5, ref_policy='ema', ref_decay=.5, update_dropout=False)
-
-
-fit, fitted = systems.own_reference, {} # LOO-FID's moments of the toy's pictures take longer than a run
-
-
-def fit_once(spec, net):
-    if spec.name not in fitted: fitted[spec.name] = fit(spec, net)
-    return fitted[spec.name]
-
-
-systems.own_reference = fit_once
 
 
 def pretend_accelerator():

@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 from PIL import Image
-from test_runs import ENV
+from doors import ENV, run_cells as cells
 
 from arpo_nb.scores.classifier import load_resnet50
 from arpo_nb.scores.features import LPIPSFeatures
@@ -72,16 +72,9 @@ def small(monkeypatch, lpips):
 
 
 def run_cells(name, **params):
-    "The cells of a notebook in this process, with other parameters"
-    space = {}
-    for cell in json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']:
-        if cell['cell_type'] != 'code': continue
-        exec(compile(''.join(cell['source']), name, 'exec'), space)
-        if 'parameters' in cell['metadata'].get('tags', ()):
-            assert params.keys() <= space.keys(), params.keys() - space.keys()
-            space |= params
+    names = cells(name, **params)
     plt.close('all')
-    return space
+    return names
 
 
 @pytest.fixture

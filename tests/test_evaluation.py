@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from golden_cases import Case, check, discover
 from safetensors.torch import load_file, save_file
-from test_runs import ENV, papermill, refused
+from doors import ENV, notebook, ok, papermill, refused
 
 CASES = discover(ROOT/'tests'/'golden'/'evaluation')
 BY_NAME = {c.data.get('name', c.kind): c for c in CASES}
@@ -80,23 +80,21 @@ def test_run_eval(tmp_path):
     base = load_file(ROOT/'arpo_nb/assets/policy.safetensors')
     save_file({k: v*1.02 for k, v in base.items()}, tmp_path/'tuned'/'policy.safetensors')
     small = dict(n=40, batch_size=20, out_dir=tmp_path/'out', checkpoint=tmp_path/'tuned'/'policy.safetensors')
-    done = papermill('run_eval', tmp_path/'e.ipynb', **small)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ok(papermill('run_eval', tmp_path/'e.ipynb', **small))
     kept = json.loads((tmp_path/'out'/'eval.json').read_text())
     assert set(kept['metrics']) == {'base', 'tuned'} == set(kept['protocol']) and kept['paper_rows'] == [] and kept['torch']
     for name in kept['metrics']:
         assert {'frechet', 'inception_score', 'precision', 'recall', 'top1', 'n', 'warnings'} <= set(kept['metrics'][name]) and kept['metrics'][name]['n'] == 40
         assert {'reference_sha256', 'cfg_scale', 'top_k', 'top_p', 'temperature', 'size', 'seed', 'weights', 'network'} <= set(kept['protocol'][name])
     assert (tmp_path/'out'/'samples.png').exists() and len(list((tmp_path/'out'/'tuned').glob('*.png'))) == 40
-    again = papermill('run_eval', tmp_path/'f.ipynb', **small)
-    assert again.returncode == 0 and json.loads((tmp_path/'out'/'eval.json').read_text())['metrics'] == kept['metrics']
-    other = papermill('run_eval', tmp_path/'g.ipynb', **{**small, 'top_k': 5})
+    ok(notebook('run_eval', **small))
+    assert json.loads((tmp_path/'out'/'eval.json').read_text())['metrics'] == kept['metrics']
+    other = notebook('run_eval', **{**small, 'top_k': 5})
     assert other.returncode != 0 and 'another run' in other.stderr
 
 def test_run_eval_on_prompts(tmp_path):
     (tmp_path/'p.jsonl').write_text('\n'.join(json.dumps(dict(tag='single_object', include=[{'class': c, 'count': 1}], prompt=f'a photo of a {c}')) for c in ('bag', 'ankle boot')))
-    done = papermill('run_eval', tmp_path/'e.ipynb', n=20, prompts=tmp_path/'p.jsonl', detector='classifier', out_dir=tmp_path/'out')
-    assert done.returncode == 0, done.stderr[-3000:]
+    ok(notebook('run_eval', n=20, prompts=tmp_path/'p.jsonl', detector='classifier', out_dir=tmp_path/'out'))
     kept = json.loads((tmp_path/'out'/'eval.json').read_text())['metrics']['base']
     assert kept['detector'] == 'classifier of toy' and kept['geneval'] == kept['single_object'] > .5
     assert len(list((tmp_path/'out'/'base_geneval'/'00001'/'samples').glob('*.png'))) == 10

@@ -1,14 +1,13 @@
 "Models, rewards, data, optimizers and perceptual networks of one's own, by a dotted path, through every door."
 import json
 import shlex
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT
-from test_runs import ENV
+from doors import arpo, notebook, ok
 
 from arpo_nb.config import Config, from_json, preset
 from arpo_nb.specs import ModelSpec, families, find_model, find_recipe, pick, registered, resolve
@@ -55,20 +54,18 @@ def mine(tmp_path, monkeypatch):
     for name in ('my_things', 'my_fault'): sys.modules.pop(name, None)
 
 
-def command(*args): return subprocess.run([sys.executable, '-m', 'arpo_nb.training.launch', *args], env=ENV, capture_output=True, text=True)
+def command(*args): return arpo('train', *args)
 
 
 def rows(folder): return [{k: v for k, v in json.loads(line).items() if not k.startswith('time/')} for line in (folder/'metrics.jsonl').read_text().splitlines()]
 
 
 def test_the_same_reward_by_every_door(mine):
-    "Command line on one process and two, papermill, and Python: the same numbers, and the same record of them"
+    "Command line on one process and two, the notebook, and Python: the same numbers, and the same record of them"
     for name, n in (('one', 1), ('two', 2)):
         done = command('--model', 'toy', '--method', 'loofid', '--set', f'rewards={REWARD},num_processes={n},{SIZES}', '--out_dir', name)
         assert done.returncode == 0, done.stderr[-2000:]
-    done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs/run_loofid.ipynb'), 'o.ipynb', '-k', 'python3', '-p', 'out_dir', 'mill', '-p', 'arms', 'none',
-                           '-p', 'eval_images', '0', '-p', 'overrides', f'rewards={REWARD},{SIZES}'], stdin=subprocess.DEVNULL, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    ok(notebook('run_loofid', out_dir='mill', arms='none', eval_images=0, overrides=f'rewards={REWARD},{SIZES}'))
     launch(replace(preset('toy', 'loofid'), rewards=REWARD, steps=2, batch_size=4, num_generations=4), mine/'python', progress=False)
     first = rows(mine/'one')
     assert 'reward/my_things.Colourfulness' in first[0] and len(first) == 2
@@ -150,7 +147,7 @@ def test_entry_points(mine, monkeypatch):
 def test_every_field_is_an_option(mine):
     "Reachable and documented, and a number that is none fails with its name"
     from arpo_nb.training.launch import main
-    text = subprocess.run([sys.executable, '-m', 'arpo_nb.training.launch', '--help'], env=ENV, capture_output=True, text=True).stdout
+    text = ok(command('--help')).stdout
     for name in vars(Config()): assert f'--{name} ' in text or f'--{name}\n' in text, name
     assert 'weight of the cross-entropy on the' in ' '.join(text.split()) and 'the optimiser' in text.lower()
     with pytest.raises(SystemExit): main(['--model', 'toy', '--learning_rate', 'fast', '--dry-run'])
@@ -169,8 +166,7 @@ def test_examples_run_by_their_own_commands(tmp_path):
         words = shlex.split(line)[1:]
         words[words.index('--out_dir') + 1] = str(tmp_path/path.stem)
         small = ['--steps', '1', '--batch_size', '2', '--num_generations', '2'] if words[0] == 'train' else ['--batch_size', '20']
-        done = subprocess.run([sys.executable, '-c', 'import sys; from arpo_nb.training.launch import arpo; sys.exit(arpo())', *words, *small], env=ENV, capture_output=True, text=True, cwd=path.parent)
-        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+        ok(arpo(*words, *small, cwd=path.parent))
         if words[0] == 'train': assert len(rows(tmp_path/path.stem)) == 1
         else: assert json.loads((tmp_path/path.stem/'eval.json').read_text())['metrics']['base']['own_metric.sharpness'] > 0
         ran.append(path.name)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from test_runs import ENV, papermill
+from doors import ENV, arpo, notebook, ok
 
 from arpo_nb import systems
 from arpo_nb.config import Config, preset
@@ -32,21 +32,12 @@ SMALL = dict(steps=1, eval_images=0)
 TINY = 'batch_size=2,num_generations=2,mini_batch_size=0,micro_batch_size=0,mixed_precision=no,gradient_checkpointing=off'
 
 
-def arpo(*words, cwd, **env):
-    return subprocess.run([sys.executable, '-c', 'import sys; from arpo_nb.training.launch import arpo; sys.exit(arpo())', *map(str, words)], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
-
-
 def refused(capsys, *words):
     "What `arpo` says in refusing, here in this process, which has torch already"
     from arpo_nb.training import launch
     with pytest.raises((Exception, SystemExit)) as e: launch.arpo(list(words))
     assert not isinstance(e.value, SystemExit) or e.value.code
     return ''.join(traceback.format_exception(e.value)) + ''.join(capsys.readouterr())
-
-
-def ok(done):
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope='module')
@@ -77,11 +68,11 @@ def llamagen_files(tmp_path_factory):
 
 def test_a_var_of_another_shape_is_trained_and_measured(var_file, tmp_path):
     "run_var, then run_eval and the sample writer, which are told the checkpoint alone"
-    ok(papermill('run_var', tmp_path/'a.ipynb', model='var', weights=var_file, model_args='vq_num_groups=4', rewards='brightness', out_dir=tmp_path/'out', overrides=TINY, **SMALL))
+    ok(notebook('run_var', model='var', weights=var_file, model_args='vq_num_groups=4', rewards='brightness', out_dir=tmp_path/'out', overrides=TINY, **SMALL))
     cfg = json.loads((tmp_path/'out'/'config.json').read_text())
     assert (cfg['weights'], cfg['model_args']) == (str(var_file), 'vq_num_groups=4')
     assert load_file(tmp_path/'out'/'checkpoint'/'model.safetensors')['model.class_emb.weight'].shape == (8, 64)
-    ok(papermill('run_eval', tmp_path/'e.ipynb', checkpoint=tmp_path/'out'/'checkpoint', n=8, batch_size=8, reference='none', out_dir=tmp_path/'eval'))
+    ok(notebook('run_eval', checkpoint=tmp_path/'out'/'checkpoint', n=8, batch_size=8, reference='none', out_dir=tmp_path/'eval'))
     told = json.loads((tmp_path/'eval'/'eval.json').read_text())
     assert told['model'] == 'var' and told['protocol']['base']['weights'] == str(var_file)
     ok(arpo('sample', '--checkpoint', tmp_path/'out'/'checkpoint', '--images', 7, '--out', tmp_path/'pics', cwd=tmp_path))
@@ -91,7 +82,7 @@ def test_a_var_of_another_shape_is_trained_and_measured(var_file, tmp_path):
 def test_a_llamagen_of_another_shape_is_trained(llamagen_files, tmp_path):
     "Through run_loofid and the command line: classes, codes and size are the files' own"
     policy, vq = llamagen_files
-    ok(papermill('run_loofid', tmp_path/'a.ipynb', model='llamagen', weights=policy, tokenizer_weights=vq, model_args='n_head=2', out_dir=tmp_path/'out', overrides=f'rewards=brightness,rollout_cfg_scale=1,{TINY}', **SMALL))
+    ok(notebook('run_loofid', model='llamagen', weights=policy, tokenizer_weights=vq, model_args='n_head=2', out_dir=tmp_path/'out', overrides=f'rewards=brightness,rollout_cfg_scale=1,{TINY}', **SMALL))
     assert load_file(tmp_path/'out'/'checkpoint'/'model.safetensors')['model.cls_embedding.embedding_table.weight'].shape == (4, 64)
     dry = ok(arpo('plan', '--model', 'llamagen', '--method', 'loofid', '--weights', policy, '--tokenizer_weights', vq, '--model_args', 'n_head=2', '--rewards', 'brightness', cwd=tmp_path))
     assert str(vq) in dry.stdout and 'given' in dry.stdout
@@ -281,7 +272,9 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     env = dict(PYTHONPATH=str(tmp_path/'site'))
     where = subprocess.run([sys.executable, '-c', 'import arpo_nb; print(arpo_nb.__file__)'], cwd=tmp_path, env={**ENV, **env}, capture_output=True, text=True).stdout
     assert where.startswith(str(tmp_path/'site'))
-    ok(arpo('notebooks', 'here', cwd=tmp_path, **env))
-    run = ok(arpo('train', '--model', 'toy', '--steps', 1, '--batch_size', 2, '--num_generations', 2, '--out_dir', 'run', cwd=tmp_path, **env))
-    ok(arpo('eval', '--checkpoint', 'run/checkpoint', '--n', 20, '--out_dir', 'measured', cwd=tmp_path, **env))
+    def arpo(*words):
+        return subprocess.run([sys.executable, '-c', 'import sys; from arpo_nb.training.launch import arpo; sys.exit(arpo())', *map(str, words)], cwd=tmp_path, env={**ENV, **env}, capture_output=True, text=True)
+    ok(arpo('notebooks', 'here'))
+    ok(arpo('train', '--model', 'toy', '--steps', 1, '--batch_size', 2, '--num_generations', 2, '--out_dir', 'run'))
+    ok(arpo('eval', '--checkpoint', 'run/checkpoint', '--n', 20, '--out_dir', 'measured'))
     assert json.loads((tmp_path/'measured'/'eval.json').read_text())['model'] == 'toy' and (tmp_path/'measured.ipynb').is_file()

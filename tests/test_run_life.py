@@ -3,7 +3,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from doors import ENV, begin_script
 from safetensors.torch import load_file
 
 import arpo_nb.training.launch as launching
@@ -27,7 +26,6 @@ from arpo_nb.training.run_folder import claim_folder, read_rows
 from arpo_nb.training.saving import Damaged, find_checkpoint, read_run
 from arpo_nb.training.trainer import train
 
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 CFG = Config(model='tiny', steps=6, batch_size=4, num_generations=2, learning_rate=1e-2, save_steps=2, perceptual_coef=0.)
 FREE = replace(CFG, method='grpo', rewards='bright')
 DATA = ArrayData(torch.randint(256, (12, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3)
@@ -323,26 +321,27 @@ def script(tmp_path, seconds=.2, further=''):
     return path
 
 
-def started(tmp_path, command):
-    "A child that has made three steps"
+def started(tmp_path, path):
+    "A run of a script that has made three steps"
     log, ends = tmp_path/'run'/'metrics.jsonl', time.time() + 180
     before = log.stat().st_ino if log.exists() else 0 # a run that goes on writes the rows it keeps into a new file
-    child = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = begin_script(path, tmp_path/'job.json', '--out_dir', tmp_path/'run')
     while not (log.exists() and log.stat().st_ino != before and len(log.read_text().splitlines()) >= 3):
-        assert child.poll() is None and time.time() < ends, child.stdout.read()
+        assert child.poll() is None and time.time() < ends, child.wait().stderr
         time.sleep(.05)
     return child
 
 
 def test_the_same_run_is_not_started_twice(tmp_path):
-    command = [sys.executable, str(script(tmp_path)), str(tmp_path/'job.json'), '--out_dir', str(tmp_path/'run')]
-    child = started(tmp_path, command)
+    path = script(tmp_path)
+    child = started(tmp_path, path)
     with pytest.raises(FileExistsError, match=f'being written by process {child.pid} on {socket.gethostname()}'): claim_folder(tmp_path/'run', TOY)
     child.send_signal(signal.SIGKILL); child.wait()
-    second = started(tmp_path, command) # takes over
+    second = started(tmp_path, path) # takes over
     second.send_signal(signal.SIGTERM)
-    said = second.communicate()[0]
-    assert second.returncode == 75 and 'stopped by SIGTERM' in said and f'taken over from process {child.pid}' in said
+    done = second.wait()
+    said = done.stdout + done.stderr
+    assert done.returncode == 75 and 'stopped by SIGTERM' in said and f'taken over from process {child.pid}' in said
     assert read_run(find_checkpoint(tmp_path/'run', verify=True))['step'] >= 3
     rows = read_rows(tmp_path/'run'/'metrics.jsonl')
     assert [r['step'] for r in rows] == list(range(len(rows)))
@@ -384,13 +383,12 @@ if 'WORLD_SIZE' not in __import__('os').environ:
     L.launch_command = lambda *a: [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', path]'''
     path = script(tmp_path, further=further)
     (tmp_path/'job.json').write_text(to_json(replace(TOY, num_processes=2)))
-    command = [sys.executable, str(path), str(tmp_path/'job.json'), '--out_dir', str(tmp_path/'run')]
-    child = started(tmp_path, command)
+    child = started(tmp_path, path)
     child.send_signal(signal.SIGTERM)
-    said = child.communicate(timeout=120)[0]
-    assert child.returncode == 75 and 'stopped by SIGTERM' in said, said
+    done = child.wait()
+    assert done.returncode == 75 and 'stopped by SIGTERM' in done.stdout + done.stderr, done
     assert read_run(find_checkpoint(tmp_path/'run', verify=True))['step'] >= 3
-    killed = started(tmp_path, command)
+    killed = started(tmp_path, path)
     mine = [p for p in workers(path) if p != killed.pid]
     assert len(mine) >= 3 # torchrun and two processes
     killed.send_signal(signal.SIGKILL); killed.wait()

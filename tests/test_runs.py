@@ -1,9 +1,6 @@
 "The run notebooks and the launcher, through the doors users come in by."
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from doors import begin_arpo, notebook, ok, papermill, refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,26 +17,7 @@ from arpo_nb.training.launch import launch, run
 from arpo_nb.models.llamagen import GPT
 from arpo_nb.models.toy import toy_gpt_config
 
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 TINY = replace(preset('toy'), steps=3, batch_size=8, num_generations=2, save_steps=2)
-
-
-def papermill(notebook, out, **params):
-    args = [a for k, v in params.items() for a in ('-p', k, str(v))]
-    return subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/f'{notebook}.ipynb'), str(out), '-k', 'python3', *args],
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=out.parent, env=ENV)
-
-
-def refused(notebook, home, monkeypatch, **params):
-    "What a run notebook raises, cell by cell in this process, which has torch already"
-    monkeypatch.chdir(home)
-    names = {'__name__': '__main__'}
-    with pytest.raises(Exception) as e:
-        for cell in json.loads((ROOT/'nbs'/f'{notebook}.ipynb').read_text(encoding='utf-8'))['cells']:
-            if cell['cell_type'] != 'code': continue
-            exec(''.join(cell['source']), names)
-            if 'parameters' in cell['metadata'].get('tags', []): names |= {k: str(v) if isinstance(v, Path) else v for k, v in params.items()}
-    return str(e.value)
 
 
 def weights(folder): return load_file(folder/'checkpoint'/'model.safetensors')
@@ -67,10 +46,10 @@ def test_as_many_processes_as_the_configuration_says(tmp_path):
     with pytest.raises(ValueError, match='num_processes=2: 1 processes were started'): run(replace(TINY, num_processes=2), tmp_path)
 
 
-def command(folder): return [sys.executable, '-m', 'arpo_nb.training.launch', str(folder/'job.json'), '--out_dir', str(folder/'run')]
+def begin(folder): return begin_arpo('train', folder/'job.json', '--out_dir', folder/'run')
 
 
-@pytest.mark.parametrize('sig, processes', [(signal.SIGTERM, 1), (signal.SIGKILL, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize('sig, processes', [(signal.SIGTERM, 1), (signal.SIGKILL, 1)])
 def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig, processes):
     killed_and_resumed(replace(TINY, steps=40, save_steps=3, update_dropout=True, num_processes=processes), tmp_path, sig)
 
@@ -79,15 +58,15 @@ def killed_and_resumed(cfg, tmp_path, sig):
     "A run killed after eight steps and resumed against an unbroken one"
     for name in ('whole', 'killed'):
         (tmp_path/name).mkdir(); (tmp_path/name/'job.json').write_text(to_json(cfg))
-    subprocess.run(command(tmp_path/'whole'), check=True, env=ENV, capture_output=True)
-    child = subprocess.Popen(command(tmp_path/'killed'), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ok(begin(tmp_path/'whole').wait())
+    child = begin(tmp_path/'killed')
     log, deadline = tmp_path/'killed'/'run'/'metrics.jsonl', time.time() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= 8):
         assert child.poll() is None and time.time() < deadline
         time.sleep(.02)
     child.send_signal(sig); child.wait()
     assert len(log.read_text().splitlines()) < cfg.steps, 'finished before it was killed'
-    subprocess.run(command(tmp_path/'killed'), check=True, env=ENV, capture_output=True)
+    ok(begin(tmp_path/'killed').wait())
     a, b = (weights(tmp_path/n/'run') for n in ('whole', 'killed'))
     assert all(torch.equal(a[k], b[k]) for k in a)
     logged = lambda folder: numbers(json.loads(line) for line in (folder/'run'/'metrics.jsonl').read_text().splitlines())
@@ -96,8 +75,7 @@ def killed_and_resumed(cfg, tmp_path, sig):
 
 def test_run_vapi_end_to_end(tmp_path):
     small = dict(steps=2, out_dir=tmp_path/'out', overrides='batch_size=8,num_generations=2', eval_images=120, baselines='mle,ste,ste_gumbel,tokenizer,no_prior,kl,noise,token_credit')
-    done = papermill('run_vapi', tmp_path/'a.ipynb', **small)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ok(papermill('run_vapi', tmp_path/'a.ipynb', **small))
     out = tmp_path/'out'
     summary = json.loads((out/'summary.json').read_text())
     assert (summary['model'], summary['method'], summary['seed']) == ('toy', 'vapi', 0) and summary['wall_s'] > 0
@@ -106,12 +84,10 @@ def test_run_vapi_end_to_end(tmp_path):
     for m in summary['metrics'].values(): assert {'fid', 'inception_score', 'precision', 'recall', 'accuracy'} <= set(m)
     assert len((out/'metrics.jsonl').read_text().splitlines()) == 2
     for f in ('config.json', 'samples.png', 'curves.png', 'checkpoint/model.safetensors', 'checkpoint/optimizer.bin'): assert (out/f).exists(), f
-    again = papermill('run_vapi', tmp_path/'b.ipynb', **small)
-    assert again.returncode == 0, again.stderr[-3000:]
+    ok(notebook('run_vapi', **{**small, 'baselines': 'mle'})) # finished runs are not made again
     second = json.loads((out/'summary.json').read_text())
-    assert second['metrics'] == summary['metrics']
-    loaded = papermill('run_vapi', tmp_path/'c.ipynb', **{**small, 'baselines': 'none', 'out_dir': tmp_path/'from', 'weights': out/'checkpoint', 'steps': 1})
-    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    assert second['metrics'] == {k: summary['metrics'][k] for k in second['metrics']} and 'mle' in second['metrics']
+    ok(notebook('run_vapi', **{**small, 'baselines': 'none', 'out_dir': tmp_path/'from', 'weights': out/'checkpoint', 'steps': 1}))
     assert json.loads((tmp_path/'from'/'summary.json').read_text())['metrics']['base'] == summary['metrics']['tuned']
 
 
@@ -120,9 +96,8 @@ def test_own_pictures(tmp_path):
         folder = tmp_path/'pictures'/('ab'[i % 2]); folder.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (40 + i, 60), (20*i, 100, 255 - 20*i)).save(folder/f'{i}.png')
     (tmp_path/'pictures'/'a'/'broken.jpg').write_bytes(b'\xff\xd8 no')
-    done = papermill('run_vapi', tmp_path/'o.ipynb', steps=1, data=tmp_path/'pictures', out_dir=tmp_path/'out', overrides='batch_size=4,num_generations=2', eval_images=0, baselines='none')
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert 'skipped 1 unreadable' in (tmp_path/'o.ipynb').read_text()
+    done = notebook('run_vapi', steps=1, data=tmp_path/'pictures', out_dir=tmp_path/'out', overrides='batch_size=4,num_generations=2', eval_images=0, baselines='none')
+    assert 'skipped 1 unreadable' in ok(done).stdout + done.stderr
 
 
 @pytest.mark.parametrize('params, message', [
@@ -131,18 +106,16 @@ def test_own_pictures(tmp_path):
     (dict(weights='nowhere.pt'), 'no such file'), (dict(model='llamagen_xxl'), 'c2i_XXL_384.pt'), (dict(num_processes=3), 'must divide batch_size=128'),
     (dict(weights='other.safetensors'), 'does not fit: it looks like a LlamaGen transformer with 3 layers of width 32'),
     (dict(out_dir='taken'), 'holds another run'), (dict(out_dir='file/below'), "can't write there")], ids=lambda x: next(iter(x)) + '-' + str(next(iter(x.values()))) if isinstance(x, dict) else '')
-def test_bad_requests_fail_at_once(tmp_path, params, message):
+def test_bad_requests_fail_at_once(tmp_path, monkeypatch, params, message):
     (tmp_path/'taken').mkdir(); (tmp_path/'taken'/'config.json').write_text(to_json(replace(preset('toy'), seed=5)))
     (tmp_path/'file').touch()
     save_file(GPT(toy_gpt_config(dim=32)).state_dict(), tmp_path/'other.safetensors')
-    done = papermill('run_vapi', tmp_path/'x.ipynb', **{'out_dir': 'fresh', 'steps': 1, **params})
-    assert done.returncode != 0 and message in done.stderr, done.stderr[-1500:]
+    assert message in refused('run_vapi', tmp_path, monkeypatch, **{'out_dir': 'fresh', 'steps': 1, **params})
     assert not list(tmp_path.rglob('checkpoint')) and sorted(p.name for p in (tmp_path/'taken').iterdir()) == ['config.json']
 
 
 def test_run_pretrain(tmp_path):
-    done = papermill('run_pretrain', tmp_path/'p.ipynb', out_dir=tmp_path/'base', a_epochs=.03, b_epochs=.03, vq_epochs=.03, policy_epochs=.03)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ok(notebook('run_pretrain', out_dir=tmp_path/'base', a_epochs=.03, b_epochs=.03, vq_epochs=.03, policy_epochs=.03))
     for name in ('net_a', 'net_b', 'vq', 'policy', 'reference'): assert (tmp_path/'base'/f'{name}.safetensors').exists()
     same_shapes(tmp_path/'base', ['net_a', 'net_b', 'vq', 'policy'])
 
@@ -155,13 +128,11 @@ def same_shapes(folder, names):
 
 
 def test_run_pretrain_var(tmp_path):
-    done = papermill('run_pretrain_var', tmp_path/'p.ipynb', out_dir=tmp_path/'base', num_images=128, num_test=50, vq_epochs=.5, policy_epochs=2., num_samples=20)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ok(notebook('run_pretrain_var', out_dir=tmp_path/'base', num_images=128, num_test=50, vq_epochs=.5, policy_epochs=2., num_samples=20))
     same_shapes(tmp_path/'base', ['var_vq', 'var_policy'])
 
 
 def test_run_bench(tmp_path):
-    done = papermill('run_bench', tmp_path/'b.ipynb', image_size=64, num_generations=2, repeats=1, out_dir=tmp_path/'bench')
-    assert done.returncode == 0, done.stderr[-3000:]
+    ok(notebook('run_bench', image_size=64, num_generations=2, repeats=1, out_dir=tmp_path/'bench'))
     summary = json.loads((tmp_path/'bench'/'summary.json').read_text())
     assert summary['ratio'] > 0 and summary['gradient_difference'] < 1e-3

@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 
 import numpy as np
+import doors # its server has torch already
 import pytest
 import torch
 from PIL import Image
@@ -78,11 +79,14 @@ def _worker(rank, cfg, out, port):
     train(tiny(), load_data(cfg, tiny()), cfg, out, progress=False)
 
 
+def two_of(args): torch.multiprocessing.start_processes(_worker, args, nprocs=2, start_method='forkserver')
+
+
 def test_two_processes_see_the_captions_of_one(folder, tmp_path):
     (folder/'4.png').unlink() # a broken record is skipped by one of them, and from there on their order differs from one's
     cfg = Config(model='llamagen_t2i_tiny', data=str(folder), text_features=str(folder), steps=4, batch_size=4, num_generations=2, learning_rate=1e-2, save_steps=3, perceptual_coef=0., noise_rate=.5)
     one = train(tiny(), load_data(cfg, tiny()), cfg, tmp_path/'one', progress=False)
-    torch.multiprocessing.spawn(_worker, (replace(cfg, num_processes=2), tmp_path/'two', free_port()), nprocs=2)
+    two_of((replace(cfg, num_processes=2), tmp_path/'two', free_port()))
     two = [json.loads(line) for line in (tmp_path/'two'/'metrics.jsonl').read_text().splitlines()]
     for a, b in zip(one, two, strict=True):
         for k in ('reward/mean', 'policy/prior_ce', 'policy/entropy', 'optim/grad_norm'): assert a[k] == pytest.approx(b[k], rel=1e-3), k
@@ -93,7 +97,7 @@ def test_two_processes_see_the_captions_of_one(folder, tmp_path):
 def test_skips_of_all_processes_are_summed(folder, tmp_path):
     for i in (0, 1): (folder/f'{i}.png').write_bytes(b'not a picture') # one for each process
     cfg = Config(model='llamagen_t2i_tiny', data=str(folder), text_features=str(folder), steps=1, batch_size=4, num_generations=2, num_processes=2, perceptual_coef=0.)
-    torch.multiprocessing.spawn(_worker, (cfg, tmp_path/'two', free_port()), nprocs=2)
+    two_of((cfg, tmp_path/'two', free_port()))
     row, = map(json.loads, (tmp_path/'two'/'metrics.jsonl').read_text().splitlines())
     assert row['data/skipped'] == 3 and row['data/truncated'] == 0 # the first of each, and the broken 4.png of the fixture
 

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'CAPTIONS', 'FILE_NAMES', 'MAX_CAPTION', 'MAX_MEMBER', 'clean_prompt', 'left_pad', 'stack_features',
-           'T5Features', 'DiskFeatures', 'check_rows', 'pick', 'choose_caption', 'check_caption', 'TextImages',
+           'T5Features', 'check_rows', 'DiskFeatures', 'pick', 'check_caption', 'choose_caption', 'TextImages',
            'text_batches', 'TextData', 'read_prompts', 'PromptData', 'NamedClasses']
 
 # %% ../../nbs/09_text_data.ipynb #25a6cf48
 import glob, html, io, re, tarfile, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from html.entities import html5
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +19,7 @@ from urllib.parse import unquote_plus
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .image_io import SUFFIXES, folder_files, is_hidden, only_pictures
@@ -29,12 +30,18 @@ from ..protocols import Batch, Streams
 from ..weights import import_transformers
 
 # %% ../../nbs/09_text_data.ipynb #ec0f9dd5
-_FILES = '(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)'
+def _apply(rules, text): # pairs of a pattern and what takes its place
+    for pattern, new in rules: text = re.sub(pattern, new, text, flags=re.DOTALL)
+    return text
+
 # up to a query
-_ADDRESS = r'\b(?:%s:(?:/{1,3}|[a-zA-Z0-9%%])|[a-zA-Z0-9.-]+\.(?:com?|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))'
-# pattern, replacement: on the text as typed, in lower case
+_ADDRESS = (r'\b(?:%s:(?:/{1,3}|[a-zA-Z0-9%%])|[a-zA-Z0-9.-]+\.(?:com?|ru|net|org|edu|'
+            r'gov|it)[\w/-]*\b/?(?!@))')
 _BEFORE = [('<person>', 'person'), (_ADDRESS % 'https?', ''), (_ADDRESS % 'www', ''),
            (r'&(?=[a-z]\Z)', '')]
+
+# %% ../../nbs/09_text_data.ipynb #36981df0
+_FILES = '(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)'
 _MIDDLE = [ # on the text without tags
     (r'@\w+\b', ''), # handles
     ('[\u31c0-\u4dff\u4e00-\u9fff]+', ''), # Chinese, Japanese and Korean signs
@@ -55,6 +62,8 @@ _MIDDLE = [ # on the text without tags
     (r'[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+', ' '),
     (r'\s+\.\s+', ' ')
 ]
+
+# %% ../../nbs/09_text_data.ipynb #c155fba4
 _AFTER = [ # on repaired Unicode
     # model numbers
     (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''),
@@ -71,23 +80,28 @@ _AFTER = [ # on repaired Unicode
 _ENDS = [(r'^["\'](.+)["\']$', r'\1'), (r"^['_,\-:;]", ''), (r"['_,\-:+]$", ''),
          (r'^\.\S+$', '')]
 
-def _apply(rules, text):
-    for pattern, new in rules: text = re.sub(pattern, new, text, flags=re.DOTALL)
-    return text
-
+# %% ../../nbs/09_text_data.ipynb #19973c86
 class _Text(HTMLParser):
     ("Collects the text between tags; an unknown &name; loses its semicolon, a known "
      "one may lack it")
     def __init__(self):
         super().__init__(convert_charrefs=False)
         self.parts, self.inside = [], 0
-    def handle_starttag(self, tag, attrs): self.inside += tag in ('script', 'style')
-    def handle_endtag(self, tag):
+    def handle_starttag(self, tag, # name
+                        attrs): # not looked at
+        "Into a script or style"
+        self.inside += tag in ('script', 'style')
+    def handle_endtag(self, tag): # name
+        "Out of it"
         self.inside -= tag in ('script', 'style') and self.inside > 0
-    def handle_entityref(self, name):
+    def handle_entityref(self, name): # without & and ;
+        "A character by name"
         self.handle_data(html5.get(f'{name};', f'&{name}'))
-    def handle_charref(self, name): self.handle_data(html.unescape(f'&#{name};'))
-    def handle_data(self, data):
+    def handle_charref(self, name): # a number
+        "A character by number"
+        self.handle_data(html.unescape(f'&#{name};'))
+    def handle_data(self, data): # text
+        "Keep what is no script"
         if not self.inside: self.parts.append(data)
 
 def _strip_tags(text):
@@ -95,6 +109,7 @@ def _strip_tags(text):
     parser.feed(text); parser.close()
     return ''.join(parser.parts)
 
+# %% ../../nbs/09_text_data.ipynb #1744cbf0
 def _clean_once(text):
     try: import ftfy
     except ImportError as e:
@@ -123,14 +138,14 @@ def left_pad(feats:Tensor, # [B, L, D] features, valid rows first
     ordered = feats.gather(1, order[..., None].expand_as(feats))
     return ordered*mask[..., None].to(feats.dtype), mask
 
+# %% ../../nbs/09_text_data.ipynb #337b741f
 def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each caption
                    length:int=120, # rows after padding
               ) -> tuple: # features [B, length, D], mask [B, length], how many too long
-    ("Right-align features of different lengths; longer ones lose their tail, as "
-     "LlamaGen truncates")
+    "Right-align features of different lengths; longer ones lose their tail"
     rows = [torch.as_tensor(np.asarray(r, np.float32)) for r in rows]
-    feats, mask = (torch.zeros(len(rows), length, rows[0].shape[-1]),
-                   torch.zeros(len(rows), length, dtype=torch.long))
+    feats = torch.zeros(len(rows), length, rows[0].shape[-1])
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
     for i, r in enumerate(rows):
         n = min(len(r), length)
         feats[i, length-n:], mask[i, length-n:] = r[:n], 1
@@ -157,13 +172,15 @@ def _is_left(counter, prompt, text):
                       "data/emptied")
     counter.emptied += 1
 
+# %% ../../nbs/09_text_data.ipynb #987c04b4
 class T5Features:
     "Prompts to left-padded features, by a T5 encoder"
     def __init__(self,
                  model='google/flan-t5-xl', # hub name, folder, or an encoder module
                  tokenizer=None, # None loads the one of `model`
                  length:int=120, # tokens, end mark included
-                 device='cpu', dtype=torch.bfloat16, # of the encoder
+                 device='cpu', # of the encoder
+                 dtype=torch.bfloat16, # of the encoder
                  clean:bool=True, # apply `clean_prompt` first
                 ):
         if isinstance(model, (str, Path)):
@@ -172,109 +189,157 @@ class T5Features:
             model = transformers.T5EncoderModel.from_pretrained(model, dtype=dtype)
         self.model, self.tokenizer = model.eval().to(device), tokenizer
         self.length, self.device, self.clean = length, device, clean
-        self.truncated = self.emptied = 0 # captions cut, and captions of which cleaning left nothing
-
-    @torch.no_grad()
-    def __call__(self, prompts:list) -> tuple:
-        "Features [B, length, D] in float32 and mask [B, length], left-padded"
-        texts = [clean_prompt(p) for p in prompts] if self.clean else list(prompts)
-        for p, t in zip(prompts, texts): _is_left(self, p, t)
-        for p, ids in zip(prompts, self.tokenizer(texts)['input_ids']):
-            if len(ids) > self.length:
-                _cut(self, f"prompt {p[:60]!r}{'…' if len(p) > 60 else ''}", len(ids), self.length)
-        enc = self.tokenizer(texts, max_length=self.length, padding='max_length', truncation=True,
-                             return_attention_mask=True, return_tensors='pt')
-        ids, mask = enc['input_ids'].to(self.device), enc['attention_mask'].to(self.device)
-        return left_pad(self.model(input_ids=ids, attention_mask=mask)['last_hidden_state'].float(), mask)
+        # captions cut, and captions of which cleaning left nothing
+        self.truncated = self.emptied = 0
 
 def _folder_or_name(model): # of a hub; a folder may begin with ~
     return str(user_path(model, 'model')) if str(model).startswith('~') else model
 
+# %% ../../nbs/09_text_data.ipynb #3e07045d
+@patch
+@torch.no_grad()
+def __call__(self:T5Features, prompts:list, # of strings
+            ) -> tuple: # features [B, length, D] in float32 and mask [B, length]
+    "Left-padded features of some prompts"
+    texts = [clean_prompt(p) for p in prompts] if self.clean else list(prompts)
+    for p, t in zip(prompts, texts): _is_left(self, p, t)
+    for p, ids in zip(prompts, self.tokenizer(texts)['input_ids']):
+        if len(ids) <= self.length: continue
+        short = f"{p[:60]!r}{'…' if len(p) > 60 else ''}"
+        _cut(self, f'prompt {short}', len(ids), self.length)
+    enc = self.tokenizer(texts, max_length=self.length, padding='max_length',
+                         truncation=True, return_attention_mask=True,
+                         return_tensors='pt')
+    ids, mask = (enc[k].to(self.device) for k in ('input_ids', 'attention_mask'))
+    states = self.model(input_ids=ids, attention_mask=mask)['last_hidden_state']
+    return left_pad(states.float(), mask)
+
 # %% ../../nbs/09_text_data.ipynb #5c080903
-class DiskFeatures:
-    "Left-padded features of captions by their key, from a folder of .npy files or one .npz"
-    def __init__(self, path, length:int=120):
-        path = user_path(path, 'features path')
-        if not path.exists():
-            raise FileNotFoundError(f"features path={str(path)!r}: no such file or folder; give a folder of "
-                                    "KEY.npy or one .npz")
-        self.path, self.length, self.truncated = path, length, 0
-        if path.is_file():
-            with open_npz(path): pass # raises for anything else
-
-    def _read(self, key):
-        "The stored array of a caption"
-        missing = KeyError(f"no features for key={key!r} in {self.path}; store them as {key}.npy, [n, D]")
-        if self.path.is_file():
-            if key not in (got := read_npz(self.path, [key])): raise missing
-            return got[key]
-        file = inside(self.path, f'{key}.npy')
-        if not file.exists(): raise missing
-        with open_file(file) as f: return read_npy(f, file.stat().st_size, file)
-
-    def rows(self, key):
-        "The valid rows [n, D] of a caption"
-        return check_rows(self._read(key), f"features of key={key!r} in {self.path}")
-
-    def __call__(self, keys:list) -> tuple:
-        "Features [B, length, D] and mask [B, length]"
-        return _stack(self, keys, [self.rows(k) for k in keys], self.length)
-
 def check_rows(a:np.ndarray, # [n, D] or [1, n, D]
                what:str, # for messages
               ) -> np.ndarray: # [n, D]
     "The features of one caption, if they can be such"
     a = a[0] if a.ndim == 3 and len(a) == 1 else a
     if a.dtype.kind not in 'fiu' or a.ndim != 2 or not a.size:
-        raise ValueError(f"{what}: {a.dtype} {a.shape}, expected numbers [n, D] with the valid rows of one caption")
+        raise ValueError(f"{what}: {a.dtype} {a.shape}, expected numbers [n, D] with "
+                         "the valid rows of one caption")
     with np.errstate(over='ignore'): finite = np.isfinite(a.astype(np.float32)).all()
-    if not finite: raise ValueError(f"{what}: values that are not finite, or too large for float32")
-    return a
+    if finite: return a
+    raise ValueError(f"{what}: values that are not finite, or too large for float32")
+
+# %% ../../nbs/09_text_data.ipynb #e7a27236
+class DiskFeatures:
+    "Left-padded features of captions by key, from a folder of .npy files or one .npz"
+    def __init__(self, path, # of the folder or the .npz
+                 length:int=120, # rows after padding
+                ):
+        path = user_path(path, 'features path')
+        if not path.exists():
+            raise FileNotFoundError(f"features path={str(path)!r}: no such file or "
+                                    "folder; give a folder of KEY.npy or one .npz")
+        self.path, self.length, self.truncated = path, length, 0
+        if path.is_file():
+            with open_npz(path): pass # raises for anything else
+
+# %% ../../nbs/09_text_data.ipynb #75e9d5f1
+@patch
+def _read(self:DiskFeatures, key):
+    "The stored array of a caption"
+    missing = KeyError(f"no features for key={key!r} in {self.path}; store them as "
+                       f"{key}.npy, [n, D]")
+    if self.path.is_file():
+        if key not in (got := read_npz(self.path, [key])): raise missing
+        return got[key]
+    file = inside(self.path, f'{key}.npy')
+    if not file.exists(): raise missing
+    with open_file(file) as f: return read_npy(f, file.stat().st_size, file)
+
+# %% ../../nbs/09_text_data.ipynb #aac5000d
+@patch
+def rows(self:DiskFeatures, key:str, # of the caption
+        ) -> np.ndarray: # [n, D]
+    "The valid rows of a caption"
+    return check_rows(self._read(key), f"features of key={key!r} in {self.path}")
+
+@patch
+def __call__(self:DiskFeatures, keys:list, # of captions
+            ) -> tuple: # features [B, length, D] and mask [B, length]
+    "Left-padded features of some captions"
+    return _stack(self, keys, [self.rows(k) for k in keys], self.length)
 
 # %% ../../nbs/09_text_data.ipynb #1028033d
 PICTURES = SUFFIXES
 CAPTIONS = 'text', 'caption', 'prompt', 'txt', 'captions', 'prompts', 'description'
 FILE_NAMES = 'file_name', 'filename', 'file', 'image', 'img', 'image_path', 'path'
-MAX_CAPTION, MAX_MEMBER = 10_000, 1 << 28 # characters, and bytes of a member of an archive
+# characters, and bytes of a member of an archive
+MAX_CAPTION, MAX_MEMBER = 10_000, 1 << 28
 
-def pick(record:dict, names) -> tuple: # key and value, or None twice
+def pick(record:dict, # of a list, or of a row
+         names, # keys that would do, the best first
+        ) -> tuple: # key and value, or None twice
     "The first of some keys that a record has, in whatever case"
-    known = {str(k).strip().lower(): k for k, v in record.items() if v not in (None, '', [])}
+    filled = [k for k, v in record.items() if v not in (None, '', [])]
+    known = {str(k).strip().lower(): k for k in filled}
     key = next((known[n] for n in names if n in known), None)
     return key, None if key is None else record[key]
 
-def choose_caption(value, # a text, a list of texts, a record with one of CAPTIONS, or None
-                   captions:str='whole', # or 'first' or 'turn', where there are several
-                   turn:int=0, # number of the epoch
-                  ) -> str:
-    "The caption that a record has this time"
-    if isinstance(value, dict):
-        key, found = pick(value, CAPTIONS)
-        if key is None:
-            raise ValueError(f"no caption among {', '.join(map(str, value)) or 'no keys'}; expected one of "
-                             f"{', '.join(CAPTIONS)}")
-        value = found
-    several = [value]
-    if isinstance(value, list): several = [s for s in value if s]
-    elif isinstance(value, str) and captions != 'whole': several = [s for s in value.splitlines() if s.strip()]
-    if len(several) > 1 and captions == 'whole':
-        raise ValueError(f"{len(several)} captions; captions='first' or 'turn' takes one of them")
-    return check_caption(several[turn % len(several) if captions == 'turn' else 0] if several else None)
-
-def check_caption(text) -> str: # without spaces around it
+# %% ../../nbs/09_text_data.ipynb #9b115495
+def check_caption(text, # whatever stood in its place
+                 ) -> str: # without spaces around it
     "A caption, if it can be one"
-    if text is None or isinstance(text, str) and not text.strip(): raise ValueError('no caption')
-    if not isinstance(text, str): raise ValueError(f"a caption of type {type(text).__name__}, expected text")
+    if text is None or isinstance(text, str) and not text.strip():
+        raise ValueError('no caption')
+    if not isinstance(text, str):
+        raise ValueError(f"a caption of type {type(text).__name__}, expected text")
     if len(text) > MAX_CAPTION:
-        raise ValueError(f"a caption of {len(text):,} characters, expected at most {MAX_CAPTION:,}")
+        raise ValueError(f"a caption of {len(text):,} characters, expected at most "
+                         f"{MAX_CAPTION:,}")
     if any('\ud800' <= c <= '\udfff' for c in text):
         raise ValueError('a caption with half a character (a lone surrogate)')
     return text.strip()
 
+# %% ../../nbs/09_text_data.ipynb #16a1c2f3
+def choose_caption(value, # a text, several, a record with one of CAPTIONS, or None
+                   captions:str='whole', # or 'first' or 'turn', where there are several
+                   turn:int=0, # number of the epoch
+                  ) -> str:
+    "The caption that a record has this time"
+    if isinstance(value, dict): value = _caption_of(value)
+    several = [value]
+    if isinstance(value, list): several = [s for s in value if s]
+    elif isinstance(value, str) and captions != 'whole':
+        several = [s for s in value.splitlines() if s.strip()]
+    if len(several) > 1 and captions == 'whole':
+        raise ValueError(f"{len(several)} captions; captions='first' or 'turn' takes "
+                         "one of them")
+    if not several: return check_caption(None)
+    return check_caption(several[turn % len(several) if captions == 'turn' else 0])
+
+def _caption_of(record):
+    key, found = pick(record, CAPTIONS)
+    if key is not None: return found
+    raise ValueError(f"no caption among {', '.join(map(str, record)) or 'no keys'}; "
+                     f"expected one of {', '.join(CAPTIONS)}")
+
 # %% ../../nbs/09_text_data.ipynb #b3f69ef1
+class _Member(tarfile.TarInfo):
+    "A member of an archive, whose damaged header is an error; `tarfile` takes it for the end"
+    @classmethod
+    def fromtarfile(cls, tar): # open archive
+        "The next member"
+        try: return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError: raise
+        except tarfile.HeaderError as e: raise tarfile.ReadError(f'{e} at byte {tar.offset:,}') from e
+
+def _check_end(tar):
+    "Raise if something follows the mark of an archive's end"
+    while block := tar.fileobj.read(1 << 20):
+        if block.strip(b'\0'): raise tarfile.ReadError('more after its end; join archives with tar --concatenate')
+
+# %% ../../nbs/09_text_data.ipynb #4c3c9852
 def _tar_members(path, number):
     "Records of a tar shard as (number, key, {extension: bytes}); members of unwanted ones are not read"
-    with open_packed(path) as file, tarfile.open(fileobj=file, mode='r|') as tar:
+    with open_packed(path) as file, tarfile.open(fileobj=file, mode='r|', tarinfo=_Member) as tar:
         i, key, fields = None, None, {}
         for m in tar:
             folder, slash, name = m.name.rpartition('/')
@@ -286,7 +351,9 @@ def _tar_members(path, number):
                 i, key, fields = number(), folder + slash + stem, {}
             if i is not None: fields[ext.lower()] = tar.extractfile(m).read() if m.size <= MAX_MEMBER else m.size
         if i is not None: yield i, key, fields
+        _check_end(tar)
 
+# %% ../../nbs/09_text_data.ipynb #7d49b739
 def _from_tar(path, number):
     "Records of a tar shard"
     for i, key, f in _tar_members(path, number):
@@ -302,18 +369,6 @@ def _from_tar(path, number):
                    feats=lambda m=member: m('npy'))
 
 # %% ../../nbs/09_text_data.ipynb #75323469
-def _tables(path):
-    "Types of the columns, and record batches of a parquet file, or of an Arrow file of Hugging Face `datasets`"
-    try: import pyarrow, pyarrow.parquet as pq
-    except ImportError as e: raise ImportError(f"{path.suffix[1:]} needs pyarrow: pip install pyarrow") from e
-    with open_file(path): pass # nothing but a plain file
-    if path.suffix.lower() == '.arrow':
-        file = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-        return file.schema, lambda columns: (b.select(columns).slice(i, 64) for b in file for i in range(0, len(b), 64))
-    file = pq.ParquetFile(path)
-    _check_promises(file.metadata, path)
-    return file.schema_arrow, lambda columns: file.iter_batches(64, columns=columns)
-
 def _check_promises(meta, path):
     "Raise if a parquet file's sizes cannot be"
     size = path.stat().st_size
@@ -326,6 +381,19 @@ def _check_promises(meta, path):
             raise BadFile(path, f"promises {large:,} bytes of {small:,} in a file of {size:,}; make or copy it "
                                 "again", f'column {c.path_in_schema}')
 
+def _tables(path):
+    "Types of the columns, and record batches of a parquet file, or of an Arrow file of Hugging Face `datasets`"
+    try: import pyarrow, pyarrow.parquet as pq
+    except ImportError as e: raise ImportError(f"{path.suffix[1:]} needs pyarrow: pip install pyarrow") from e
+    with open_file(path): pass # nothing but a plain file
+    if path.suffix.lower() == '.arrow':
+        file = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+        return file.schema, lambda columns: (b.select(columns).slice(i, 64) for b in file for i in range(0, len(b), 64))
+    file = pq.ParquetFile(path)
+    _check_promises(file.metadata, path)
+    return file.schema_arrow, lambda columns: file.iter_batches(64, columns=columns)
+
+# %% ../../nbs/09_text_data.ipynb #9ac7602a
 def _from_table(path, number):
     "Records of a parquet or Arrow file, a few rows at a time"
     schema, batches = _tables(path)
@@ -348,32 +416,29 @@ def _cell_picture(x, path):
     return read_bytes(inside(path.parent, x, path), MAX_MEMBER) if isinstance(x, str) else x
 
 # %% ../../nbs/09_text_data.ipynb #5b2eb4a3
-_LISTS = 'metadata.jsonl', 'metadata.json', 'metadata.csv', 'metadata.tsv'
-
 def _from_folder(path, number):
     "Records of a folder"
     files = folder_files(path)
-    if lists := [p for n in _LISTS for p in files if p.parent == Path(path) and p.name.lower() == n]:
+    in_it = lambda n: [p for p in files if p.parent == Path(path) and p.name.lower() == n]
+    if lists := [p for n in _LISTS for p in in_it(n)]:
         _warn_of_unlisted(lists, only_pictures(files, f'data={str(path)!r}'))
         yield from _from_list(lists[0], number)
-    else:
-        beside = {(p.parent, p.name.lower()): p for p in files}
-        for p in only_pictures(files, f'data={str(path)!r}'):
-            if (i := number()) is not None:
-                yield dict(index=i, key=p.stem, image=lambda p=p: read_bytes(p, MAX_MEMBER),
-                           text=lambda p=p: _beside(p, beside), feats=None)
+        return
+    beside = {(p.parent, p.name.lower()): p for p in files}
+    for p in only_pictures(files, f'data={str(path)!r}'):
+        if (i := number()) is None: continue
+        yield dict(index=i, key=p.stem, image=lambda p=p: read_bytes(p, MAX_MEMBER),
+                   text=lambda p=p: _beside(p, beside), feats=None)
 
-def _warn_of_unlisted(lists, pictures):
-    "Say what lies beside a list of pictures and is left out"
-    if len(lists) > 1: warnings.warn(f"{lists[0]}: read, and {', '.join(p.name for p in lists[1:])} beside it is not")
-    listed = {_name_of(lists[0], *record) for record in read_records(lists[0])}
-    if others := [p for p in pictures if p not in listed]:
-        warnings.warn(f"{lists[0]}: {len(others)} of {len(pictures)} pictures are not in it and left out, the first "
-                      f"is {others[0]}")
+def _beside(picture, files):
+    "The caption in NAME.txt, .caption or .json, whatever their case"
+    for ending in '.txt', '.caption', '.json':
+        file = files.get((picture.parent, f'{picture.stem}{ending}'.lower()))
+        text = read_text(file).strip() if file else ''
+        if text: return parse_json(text, file) if ending == '.json' else text
 
-def _name_of(path, where, read): # of a line of the list; what it names, if it can be read
-    try: return _listed_file(read(), path, where)
-    except (ValueError, OSError): return None
+# %% ../../nbs/09_text_data.ipynb #520741c0
+_LISTS = 'metadata.jsonl', 'metadata.json', 'metadata.csv', 'metadata.tsv'
 
 def _from_list(path, number):
     "Records of a list beside its pictures; each is read when it is decoded, so a bad line stops nothing"
@@ -392,12 +457,18 @@ def _listed_file(record, path, where):
                             f"{str(record)[:80]!r}", where)
     return inside(path.parent, name, path, where)
 
-def _beside(picture, files):
-    "The caption in NAME.txt, .caption or .json, whatever their case"
-    for ending in '.txt', '.caption', '.json':
-        file = files.get((picture.parent, f'{picture.stem}{ending}'.lower()))
-        text = read_text(file).strip() if file else ''
-        if text: return parse_json(text, file) if ending == '.json' else text
+# %% ../../nbs/09_text_data.ipynb #467b6c84
+def _warn_of_unlisted(lists, pictures):
+    "Say what lies beside a list of pictures and is left out"
+    if len(lists) > 1: warnings.warn(f"{lists[0]}: read, and {', '.join(p.name for p in lists[1:])} beside it is not")
+    listed = {_name_of(lists[0], *record) for record in read_records(lists[0])}
+    if others := [p for p in pictures if p not in listed]:
+        warnings.warn(f"{lists[0]}: {len(others)} of {len(pictures)} pictures are not in it and left out, the first "
+                      f"is {others[0]}")
+
+def _name_of(path, where, read): # of a line of the list; what it names, if it can be read
+    try: return _listed_file(read(), path, where)
+    except (ValueError, OSError): return None
 
 # %% ../../nbs/09_text_data.ipynb #5df981c9
 def _files(path):
@@ -414,6 +485,7 @@ def _shards(files):
     return tars or [(_from_table, p) for p in files if p.suffix.lower() in ('.parquet', '.arrow')
                     and (len(files) == 1 or not p.with_suffix('').is_dir())]
 
+# %% ../../nbs/09_text_data.ipynb #a82d4559
 def _sources(path):
     "Pairs of a reader and what it reads"
     path = user_path(path, 'data')
@@ -432,118 +504,161 @@ def _sources(path):
 
 # %% ../../nbs/09_text_data.ipynb #9b6b20f3
 class TextImages:
-    "A stream of captioned pictures: dicts of index, key, image [3, size, size] in [0, 1], text, and feats when stored"
+    ("A stream of captioned pictures: dicts of index, key, image [3, size, size] in "
+     "[0, 1], text, and feats when stored")
     def __init__(self,
                  path, # folder, .tar, .parquet, or a pattern of those
                  size:int=256, # side after the centre crop
-                 rank:int=0, world_size:int=1, # this process and how many there are
-                 start:int=0, # number of the first record wanted: (epoch << 40) + place, as in a record's `index`
+                 rank:int=0, # number of this process
+                 world_size:int=1, # how many there are
+                 # of the first record wanted: (epoch << 40) + place, as in an `index`
+                 start:int=0,
                  endless:bool=False, # begin again after the last record
                  shuffle:int|None=None, # seed for the order of shards, None keeps it
                  crop:str='adm', # key of `image_io.CROPS`
-                 captions:str='whole', # which of several captions, see `choose_caption`
+                 captions:str='whole', # which of several, see `choose_caption`
                 ):
-        self.sources, self.size, self.rank, self.world_size = _sources(path), size, rank, world_size
-        self.start, self.shuffle, self.epoch, self.endless = start, shuffle, start >> 40, endless
-        self.truncated, self.skipped = 0, Counter() # features cut, and broken records by reason
-        self.before, self.crop, self.captions = None, crop, captions # records of all earlier epochs
+        self.sources, self.size = _sources(path), size
+        self.rank, self.world_size, self.start = rank, world_size, start
+        self.shuffle, self.epoch, self.endless = shuffle, start >> 40, endless
+        # features cut, and broken records by reason
+        self.truncated, self.skipped = 0, Counter()
+        self.crop, self.captions = crop, captions
+        self.before = None # records of all earlier epochs
         if captions not in ('whole', 'first', 'turn'):
             raise ValueError(f"captions={captions!r}: choose whole, first or turn")
 
-    def skip(self, reason:str, what, why=''):
-        "Count a record or shard that cannot be used, and warn of the first"
-        if not self.skipped:
-            warnings.warn(f"data: skipped {what}: {reason}{why and f' ({why})'}; further ones are only counted, in "
-                          "data/skipped")
-        self.skipped[reason] += 1
+# %% ../../nbs/09_text_data.ipynb #736404d1
+@patch
+def skip(self:TextImages, reason:str, # in a few words, for counting
+         what, # record or shard
+         why='', # the error
+        ):
+    "Count a record or shard that cannot be used, and warn of the first"
+    if not self.skipped:
+        warnings.warn(f"data: skipped {what}: {reason}{why and f' ({why})'}; further "
+                      "ones are only counted, in data/skipped")
+    self.skipped[reason] += 1
 
-    def _decode(self, record):
-        "A raw record to tensors"
-        r = {k: v() if callable(v) else v for k, v in record.items()}
-        if not r['image']: raise ValueError('no picture')
-        text = choose_caption(r['text'], self.captions, r['index'] >> 40)
-        feats, name = r['feats'], r.get('where') or f"record {r['key']}"
-        out = dict(index=r['index'], key=r['key'], image=read_image(r['image'], self.size, name, self.crop), text=text)
-        if feats is None: return out
-        rows = read_npy(io.BytesIO(feats), len(feats), name, 'features')
-        return dict(out, feats=check_rows(rows, f'{name}, features'))
+# %% ../../nbs/09_text_data.ipynb #3d537714
+@patch
+def _decode(self:TextImages, record):
+    "A raw record to tensors"
+    r = {k: v() if callable(v) else v for k, v in record.items()}
+    if not r['image']: raise ValueError('no picture')
+    text = choose_caption(r['text'], self.captions, r['index'] >> 40)
+    feats, name = r['feats'], r.get('where') or f"record {r['key']}"
+    image = read_image(r['image'], self.size, name, self.crop)
+    out = dict(index=r['index'], key=r['key'], image=image, text=text)
+    if feats is None: return out
+    rows = read_npy(io.BytesIO(feats), len(feats), name, 'features')
+    return dict(out, feats=check_rows(rows, f'{name}, features'))
 
-    def __iter__(self):
-        while True:
-            found = False
-            for record in self._one_epoch():
-                found = True
-                yield record
-            if not self.endless: return
-            if not found and (self.epoch - 1) << 40 >= self.start:
-                raise ValueError(f"data: no usable record in a whole epoch; skipped {dict(self.skipped) or 'none'}")
-
-    def _one_epoch(self):
-        sources, epoch, seen = list(self.sources), self.epoch, 0
-        if self.before is None: self.before = epoch*self._count() if epoch and self.world_size > 1 else 0
-        if self.shuffle is not None: np.random.default_rng([self.shuffle, epoch]).shuffle(sources)
-        self.epoch += 1
-        def number(): # of the next record, None if it is not ours
-            nonlocal seen
-            seen += 1
-            index = (epoch << 40) + seen-1
-            return index if (self.before + seen-1) % self.world_size == self.rank and index >= self.start else None
-        for record in self._records(sources, number, self.skip):
-            try: decoded = self._decode(record)
-            except Exception as e: self.skip(_reason(e), record.get('where') or f"record {record['key']!r}", e)
-            else: yield decoded
-        self.before += seen
-
-    def _records(self, sources, number, skip):
-        "Raw records of some sources; what is left of a broken shard is skipped"
-        for read, path in sources:
-            try: yield from read(path, number)
-            except Exception as e:
-                if path.is_dir() or isinstance(e, (ImportError, MemoryError)) or _names_columns(e, path): raise
-                skip(f'rest of a shard ({_reason(e)})', path, e)
-
-    def _count(self):
-        "Records of an epoch, none of them read"
-        seen = 0
-        def number():
-            nonlocal seen
-            seen += 1
-        for _ in self._records(self.sources, number, lambda *_: None): pass
-        return seen
+# %% ../../nbs/09_text_data.ipynb #9c36b4a9
+@patch
+def _one_epoch(self:TextImages):
+    sources, epoch, seen = list(self.sources), self.epoch, 0
+    if self.before is None: self.before = epoch*self._count() if epoch and self.world_size > 1 else 0
+    if self.shuffle is not None: np.random.default_rng([self.shuffle, epoch]).shuffle(sources)
+    self.epoch += 1
+    def number(): # of the next record, None if it is not ours
+        nonlocal seen
+        seen += 1
+        index = (epoch << 40) + seen-1
+        return index if (self.before + seen-1) % self.world_size == self.rank and index >= self.start else None
+    for record in self._records(sources, number, self.skip):
+        try: decoded = self._decode(record)
+        except Exception as e: self.skip(_reason(e), record.get('where') or f"record {record['key']!r}", e)
+        else: yield decoded
+    self.before += seen
 
 def _reason(e):
     "A few words for counting: what is missing, or the kind of error at the bottom"
     if str(e).startswith('no '): return str(e).split(' among ')[0]
     return type(e.__cause__ or e).__name__
 
+# %% ../../nbs/09_text_data.ipynb #52788217
+@patch
+def _records(self:TextImages, sources, number, skip):
+    "Raw records of some sources; what is left of a broken shard is skipped"
+    for read, path in sources:
+        try: yield from read(path, number)
+        except Exception as e:
+            if path.is_dir() or isinstance(e, (ImportError, MemoryError)) or _names_columns(e, path): raise
+            skip(f'rest of a shard ({_reason(e)})', path, e)
+
 def _names_columns(e, path): # a table without the columns we need is no damaged one
     return type(e) is ValueError and str(e).startswith(f'{path}: columns')
 
+@patch
+def _count(self:TextImages):
+    "Records of an epoch, none of them read"
+    seen = 0
+    def number():
+        nonlocal seen
+        seen += 1
+    for _ in self._records(self.sources, number, lambda *_: None): pass
+    return seen
+
+# %% ../../nbs/09_text_data.ipynb #bd32e417
+@patch
+def __iter__(self:TextImages):
+    "Records that could be decoded; without end if `endless`"
+    while True:
+        found = False
+        for record in self._one_epoch():
+            found = True
+            yield record
+        if not self.endless: return
+        if not found and (self.epoch - 1) << 40 >= self.start:
+            raise ValueError("data: no usable record in a whole epoch; skipped "
+                             f"{dict(self.skipped) or 'none'}")
+
+# %% ../../nbs/09_text_data.ipynb #86694af4
+def _stored_rows(data, record, features):
+    "The stored features of a record; None where there are none to be used"
+    what = f"record {record['key']!r}"
+    try:
+        rows = record.get('feats') if features is None else features.rows(record['key'])
+    except (KeyError, ValueError, OSError) as e:
+        data.skip('no features', what, e)
+        return None
+    if rows is None: data.skip('no features', what)
+    return rows
+
+def _text_batch(data, held, features, stored, seed, length):
+    "The `Batch` of some records"
+    texts, keys = ([r[k] for r in held] for k in ('text', 'key'))
+    if stored: cond = _stack(data, keys, [r['rows'] for r in held], length)
+    else: cond = features(texts)
+    streams = Streams(seed, np.array([[r['index'], 0] for r in held]))
+    return Batch(tuple(cond), streams, torch.stack([r['image'] for r in held]), texts)
+
 # %% ../../nbs/09_text_data.ipynb #1f5aff0d
 def text_batches(data:TextImages, # the stream
-                 batch_size:int, # records per batch; an incomplete last one is left out
-                 features=None, # prompts to conditions (`T5Features`), or `DiskFeatures`; None: features of the records
+                 # records per batch; an incomplete last one is left out
+                 batch_size:int,
+                 # prompts to conditions (`T5Features`), or `DiskFeatures`; None:
+                 # features of the records
+                 features=None,
                  seed:int=0, # of the random streams
-                 length:int=120, # rows of stored features after padding; longer: cut, counted in `data.truncated`
+                 # rows of stored features after padding; longer: cut, counted in
+                 # `data.truncated`
+                 length:int=120,
                 ): # yields `Batch`
     "Batches of captioned pictures for a text-conditional policy"
     stored, held, width = features is None or isinstance(features, DiskFeatures), [], 0
     for r in data:
-        try: r['rows'] = None if not stored else r.get('feats') if features is None else features.rows(r['key'])
-        except (KeyError, ValueError, OSError) as e: data.skip('no features', f"record {r['key']!r}", e); continue
-        if r['rows'] is None and stored: data.skip('no features', f"record {r['key']!r}"); continue
+        r['rows'] = _stored_rows(data, r, features) if stored else None
+        if stored and r['rows'] is None: continue
         if stored and r['rows'].shape[1] != (width := width or r['rows'].shape[1]):
             data.skip('features of another width', f"record {r['key']!r}",
                       f"{r['rows'].shape[1]} numbers, {width} before")
             continue
         held.append(r)
-        if len(held) == batch_size:
-            texts = [r['text'] for r in held]
-            if stored: cond = _stack(data, [r['key'] for r in held], [r['rows'] for r in held], length)
-            else: cond = features(texts)
-            streams = Streams(seed, np.array([[r['index'], 0] for r in held]))
-            yield Batch(tuple(cond), streams, torch.stack([r['image'] for r in held]), texts)
-            held = []
+        if len(held) < batch_size: continue
+        yield _text_batch(data, held, features, stored, seed, length)
+        held = []
 
 # %% ../../nbs/09_text_data.ipynb #742635f7
 class TextData:
@@ -553,55 +668,84 @@ class TextData:
                  features=None, # see `text_batches`
                  length:int=120, # rows of stored features
                  crop:str='adm', # key of `image_io.CROPS`
-                 captions:str='whole'): # which of several captions, see `choose_caption`
+                 captions:str='whole', # which of several captions, see `choose_caption`
+                ):
         self.path, self.size, self.features = path, size, features
         self.length, self.crop, self.captions = length, crop, captions
         self.seen = dict(skipped=0, truncated=0, emptied=0)
         probe = TextImages(path, size, captions=captions)
         if next(text_batches(probe, 1, features, length=length), None) is None:
-            raise ValueError(f"data={str(path)!r}: no usable record; skipped {dict(probe.skipped) or 'none'}. A "
-                             "record needs a picture, a caption, and "
-                             "features stored with it unless an encoder computes them")
+            raise ValueError(
+                f"data={str(path)!r}: no usable record; skipped "
+                f"{dict(probe.skipped) or 'none'}. A record needs a picture, a "
+                "caption, and features stored with it unless an encoder computes them")
 
-    def batches(self, batch_size:int, seed:int, start:int, stop:int, rank:int=0, world_size:int=1, position:int=0):
-        "`Batch`es of this process, from record `position` on"
-        self.stream = TextImages(self.path, self.size, rank, world_size, position, endless=True, shuffle=seed,
-                                 crop=self.crop, captions=self.captions)
-        steps = text_batches(self.stream, batch_size//world_size, self.features, seed, self.length)
-        before = self._of_features()
-        def load():
-            batch, now = next(steps), self._of_features()
-            return batch, dict(skipped=sum(self.stream.skipped.values()),
-                               truncated=self.stream.truncated + now[0] - before[0], emptied=now[1] - before[1])
-        with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(load) if start < stop else None
-            for step in range(start, stop):
-                (batch, self.seen), ahead = ahead.result(), reader.submit(load) if step+1 < stop else None
-                yield batch
+# %% ../../nbs/09_text_data.ipynb #a5e764bf
+@patch
+def batches(self:TextData, batch_size:int, # of all processes together
+            seed:int, # of the streams, and of the order of shards
+            start:int, # first step
+            stop:int, # step before which to end
+            rank:int=0, # number of this process
+            world_size:int=1, # how many there are
+            position:int=0, # of the first record
+           ): # yields `Batch`
+    "Batches of this process, from a record on; the next one is read meanwhile"
+    self.stream = TextImages(self.path, self.size, rank, world_size, position,
+                             endless=True, shuffle=seed, crop=self.crop,
+                             captions=self.captions)
+    steps = text_batches(self.stream, batch_size//world_size, self.features, seed,
+                         self.length)
+    load = partial(self._load, steps, self._of_features())
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(load) if start < stop else None
+        for step in range(start, stop):
+            batch, self.seen = ahead.result()
+            ahead = reader.submit(load) if step+1 < stop else None
+            yield batch
 
-    def _of_features(self): # captions that the encoder has cut, and of which it had nothing left
-        return getattr(self.features, 'truncated', 0), getattr(self.features, 'emptied', 0)
+# %% ../../nbs/09_text_data.ipynb #ac6479eb
+@patch
+def _load(self:TextData, steps, before):
+    "The next batch, and what had to be left out so far"
+    batch, now = next(steps), self._of_features()
+    cut = self.stream.truncated + now[0] - before[0]
+    return batch, dict(skipped=sum(self.stream.skipped.values()), truncated=cut,
+                       emptied=now[1] - before[1])
 
-    def counts(self) -> dict:
-        "Records skipped, captions cut and captions emptied up to the last batch, since the start"
-        return self.seen
+@patch
+def _of_features(self:TextData):
+    "Captions that the encoder has cut, and of which it had nothing left"
+    return getattr(self.features, 'truncated', 0), getattr(self.features, 'emptied', 0)
+
+@patch
+def counts(self:TextData) -> dict:
+    "Records skipped, captions cut and captions emptied, up to the last batch"
+    return self.seen
 
 # %% ../../nbs/09_text_data.ipynb #03e14ca2
-def read_prompts(path) -> list: # strings
-    "The prompts of a text file with one a line, or of the records of a .jsonl, .json, .csv or .parquet"
+def read_prompts(path, # of a text file, .jsonl, .json, .csv or .parquet
+                ) -> list: # strings
+    "The prompts of a file with one a line, or of its records"
     path, prompts, blank = user_path(path, 'data'), [], 0
     if not path.is_file():
-        raise FileNotFoundError(f"data={str(path)!r}: expected a text file with one prompt on each line, got "
-                                f"{'a folder' if path.is_dir() else 'nothing'}")
-    for where, read in _table_prompts(path) if path.suffix.lower() == '.parquet' else read_records(path):
+        raise FileNotFoundError(
+            f"data={str(path)!r}: expected a text file with one prompt on each line, "
+            f"got {'a folder' if path.is_dir() else 'nothing'}")
+    table = path.suffix.lower() == '.parquet'
+    for where, read in _table_prompts(path) if table else read_records(path):
         value = read()
         if value is None or isinstance(value, str) and not value.strip(): blank += 1
         else:
             with reading(path, where, 'a prompt'): prompts.append(choose_caption(value))
-    if not prompts: raise BadFile(path, f"no prompt in {blank} lines; write one prompt on each line")
-    if blank: warnings.warn(f"data={str(path)!r}: {blank} blank lines left out, {len(prompts)} prompts remain")
+    if not prompts:
+        raise BadFile(path, f"no prompt in {blank} lines; "
+                      "write one prompt on each line")
+    if blank: warnings.warn(f"data={str(path)!r}: {blank} blank lines left out, "
+                            f"{len(prompts)} prompts remain")
     return prompts
 
+# %% ../../nbs/09_text_data.ipynb #c9dd68c9
 def _table_prompts(path):
     "The captions of a parquet file, as `read_records` gives them"
     with reading(path, expected='a parquet file'):
@@ -612,35 +756,42 @@ def _table_prompts(path):
                               for r in batch.to_pylist()):
             yield f'row {i}', lambda v=r[key]: v
 
+# %% ../../nbs/09_text_data.ipynb #ccb21096
 class PromptData:
     "Prompts without pictures, from a file, see `read_prompts`"
-    def __init__(self, path, features): # features: prompts to conditions
+    def __init__(self, path, # of the file
+                 features, # prompts to conditions
+                ):
         self.prompts, self.features = read_prompts(path), features
 
     def __len__(self): return len(self.prompts)
 
-    def load(self, rows) -> tuple:
+    def load(self, rows, # numbers of prompts
+            ) -> tuple:
         "None, conditions and prompts of some rows"
         texts = [self.prompts[i] for i in rows]
         return None, self.features(texts), texts
 
     def counts(self) -> dict:
-        "Prompts cut, and prompts of which cleaning left nothing, if the features count them"
-        return {k: getattr(self.features, k) for k in ('truncated', 'emptied') if hasattr(self.features, k)}
+        "Prompts cut, and prompts that cleaning emptied, where they are counted"
+        return {k: getattr(self.features, k) for k in ('truncated', 'emptied')
+                if hasattr(self.features, k)}
 
 # %% ../../nbs/09_text_data.ipynb #2d71ead2
 class NamedClasses:
-    "Prompts to class ids, for a class-conditional model: the class whose name stands in the prompt"
-    def __init__(self, names): # class names in the order of their ids
+    "Prompts to class ids: of the class whose name stands in the prompt"
+    def __init__(self, names): # of classes, in the order of their ids
         self.ids = {n.lower(): i for i, n in enumerate(names)}
 
     def __call__(self, prompts:list) -> Tensor: # [N] class ids
         return torch.tensor([self.id(p) for p in prompts])
 
-    def id(self, prompt):
+    def id(self, prompt:str, # that names a class
+          ) -> int:
         "The longest name wins: ankle boot, not boot"
-        found = [n for n in self.ids if re.search(rf'(?<!\w){re.escape(n)}(?!\w)', prompt.lower())]
-        if not found:
-            raise ValueError(f"prompt {prompt!r} names no class of this model; its classes are "
-                             f"{', '.join(list(self.ids)[:12])}{', …' if len(self.ids) > 12 else ''}")
-        return self.ids[max(found, key=len)]
+        named = lambda n: re.search(rf'(?<!\w){re.escape(n)}(?!\w)', prompt.lower())
+        found = [n for n in self.ids if named(n)]
+        if found: return self.ids[max(found, key=len)]
+        raise ValueError(f"prompt {prompt!r} names no class of this model; its classes "
+                         f"are {', '.join(list(self.ids)[:12])}"
+                         f"{', …' if len(self.ids) > 12 else ''}")

@@ -55,7 +55,14 @@ def open_picture(source, # path, or bytes
     with reading(name, expected='a whole picture'), io.BytesIO(source) if memory else open_file(source) as file:
         with _header(file, name) as image:
             image.load()
-            return as_rgb(_upright(image))
+            whole = as_rgb(_upright(image))
+        if image.format == 'PNG': _check_sums(file)
+        return whole
+
+def _check_sums(file):
+    "Raise if a chunk of a PNG has not the sum it promises, which Pillow compares only when asked"
+    file.seek(0)
+    Image.open(file, formats=['PNG']).verify()
 
 def _header(file, name):
     "A picture whose header is believable, its pixels unread"

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['root_factor', 'frechet_distance', 'gram', 'RunningMoments', 'moments', 'inception_score', 'squared_distances',
-           'radii', 'coverage', 'precision_recall', 'generate_images', 'evaluate']
+           'radii', 'coverage', 'radii_once', 'precision_recall', 'generate_images', 'evaluate']
 
 # %% ../../nbs/50_evaluate.ipynb #ded7be78
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
 from ..protocols import MetricNet, Streams
@@ -131,6 +132,17 @@ def coverage(x:Tensor, # [N, D] centres
             inside[i:i+tile] |= (squared_distances(y[i:i+tile], u, half) <= ru).any(1)
     return inside.double().mean().item()
 
+# %% ../../nbs/50_evaluate.ipynb #96d0ed51
+_KEPT = WeakIdKeyDictionary() # radii of tensors that live, by what they depend on
+
+def radii_once(x:Tensor, # [N, D]
+               *how, # the other arguments of `radii`
+              ) -> Tensor: # [N]
+    "`radii`, computed once for a tensor"
+    kept, key = _KEPT.setdefault(x, {}), (0 if x.is_inference() else x._version, how)
+    if key not in kept: kept[key] = radii(x.float(), *how)
+    return kept[key]
+
 # %% ../../nbs/50_evaluate.ipynb #6e9f51df
 def precision_recall(real:Tensor, # [N, D]
                      fake:Tensor, # [M, D]
@@ -144,9 +156,11 @@ def precision_recall(real:Tensor, # [N, D]
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"precision and recall need more than k={k} images on both "
                          f"sides, got {len(real)} and {len(fake)}")
-    real, fake, tile = real.float(), fake.float(), tile or (10_000 if half else 5000)
-    return tuple(coverage(x, radii(x, k, tile, half), y, tile, half)
-                 for x, y in ((real, fake), (fake, real)))
+    tile = tile or (10_000 if half else 5000)
+    x, y = real.float(), fake.float()
+    known = radii_once(real, k, tile, half)
+    return (coverage(x, known, y, tile, half),
+            coverage(y, radii(y, k, tile, half), x, tile, half))
 
 # %% ../../nbs/50_evaluate.ipynb #382f176e
 @torch.no_grad()

@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'COLORS', 'TASKS', 'RELATIONS', 'check_prompt', 'read_prompts', 'sample_file', 'write_geneval',
            'arrange_geneval', 'Found', 'iou', 'keep_found', 'relations', 'judge', 'summarize', 'color_crop',
            'ColorClassifier', 'instances', 'StandInDetector', 'read_folder', 'evaluate_folder', 'ClassifierDetector',
-           'official_command', 'check_official', 'official_evaluation', 'read_verdicts']
+           'official_command', 'check_official', 'read_verdicts', 'official_evaluation']
 
 # %% ../../nbs/55_geneval.ipynb #db394ccf
 import errno
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -32,45 +33,71 @@ from ..protocols import Streams
 from ..weights import import_torchvision, locate
 
 # %% ../../nbs/55_geneval.ipynb #50bde46c
-CLASSES = [name.strip() for name in '''person, bicycle, car, motorcycle, airplane, bus, train, truck, boat,
-traffic light, fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
-zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,
-baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon,
-bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant,
-bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven,
-toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush'''.split(',')]
-COLORS = ['red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'brown', 'black', 'white']
+CLASSES = [name.strip() for name in '''person, bicycle, car, motorcycle, airplane, bus,
+train, truck, boat, traffic light, fire hydrant, stop sign, parking meter, bench, bird,
+cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat,
+baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork,
+knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza,
+donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster,
+sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
+toothbrush'''.split(',')]
+COLORS = ['red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'brown',
+          'black', 'white']
 TASKS = ['single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr']
 RELATIONS = ['left of', 'right of', 'above', 'below']
 
-def check_prompt(p:dict, where:str, classes=CLASSES):
-    "Raise unless a prompt's metadata can be judged"
-    if not isinstance(p, dict) or not p.get('prompt') or not p.get('include'):
-        raise ValueError(f"{where}: expected keys prompt and include, got "
-                         f"{sorted(map(str, p)) if isinstance(p, dict) else p!r}")
-    if not isinstance(p['prompt'], str): raise ValueError(f"{where}: prompt {p['prompt']!r}, expected text")
-    if p.get('tag') not in TASKS: raise ValueError(f"{where}: tag {p.get('tag')!r}, expected one of {', '.join(TASKS)}")
-    for k in 'include', 'exclude':
-        if not isinstance(p.get(k, []), list):
-            raise ValueError(f"{where}: {k} {p[k]!r}, expected a list of objects with class and count")
-    for i, r in enumerate([*p['include'], *p.get('exclude', [])]): _check_object(r, i, where, classes)
-
+# %% ../../nbs/55_geneval.ipynb #2dbd4981
 def _check_object(r, i, where, classes):
     "Raise unless an entry of include or exclude names what can be found"
-    if not isinstance(r, dict): raise ValueError(f"{where}: entry {r!r}, expected an object with class and count")
+    if not isinstance(r, dict):
+        raise ValueError(f"{where}: entry {r!r}, expected an object with class and "
+                         "count")
     if r.get('class') not in [*classes]:
-        raise ValueError(f"{where}: class {r.get('class')!r} is not one of the {len(classes)} that the detector "
-                         f"knows: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
+        more = ', …' if len(classes) > 10 else ''
+        raise ValueError(f"{where}: class {r.get('class')!r} is not one of the "
+                         f"{len(classes)} that the detector knows: "
+                         f"{', '.join(classes[:10])}{more}")
     if type(r.get('count')) is not int or not 1 <= r['count'] <= 1000:
-        raise ValueError(f"{where}: count {r.get('count')!r} of {r['class']}, expected a whole number from 1 to 1000")
+        raise ValueError(f"{where}: count {r.get('count')!r} of {r['class']}, expected "
+                         "a whole number from 1 to 1000")
     if r.get('color', 'red') not in COLORS:
-        raise ValueError(f"{where}: color {r['color']!r}, expected one of {', '.join(COLORS)}")
-    place = r.get('position', [])
-    if 'position' in r and not (isinstance(place, list) and len(place) == 2 and place[0] in RELATIONS
-                                and type(place[1]) is int and 0 <= place[1] < i):
-        raise ValueError(f"{where}: position {place}, expected one of {', '.join(RELATIONS)} and the number of an "
-                         "earlier entry, from 0")
+        raise ValueError(f"{where}: color {r['color']!r}, expected one of "
+                         f"{', '.join(COLORS)}")
+    if 'position' in r and not _is_place(r['position'], i):
+        raise ValueError(f"{where}: position {r['position']}, expected one of "
+                         f"{', '.join(RELATIONS)} and the number of an earlier entry, "
+                         "from 0")
 
+def _is_place(place, i):
+    "Whether entry i can be told where it is by this"
+    if not isinstance(place, list) or len(place) != 2: return False
+    relation, target = place
+    return relation in RELATIONS and type(target) is int and 0 <= target < i
+
+# %% ../../nbs/55_geneval.ipynb #cd185c4f
+def check_prompt(p:dict, # metadata
+                 where:str, # it stands, for messages
+                 classes=CLASSES, # what the detector knows
+                ):
+    "Raise unless a prompt's metadata can be judged"
+    if not isinstance(p, dict) or not p.get('prompt') or not p.get('include'):
+        got = sorted(map(str, p)) if isinstance(p, dict) else repr(p)
+        raise ValueError(f"{where}: expected keys prompt and include, got {got}")
+    if not isinstance(p['prompt'], str):
+        raise ValueError(f"{where}: prompt {p['prompt']!r}, expected text")
+    if p.get('tag') not in TASKS:
+        raise ValueError(f"{where}: tag {p.get('tag')!r}, expected one of "
+                         f"{', '.join(TASKS)}")
+    for k in 'include', 'exclude':
+        if isinstance(p.get(k, []), list): continue
+        raise ValueError(f"{where}: {k} {p[k]!r}, expected a list of objects with "
+                         "class and count")
+    for i, r in enumerate([*p['include'], *p.get('exclude', [])]):
+        _check_object(r, i, where, classes)
+
+# %% ../../nbs/55_geneval.ipynb #9b255b81
 def read_prompts(path=None, # .jsonl; None for the published 553 as `weights` finds them
                  classes=CLASSES, # what the detector knows
                 ) -> list: # of dicts
@@ -79,98 +106,132 @@ def read_prompts(path=None, # .jsonl; None for the published 553 as `weights` fi
     prompts = []
     for n, line in read_lines(path):
         if not line.strip(): continue
-        with reading(path, f'line {n}', 'one object on each line'): prompts.append(json.loads(line))
+        with reading(path, f'line {n}', 'one object on each line'):
+            prompts.append(json.loads(line))
         check_prompt(prompts[-1], f'{path}, line {n}', classes)
-    if not prompts: raise ValueError(f"{path}: no prompts in this file; expected one JSON object on each line")
-    return prompts
+    if prompts: return prompts
+    raise ValueError(f"{path}: no prompts in this file; expected one JSON object on "
+                     "each line")
 
 # %% ../../nbs/55_geneval.ipynb #70b75eab
-def sample_file(folder, prompt:int, sample:int) -> Path:
+def sample_file(folder, # of all prompts
+                prompt:int, # its number
+                sample:int, # number of the picture of this prompt
+               ) -> Path:
     "Where a picture goes: 00007/samples/00002.png"
     return Path(folder)/f'{prompt:05d}'/'samples'/f'{sample:05d}.png'
 
-@torch.no_grad()
-def write_geneval(prompts:list, # of `read_prompts`
-                  draw, # (list of N strings, `Streams`) to images [N, 3, H, W] in [0, 1]
-                  folder, # made if missing
-                  *, n:int=4, # pictures per prompt
-                  seed:int=0, batch_size:int=16,
-                  rank:int=0, world_size:int=1, # this process draws pictures rank, rank + world_size, ...
-                  progress:bool=True, note:dict|None=None, # settings that a restart must share
-                 ) -> int: # pictures drawn by this call
-    "Fill GenEval's folders with the pictures that are not there yet"
-    folder = user_path(folder, 'folder')
-    folder.mkdir(parents=True, exist_ok=True)
-    settle(folder, dict(prompts=len(prompts), n=n, seed=seed, **(note or {})), '[0-9]*/metadata.jsonl')
+def _make_folders(folder, prompts):
+    "A folder for each prompt, with its metadata"
     for i, p in enumerate(prompts):
         sample_file(folder, i, 0).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder/f'{i:05d}'/'metadata.jsonl', lambda f: f.write(json.dumps(p).encode()))
+        write_atomically(folder/f'{i:05d}'/'metadata.jsonl',
+                         lambda f: f.write(json.dumps(p).encode()))
+
+# %% ../../nbs/55_geneval.ipynb #04b06a8d
+@torch.no_grad()
+def write_geneval(prompts:list, # of `read_prompts`
+                  # (list of N strings, `Streams`) to images [N, 3, H, W] in [0, 1]
+                  draw,
+                  folder, # made if missing
+                  *, n:int=4, # pictures per prompt
+                  seed:int=0, # of the random streams
+                  batch_size:int=16, # pictures at a time
+                  rank:int=0, # number of this process
+                  world_size:int=1, # it draws pictures rank, rank + world_size, ...
+                  progress:bool=True, # show a bar
+                  note:dict|None=None, # settings that a restart must share
+                 ) -> int: # pictures drawn by this call
+    "Fill GenEval's folders with the pictures that are not there yet"
+    folder, say = user_path(folder, 'folder'), progress and rank == 0
+    folder.mkdir(parents=True, exist_ok=True)
+    settle(folder, dict(prompts=len(prompts), n=n, seed=seed, **(note or {})),
+           '[0-9]*/metadata.jsonl')
+    _make_folders(folder, prompts)
     mine = [(i, j) for i in range(len(prompts)) for j in range(n)][rank::world_size]
-    todo = np.array([ij for ij in mine if not sample_file(folder, *ij).exists()], dtype=int).reshape(-1, 2)
-    for start in tqdm(range(0, len(todo), batch_size), desc='pictures', unit='batch', disable=not progress or rank > 0):
+    todo = [ij for ij in mine if not sample_file(folder, *ij).exists()]
+    todo = np.array(todo, dtype=int).reshape(-1, 2)
+    starts = range(0, len(todo), batch_size)
+    for start in tqdm(starts, desc='pictures', unit='batch', disable=not say):
         index = todo[start:start+batch_size]
-        pixels = to_uint8(draw([prompts[i]['prompt'] for i, _ in index], Streams(seed, index))).cpu().numpy()
+        asked = [prompts[i]['prompt'] for i, _ in index]
+        pixels = to_uint8(draw(asked, Streams(seed, index))).cpu().numpy()
         for ij, p in zip(index, pixels):
-            write_atomically(sample_file(folder, *ij), lambda f: Image.fromarray(p).save(f, 'PNG'))
+            write_atomically(sample_file(folder, *ij),
+                             lambda f: Image.fromarray(p).save(f, 'PNG'))
     return len(todo)
 
 # %% ../../nbs/55_geneval.ipynb #51f08677
-def arrange_geneval(prompts:list, # of `read_prompts`; picture i was drawn for prompt i mod P
-                    samples, # folder of NNNNNN.png
-                    folder, # made anew; one that this function did not make is refused
-                    n:int, # pictures
-                   ) -> Path: # folder
-    "Put numbered pictures into GenEval's folders"
-    folder = user_path(folder, 'folder')
-    if folder.exists(): _clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    note = json.dumps(dict(made_by='arrange_geneval', prompts=len(prompts), n=n))
-    write_atomically(folder/_ARRANGED, lambda f: f.write(note.encode()))
-    for i, p in enumerate(prompts[:n]):
-        (folder/f'{i:05d}'/'samples').mkdir(parents=True, exist_ok=True)
-        (folder/f'{i:05d}'/'metadata.jsonl').write_text(json.dumps(p), encoding='utf-8')
-    for i in range(n): shutil.copyfile(image_path(samples, i), sample_file(folder, i % len(prompts), i//len(prompts)))
-    return folder
-
 _ARRANGED = 'arranged.json' # says that a folder is ours to make anew
 
+def _made(folder):
+    "How many prompts and pictures an earlier call arranged there"
+    made = read_json(folder/_ARRANGED)
+    P, n = (made.get(k) for k in ('prompts', 'n')) if isinstance(made, dict) else (0, 0)
+    whole = type(P) is int and type(n) is int
+    if whole and 0 < P < 10**5 and 0 < n < 10**7: return P, n
+    raise BadFile(folder/_ARRANGED, "does not say how many prompts and pictures were "
+                  "arranged; move the folder away")
+
+# %% ../../nbs/55_geneval.ipynb #3e09f397
 def _clear(folder):
     "Remove what an earlier call put into a folder, and nothing else"
-    if not folder.is_dir() or folder.is_symlink() or (any(folder.iterdir()) and not (folder/_ARRANGED).is_file()):
-        raise FileExistsError(errno.EEXIST, f"{folder}: already there, and no {_ARRANGED} in it says that this "
-                                            "function made it, so nothing in it is removed; give another folder, "
-                                            "or move it away")
-    if not (folder/_ARRANGED).is_file(): return
-    made = read_json(folder/_ARRANGED)
-    P, n = (made.get(k) for k in ('prompts', 'n')) if isinstance(made, dict) else (None, None)
-    if type(P) is not int or type(n) is not int or not (0 < P < 10**5 and 0 < n < 10**7):
-        raise BadFile(folder/_ARRANGED, "does not say how many prompts and pictures were arranged; move the folder "
-                                        "away")
+    ours = (folder/_ARRANGED).is_file()
+    no_folder = not folder.is_dir() or folder.is_symlink()
+    if no_folder or (any(folder.iterdir()) and not ours):
+        raise FileExistsError(
+            errno.EEXIST, f"{folder}: already there, and no {_ARRANGED} in it says "
+            "that this function made it, so nothing in it is removed; give another "
+            "folder, or move it away")
+    if not ours: return
+    P, n = _made(folder)
     for i in range(n): sample_file(folder, i % P, i//P).unlink(missing_ok=True)
     for p in (folder/f'{i:05d}' for i in range(min(P, n))):
         (p/'metadata.jsonl').unlink(missing_ok=True)
         for d in (p/'samples', p):
             if d.is_dir() and not any(d.iterdir()): d.rmdir()
 
+# %% ../../nbs/55_geneval.ipynb #53249b42
+def arrange_geneval(prompts:list, # of `read_prompts`; picture i is of prompt i mod P
+                    samples, # folder of NNNNNN.png
+                    folder, # made anew; one that this function did not make is refused
+                    n:int, # pictures
+                   ) -> Path: # folder
+    "Put numbered pictures into GenEval's folders"
+    folder, P = user_path(folder, 'folder'), len(prompts)
+    if folder.exists(): _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    note = json.dumps(dict(made_by='arrange_geneval', prompts=P, n=n))
+    write_atomically(folder/_ARRANGED, lambda f: f.write(note.encode()))
+    for i, p in enumerate(prompts[:n]):
+        (folder/f'{i:05d}'/'samples').mkdir(parents=True, exist_ok=True)
+        (folder/f'{i:05d}'/'metadata.jsonl').write_text(json.dumps(p), encoding='utf-8')
+    for i in range(n):
+        shutil.copyfile(image_path(samples, i), sample_file(folder, i % P, i//P))
+    return folder
+
 # %% ../../nbs/55_geneval.ipynb #2382e1f6
 class Found(NamedTuple):
     "One detected object"
     box: tuple # x1, y1, x2, y2 in pixels
-    score: float
+    score: float # of the detector, in [0, 1]
     mask: Tensor|None = None # [H, W] bool
 
-def iou(a, b) -> float: # boxes x1, y1, x2, y2
+def iou(a, # box x1, y1, x2, y2
+        b, # another
+       ) -> float: # in [0, 1]
     "Overlap of two boxes as a share of their union, the last pixel included"
     area = lambda x1, y1, x2, y2: max(x2 - x1 + 1, 0)*max(y2 - y1 + 1, 0)
     shared = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
     return shared/(area(*a) + area(*b) - shared)
 
+# %% ../../nbs/55_geneval.ipynb #459ac5f7
 def keep_found(found:list, # of `Found`, one class
                threshold:float=.3, # scores must be above it
                # drop boxes that overlap a better one this much; 1 keeps all
                max_overlap:float=1.,
                most:int=16, # per class
-              ) -> list:
+              ) -> list: # of `Found`
     "The detections that count, most confident first"
     ranked = sorted(reversed(found), key=lambda f: -f.score)
     kept = []
@@ -180,28 +241,44 @@ def keep_found(found:list, # of `Found`, one class
     return kept
 
 # %% ../../nbs/55_geneval.ipynb #677316c8
-def relations(a, b, # boxes x1, y1, x2, y2
+def relations(a, # box x1, y1, x2, y2
+              b, # another
               slack:float=.1, # share of the summed sizes that does not count
              ) -> set: # of RELATIONS
     "Where a is relative to b"
     a, b = (np.reshape(x, (2, 2)) for x in (a, b))
-    offset = a.mean(0) - b.mean(0)
+    offset, sizes = a.mean(0) - b.mean(0), np.ptp(a, 0) + np.ptp(b, 0)
     length = np.linalg.norm(offset)
-    short = np.sign(offset)*np.maximum(np.abs(offset)
-                                       - slack*(np.ptp(a, 0) + np.ptp(b, 0)), 0)
+    short = np.sign(offset)*np.maximum(np.abs(offset) - slack*sizes, 0)
     dx, dy = short/length if length else (0, 0)
     holds = {'left of': dx < -.5, 'right of': dx > .5, 'above': dy < -.5,
              'below': dy > .5}
     return {k for k, v in holds.items() if v}
 
+# %% ../../nbs/55_geneval.ipynb #b3ed5f97
+def _fault(r, found, groups, include, color_of, slack):
+    "What is wrong with the boxes of an entry; None if it is satisfied"
+    name = r['class']
+    if len(found) < r['count']: return f"{len(found)} of {r['count']} {name}"
+    if 'color' in r:
+        wrong = any(color_of(f, name) != r['color'] for f in found)
+        return f"{name} not {r['color']}" if wrong else None
+    if 'position' not in r: return None
+    relation, target = r['position']
+    if groups[target] is None: return f"nothing for {name} to be {relation}"
+    pairs = [(f, g) for f in found for g in groups[target]]
+    if all(relation in relations(f.box, g.box, slack) for f, g in pairs): return None
+    return f"{name} not {relation} {include[target]['class']}"
+
 # %% ../../nbs/55_geneval.ipynb #1fbe2f67
 def judge(prompt:dict, # metadata, see `read_prompts`
           detections:dict, # class to list of `Found`
           color_of=None, # (`Found`, class) to one of COLORS
-          # see `keep_found`
-          *, threshold:float=.3, counting_threshold:float=.9, max_overlap:float=1.,
-          max_objects:int=16,
-         position_threshold:float=.1, # see `relations`
+          *, threshold:float=.3, # see `keep_found`
+          counting_threshold:float=.9, # of the counting task
+          max_overlap:float=1., # see `keep_found`
+          max_objects:int=16, # see `keep_found`
+          position_threshold:float=.1, # see `relations`
          ) -> tuple: # right or wrong, and why
     "GenEval's verdict on one picture"
     least = counting_threshold if prompt['tag'] == 'counting' else threshold
@@ -209,29 +286,20 @@ def judge(prompt:dict, # metadata, see `read_prompts`
             for c, f in detections.items()}
     groups, faults = [], []
     for r in prompt['include']:
-        found, fault = kept.get(r['class'], [])[:r['count']], None
-        if len(found) < r['count']: fault = f"{len(found)} of {r['count']} {r['class']}"
-        elif 'color' in r and any(color_of(f, r['class']) != r['color'] for f in found):
-            fault = f"{r['class']} not {r['color']}"
-        elif 'position' in r:
-            relation, target = r['position']
-            if groups[target] is None:
-                fault = f"nothing for {r['class']} to be {relation}"
-            elif not all(relation in relations(f.box, g.box, position_threshold)
-                         for f in found for g in groups[target]):
-                fault = (f"{r['class']} not {relation} "
-                         f"{prompt['include'][target]['class']}")
+        found = kept.get(r['class'], [])[:r['count']]
+        fault = _fault(r, found, groups, prompt['include'], color_of,
+                       position_threshold)
         groups.append(None if fault else found)
         if fault: faults.append(fault)
     for r in prompt.get('exclude', []):
-        if len(kept.get(r['class'], [])) >= r['count']:
-            faults.append(f"{len(kept[r['class']])} {r['class']}, fewer "
-                          f"than {r['count']} wanted")
+        seen = len(kept.get(r['class'], []))
+        if seen < r['count']: continue
+        faults.append(f"{seen} {r['class']}, fewer than {r['count']} wanted")
     return not faults, '; '.join(faults)
 
 # %% ../../nbs/55_geneval.ipynb #58415a64
 def summarize(rows:list, # dicts with tag and correct
-             ) -> dict: # tasks, overall, image_accuracy, images
+             ) -> dict: # tasks, overall, image_accuracy, images, complete
     "GenEval's summary of verdicts"
     if not rows: raise ValueError("no verdicts to summarise")
     tags = sorted({r['tag'] for r in rows}, key=TASKS.index)
@@ -243,36 +311,45 @@ def summarize(rows:list, # dicts with tag and correct
 
 # %% ../../nbs/55_geneval.ipynb #f4ec00a3
 def color_crop(image:Tensor, # [3, H, W] in [0, 1]
-               found:Found) -> Tensor: # [3, h, w]
+               found:Found, # an object in it
+              ) -> Tensor: # [3, h, w]
     "What the colour classifier sees of an object"
     if found.mask is not None:
         image = torch.where(found.mask.to(image.device), image, image.new_tensor(.6))
     x1, y1, x2, y2 = (int(round(v)) for v in found.box)
     return image[:, y1:max(y2, y1+1), x1:max(x2, x1+1)]
 
+# %% ../../nbs/55_geneval.ipynb #332bb236
 class ColorClassifier:
     "Ten colours by CLIP, given how to embed pictures and texts"
     def __init__(self,
                  embed_image, # [1, 3, h, w] in [0, 1] to [1, D]
-                 embed_text): # list of n strings to [n, D]
+                 embed_text, # list of n strings to [n, D]
+                ):
         self.embed_image, self.embed_text, self.cache = embed_image, embed_text, {}
 
-    def texts(self, name:str) -> Tensor: # [10, D]
+    def texts(self, name:str, # of a class
+             ) -> Tensor: # [10, D]
         "Unit vectors of the ten colours of a class, kept"
-        if name not in self.cache:
-            phrase = lambda c: [f'a photo of a {c} {name}',
-                                f'a photo of a {c}-colored {name}',
-                                f'a photo of a {c} object']
-            mean = lambda t: F.normalize(F.normalize(t, dim=-1).mean(0), dim=-1)
-            self.cache[name] = torch.stack([mean(self.embed_text(phrase(c)))
-                                            for c in COLORS])
+        if name in self.cache: return self.cache[name]
+        phrase = lambda c: [f'a photo of a {c} {name}',
+                            f'a photo of a {c}-colored {name}',
+                            f'a photo of a {c} object']
+        mean = lambda t: F.normalize(F.normalize(t, dim=-1).mean(0), dim=-1)
+        self.cache[name] = torch.stack([mean(self.embed_text(phrase(c)))
+                                        for c in COLORS])
         return self.cache[name]
 
-    def __call__(self, image:Tensor, found:Found, name:str) -> str:
-        "The colour of one object"
-        cropped = color_crop(image, found)[None]
-        picture = F.normalize(self.embed_image(cropped), dim=-1)[0]
-        return COLORS[(self.texts(name)@picture).argmax()]
+# %% ../../nbs/55_geneval.ipynb #a8f15d19
+@patch
+def __call__(self:ColorClassifier, image:Tensor, # [3, H, W] in [0, 1]
+             found:Found, # an object in it
+             name:str, # of its class
+            ) -> str: # one of COLORS
+    "The colour of one object"
+    cropped = color_crop(image, found)[None]
+    picture = F.normalize(self.embed_image(cropped), dim=-1)[0]
+    return COLORS[(self.texts(name)@picture).argmax()]
 
 # %% ../../nbs/55_geneval.ipynb #17c880bb
 def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
@@ -281,146 +358,200 @@ def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
               top:int=100, # instances kept
              ) -> dict: # class to list of `Found`
     "Objects from one picture's queries"
-    scores, flat = (class_logits.softmax(-1)[:, :-1].flatten()
-                    .topk(min(top, class_logits[:, :-1].numel())))
-    query, label = flat//(class_logits.shape[1] - 1), flat % (class_logits.shape[1] - 1)
+    probs, K = class_logits.softmax(-1)[:, :-1].flatten(), class_logits.shape[1] - 1
+    scores, flat = probs.topk(min(top, len(probs)))
     mask_logits = F.interpolate(mask_logits[None], size, mode='bilinear',
                                 align_corners=False)[0]
     inside = mask_logits > 0
     area = inside.flatten(1).sum(1)
     quality = (mask_logits.sigmoid()*inside).flatten(1).sum(1)/(area + 1e-6)
     out = {}
-    for s, q, c in zip(scores, query, label):
+    for s, q, c in zip(scores, flat//K, flat % K):
         if not area[q]: continue
-        y, x = inside[q].any(1).nonzero(), inside[q].any(0).nonzero()
-        out.setdefault(CLASSES[c],
-                       []).append(Found((x.min().item(), y.min().item(),
-                                         x.max().item() + 1, y.max().item() + 1),
-                                        (s*quality[q]).item(), inside[q]))
+        found = Found(_box(inside[q]), (s*quality[q]).item(), inside[q])
+        out.setdefault(CLASSES[c], []).append(found)
     return out
 
+def _box(mask):
+    "The smallest box around a mask"
+    y, x = mask.any(1).nonzero(), mask.any(0).nonzero()
+    return x.min().item(), y.min().item(), x.max().item() + 1, y.max().item() + 1
+
+# %% ../../nbs/55_geneval.ipynb #126ccbdd
+def _load_stand_in(model):
+    "Mask2Former by its name on the hub, or from a folder"
+    import_torchvision()
+    try: from transformers import Mask2FormerForUniversalSegmentation
+    except ImportError as e:
+        raise ImportError("the stand-in detector needs transformers: pip "
+                          "install 'arpo_nb[t2i]'") from e
+    try: return Mask2FormerForUniversalSegmentation.from_pretrained(model)
+    except OSError as e:
+        raise FileNotFoundError(
+            f"model={str(model)!r}: config.json and model.safetensors of the stand-in "
+            "detector are neither in such a folder nor in the cache of the hub, and "
+            "could not be had from there. Where there is a network: hf download "
+            f"{StandInDetector.hub} --local-dir FOLDER; then pass the folder") from e
+
+# %% ../../nbs/55_geneval.ipynb #16bb375b
 class StandInDetector:
     "Mask2Former of transformers: NOT the detector of the published numbers"
     hub = 'facebook/mask2former-swin-small-coco-instance'
     def __init__(self,
                  model=hub, # name on the hub, folder, or a model
                  size:int=800, # side the pictures are resized to
-                 device='cpu'):
-        self.name, self.size, self.device = (f'stand-in: {model}'
-                                             if isinstance(model, (str, Path))
-                                             else 'stand-in: a model passed in',
-                                             size, device)
-        if isinstance(model, (str, Path)):
-            import_torchvision()
-            try: from transformers import Mask2FormerForUniversalSegmentation
-            except ImportError as e:
-                raise ImportError("the stand-in detector needs transformers: pip "
-                                  "install 'arpo_nb[t2i]'") from e
-            try: model = Mask2FormerForUniversalSegmentation.from_pretrained(model)
-            except OSError as e:
-                raise FileNotFoundError(f"model={str(model)!r}: config.json and "
-                                        "model.safetensors of the stand-in detector "
-                                        "are neither in such a folder nor in the "
-                                        "cache of the hub, and could not be had from "
-                                        "there. Where there is a network: hf download "
-                                        f"{self.hub} --local-dir FOLDER; then pass the "
-                                        "folder") from e
+                 device='cpu', # of the model
+                ):
+        named = isinstance(model, (str, Path))
+        self.name = f'stand-in: {model}' if named else 'stand-in: a model passed in'
+        self.size, self.device = size, device
+        if named: model = _load_stand_in(model)
         if model.config.num_labels != 80:
-            raise ValueError(f"the detector has {model.config.num_labels} "
-                             "classes, expected " "COCO's 80 of instance segmentation")
+            raise ValueError(f"the detector has {model.config.num_labels} classes, "
+                             "expected COCO's 80 of instance segmentation")
         self.model = model.eval().to(device)
 
-    @torch.no_grad()
-    def __call__(self, image:Tensor,
-                    ) -> dict: # [3, H, W] in [0, 1] to class: list of `Found`
-        "Detect the objects in a picture"
-        mean, std = (image.new_tensor([.485, .456, .406]),
-                     image.new_tensor([.229, .224, .225]))
-        x = F.interpolate(image[None], (self.size, self.size), mode='bilinear',
-                          antialias=True)
-        pixels = (x - mean[:, None, None])/std[:, None, None]
-        out = self.model(pixel_values=pixels.to(self.device))
-        return instances(out.class_queries_logits[0].float().cpu(),
-                         out.masks_queries_logits[0].float().cpu(), image.shape[-2:])
+# %% ../../nbs/55_geneval.ipynb #463f84d0
+@patch
+@torch.no_grad()
+def __call__(self:StandInDetector, image:Tensor, # [3, H, W] in [0, 1]
+            ) -> dict: # class: list of `Found`
+    "Detect the objects in a picture"
+    mean, std = (image.new_tensor([.485, .456, .406]),
+                 image.new_tensor([.229, .224, .225]))
+    x = F.interpolate(image[None], (self.size, self.size), mode='bilinear',
+                      antialias=True)
+    pixels = (x - mean[:, None, None])/std[:, None, None]
+    out = self.model(pixel_values=pixels.to(self.device))
+    return instances(out.class_queries_logits[0].float().cpu(),
+                     out.masks_queries_logits[0].float().cpu(), image.shape[-2:])
 
 # %% ../../nbs/55_geneval.ipynb #60a239fc
-def read_folder(folder, classes=CLASSES): # yields metadata and the paths of the samples, prompt by prompt
+def read_folder(folder, # of all prompts
+                classes=CLASSES, # what the detector knows
+               ): # yields metadata and the paths of the samples, prompt by prompt
     "GenEval's folders"
-    numbered = sorted(p for p in user_path(folder, 'folder').iterdir() if p.is_dir() and p.name.isdigit())
-    if not numbered: raise FileNotFoundError(f"{folder}: no numbered prompt folders; write them with write_geneval")
+    inside = user_path(folder, 'folder').iterdir()
+    numbered = sorted(p for p in inside if p.is_dir() and p.name.isdigit())
+    if not numbered:
+        raise FileNotFoundError(f"{folder}: no numbered prompt folders; write them "
+                                "with write_geneval")
     for p in numbered:
-        if not (p/'metadata.jsonl').exists(): raise FileNotFoundError(f"{p}: no metadata.jsonl")
+        if not (p/'metadata.jsonl').exists():
+            raise FileNotFoundError(f"{p}: no metadata.jsonl")
         samples = sorted(s for s in (p/'samples').glob('*.png') if s.stem.isdigit())
         if not samples:
-            raise FileNotFoundError(f"{p}: no samples; run write_geneval again, it draws only what is missing")
+            raise FileNotFoundError(f"{p}: no samples; run write_geneval again, it "
+                                    "draws only what is missing")
         prompt = parse_json(read_text(p/'metadata.jsonl'), p/'metadata.jsonl')
         check_prompt(prompt, str(p/'metadata.jsonl'), classes)
         yield prompt, samples
 
-def evaluate_folder(folder, # see `write_geneval`
-                    detect, # image [3, H, W] to class: list of `Found`, with a `name`
-                    color=None, # a `ColorClassifier`; None leaves prompts with colours out
-                    out=None, # .jsonl of verdicts to write
-                    progress:bool=True,
-                    **rules) -> dict: # thresholds of `judge`; `summarize`, with the detector's name
-    "Judge every picture of a folder"
-    rows = []
-    if out: refuse_foreign(out := user_path(out, 'out'), _are_verdicts)
-    for p, samples in tqdm(list(read_folder(folder, getattr(detect, 'classes', CLASSES))), desc='prompts',
-                           disable=not progress):
-        if color is None and any('color' in r for r in p['include']): continue
-        for s in samples:
-            image = to_tensor(open_picture(s))
-            right, why = judge(p, detect(image), lambda f, c: color(image, f, c), **rules)
-            rows.append(dict(filename=str(s), tag=p['tag'], prompt=p['prompt'], correct=right, reason=why,
-                             metadata=json.dumps(p)))
-    if out: write_atomically(out, lambda f: f.write('\n'.join(map(json.dumps, rows)).encode()))
-    return dict(**summarize(rows), detector=getattr(detect, 'name', 'unnamed'), official=False)
-
+# %% ../../nbs/55_geneval.ipynb #7ac5753d
 def _are_verdicts(path): # of a file: whether `evaluate_folder` wrote it
     first = next((line for _, line in read_lines(path) if line.strip()), '{}')
     return {'filename', 'tag', 'correct'} <= json.loads(first).keys()
 
+def _verdict(p, sample, detect, color, rules):
+    "The row of one picture"
+    image = to_tensor(open_picture(sample))
+    right, why = judge(p, detect(image), lambda f, c: color(image, f, c), **rules)
+    return dict(filename=str(sample), tag=p['tag'], prompt=p['prompt'], correct=right,
+                reason=why, metadata=json.dumps(p))
+
+# %% ../../nbs/55_geneval.ipynb #321deb19
+def evaluate_folder(folder, # see `write_geneval`
+                    # image [3, H, W] to class: list of `Found`, with a `name`
+                    detect,
+                    # a `ColorClassifier`; None leaves prompts with colours out
+                    color=None,
+                    out=None, # .jsonl of verdicts to write
+                    progress:bool=True, # show a bar
+                    **rules # thresholds of `judge`
+                   ) -> dict: # `summarize`, with the detector's name
+    "Judge every picture of a folder"
+    if out: refuse_foreign(out := user_path(out, 'out'), _are_verdicts)
+    rows, every = [], list(read_folder(folder, getattr(detect, 'classes', CLASSES)))
+    for p, samples in tqdm(every, desc='prompts', disable=not progress):
+        if color is None and any('color' in r for r in p['include']): continue
+        rows += [_verdict(p, s, detect, color, rules) for s in samples]
+    if out:
+        lines = '\n'.join(map(json.dumps, rows))
+        write_atomically(out, lambda f: f.write(lines.encode()))
+    return dict(**summarize(rows), detector=getattr(detect, 'name', 'unnamed'),
+                official=False)
+
 # %% ../../nbs/55_geneval.ipynb #e05aecef
 class ClassifierDetector:
-    "A classifier in a detector's place: each class once, on the whole picture, scored by probability; NOT GenEval"
+    ("A classifier in a detector's place: each class once, on the whole picture, "
+     "scored by probability; NOT GenEval")
     def __init__(self, classify, # images [N, 3, H, W] in [0, 1] to logits [N, K]
                  classes:list, # K names
-                 name:str='classifier'):
+                 name:str='classifier', # that results carry
+                ):
         self.classify, self.classes, self.name = classify, classes, name
 
     @torch.no_grad()
-    def __call__(self, image:Tensor) -> dict: # [3, H, W] in [0, 1] to class: list of `Found`
+    def __call__(self, image:Tensor, # [3, H, W] in [0, 1]
+                ) -> dict: # class: list of `Found`
         "Detect what the picture shows"
         box = 0, 0, image.shape[-1] - 1, image.shape[-2] - 1
-        return {c: [Found(box, p)] for c, p in zip(self.classes, self.classify(image[None]).softmax(-1)[0].tolist())}
+        probs = self.classify(image[None]).softmax(-1)[0].tolist()
+        return {c: [Found(box, p)] for c, p in zip(self.classes, probs)}
 
-# %% ../../nbs/55_geneval.ipynb #17d7d604
-def official_command(folder, results, repo, python, detector) -> list:
+# %% ../../nbs/55_geneval.ipynb #9efbb640
+def official_command(folder, # see `write_geneval`
+                     results, # .jsonl that the evaluator writes
+                     repo, # clone of the evaluator's repository
+                     python, # of its environment
+                     detector, # folder of its detector
+                    ) -> list: # of words
     "The command that runs GenEval's own evaluator"
     script = user_path(repo, 'repo')/'evaluation'/'evaluate_images.py'
-    folder, results = user_path(folder, 'folder').resolve(), user_path(results, 'results').resolve()
-    return [str(x) for x in (python, script, folder, '--outfile', results, '--model-path',
-                             user_path(detector, 'detector'))]
+    folder, results = (user_path(p, name).resolve() for p, name in
+                       ((folder, 'folder'), (results, 'results')))
+    detector = user_path(detector, 'detector')
+    return [str(x) for x in (python, script, folder, '--outfile', results,
+                             '--model-path', detector)]
 
-def check_official(repo, python, detector):
+# %% ../../nbs/55_geneval.ipynb #17d7d604
+def check_official(repo, # clone of the evaluator's repository
+                   python, # of its environment
+                   detector, # folder of its detector
+                  ):
     "Raise, before pictures are drawn, unless clone, Python and detector are there"
     repo, detector = user_path(repo, 'repo'), user_path(detector, 'detector')
     script = repo/'evaluation'/'evaluate_images.py'
     if not script.exists():
-        raise FileNotFoundError(f"repo {repo}: no {script.relative_to(repo)} there; clone "
-                                "https://github.com/djghosh13/geneval and pass its folder")
+        raise FileNotFoundError(
+            f"repo {repo}: no {script.relative_to(repo)} there; clone "
+            "https://github.com/djghosh13/geneval and pass its folder")
     if not detector.is_dir():
-        raise FileNotFoundError(f"detector {detector}: no such folder; put the detector there with the clone's "
-                                "download_models.sh")
+        raise FileNotFoundError(f"detector {detector}: no such folder; put the "
+                                "detector there with the clone's download_models.sh")
+    cure = "pass the Python of GenEval's environment"
     try: done = subprocess.run([str(python), '-c', ''], capture_output=True, text=True)
     except OSError as e:
-        raise FileNotFoundError(f"python {python}: cannot be run ({e}); pass the Python of GenEval's "
-                                "environment") from e
+        raise FileNotFoundError(f"python {python}: cannot be run ({e}); {cure}") from e
     if done.returncode:
-        raise RuntimeError(f"python {python}: fails with {done.stderr[-500:]}; pass the Python of GenEval's "
-                           "environment")
+        raise RuntimeError(f"python {python}: fails with {done.stderr[-500:]}; {cure}")
 
+# %% ../../nbs/55_geneval.ipynb #fe8c820f
+def read_verdicts(path, # .jsonl that an evaluator wrote
+                 ) -> list: # dicts with tag and correct
+    "The verdicts in an evaluator's results"
+    rows = []
+    for n, line in read_lines(user_path(path)):
+        if not line.strip(): continue
+        row = parse_json(line, path, f'line {n}')
+        tagged = isinstance(row, dict) and row.get('tag') in TASKS
+        if not tagged or type(row.get('correct')) is not bool:
+            raise BadFile(path, f"{line[:80]!r}, expected an object with a tag of "
+                          "GenEval and correct", f'line {n}')
+        rows.append(row)
+    return rows
+
+# %% ../../nbs/55_geneval.ipynb #0351b91f
 def official_evaluation(folder, # see `write_geneval`
                         results, # .jsonl that the evaluator writes
                         repo='geneval', # clone of the evaluator's repository
@@ -436,16 +567,6 @@ def official_evaluation(folder, # see `write_geneval`
     list(read_folder(folder))
     check_official(repo, python, detector)
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"GenEval's evaluator failed:\n{done.stderr[-2000:]}")
+    if done.returncode:
+        raise RuntimeError(f"GenEval's evaluator failed:\n{done.stderr[-2000:]}")
     return dict(**summarize(read_verdicts(results)), detector='official', official=True)
-
-def read_verdicts(path) -> list: # dicts with tag and correct
-    "The verdicts in an evaluator's results"
-    rows = []
-    for n, line in read_lines(user_path(path)):
-        if not line.strip(): continue
-        row = parse_json(line, path, f'line {n}')
-        if not isinstance(row, dict) or row.get('tag') not in TASKS or type(row.get('correct')) is not bool:
-            raise BadFile(path, f"{line[:80]!r}, expected an object with a tag of GenEval and correct", f'line {n}')
-        rows.append(row)
-    return rows

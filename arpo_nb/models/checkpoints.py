@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..adapters import adapter_folder, merge_adapter
-from ..files import RATIO, ROOM, BadFile, inside, open_file, read_json, reading, split_part
+from ..files import RATIO, ROOM, BadFile, inside, open_file, read_json, reading, split_part, zip_entries
 from .llamagen import GPT, SIZES, GPTConfig, gpt_config
 from .tokenizers import VQConfig, VQModel
 from ..specs import PAPERS, ModelSpec, Recipe, split_args
@@ -63,9 +63,12 @@ def _read_file(path):
     if zipped: _check_zip(path)
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
-        if path.suffix == '.safetensors': # torch goes by the name of what it is to map
-            with open_file(path) as f: return torch.load(f, map_location='cpu', weights_only=True)
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
+        if zipped and path.suffix != '.safetensors': # torch goes by the name of what it is to map
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        with open_file(path) as f:
+            state = torch.load(f, map_location='cpu', weights_only=True)
+            if not zipped and f.read(1): raise ValueError('more bytes than its tensors have')
+        return state
     except pickle.UnpicklingError as e: raise _why_not(path, zipped, e) from e
     except MemoryError as e: raise _no_room(path, e) from e
     except Exception as e:
@@ -91,7 +94,7 @@ def _zip_names(path):
 def _check_zip(path):
     "Raise unless a zip is one that torch.save wrote: nothing packed, and no program"
     try:
-        with zipfile.ZipFile(path) as z: entries = z.infolist()
+        with zipfile.ZipFile(path) as z: entries = zip_entries(z)
     except Exception as e: raise _damaged(path, 'truncated or damaged download') from e
     names = [i.filename.split('/', 1)[-1] for i in entries]
     if 'constants.pkl' in names: raise Refused(path, 'TorchScript program', 'TorchScript')
@@ -100,6 +103,15 @@ def _check_zip(path):
                             "with a data.pkl")
     if any(i.file_size != i.compress_size for i in entries):
         raise _damaged(path, 'a zip archive with packed entries, which torch.save never writes')
+    _check_sums(path, entries)
+
+def _check_sums(path, entries):
+    "Raise if what a zip holds has not the sums that it promises, which torch does not compare; 0 is no promise"
+    try:
+        with zipfile.ZipFile(path) as z:
+            for file in (z.open(i) for i in entries if i.CRC):
+                while file.read(1 << 20): pass
+    except Exception as e: raise _damaged(path, f'damaged download [{e}]') from e
 
 # %% ../../nbs/38_checkpoints.ipynb #e0f9ec98
 _PLAIN = 'torch.', 'collections.OrderedDict', 'argparse.Namespace', '_codecs.encode', 'builtins.', '__builtin__.'

@@ -32,6 +32,14 @@ CLASSES = ['T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal',
            'shirt', 'sneaker', 'bag', 'ankle boot']
 
 # %% ../../nbs/35_toy.ipynb #0471ee03
+def _at_most(f, n):
+    "The next n bytes, or as many as there are; room is made for what is there and not for what is promised"
+    pieces = []
+    while n > 0 and (piece := f.read(min(n, 1 << 24))):
+        pieces.append(piece)
+        n -= len(piece)
+    return b''.join(pieces)
+
 def read_idx(path:str|Path, # an IDX file of unsigned bytes, gzipped or not
             ) -> Tensor: # uint8, in the shape the file states
     "Read an IDX file"
@@ -42,7 +50,7 @@ def read_idx(path:str|Path, # an IDX file of unsigned bytes, gzipped or not
         sides = f.read(4*head[3])
         if len(sides) < 4*head[3] or not head[3]: raise BadFile(path, f"ends within its header; copy it again")
         shape = [int(n) for n in np.frombuffer(sides, '>u4')]
-        raw = f.read(min(math.prod(shape) + 1, 1 << 31))
+        raw = _at_most(f, math.prod(shape) + 1)
     if len(raw) != math.prod(shape):
         raise BadFile(path, f"promises {' × '.join(map(str, shape))} bytes and holds "
                             f"{'more' if len(raw) > math.prod(shape) else f'{len(raw):,}'}; copy it again")

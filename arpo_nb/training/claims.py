@@ -59,6 +59,8 @@ MINIATURES = { # the toy: teacher forcing
     'kl': _toy('vapi', prior_coef=0., beta=.1), 'ce_1': _toy('vapi', prior_coef=1.),
     'noise_50': _toy('vapi', noise_rate=.5), 'noise_95': _toy('vapi', noise_rate=.95),
     'clamped': _toy('vapi', clamp_reward=True), 'token_credit': _toy('vapi', credit='token')}
+
+# %% ../../nbs/62_claims.ipynb #1609c194
 MINIATURES |= { # the toy: free running
     'instance_only': _toy('loofid', rewards='class_score'),
     'fid_only': _toy('loofid', rewards='loo_fid'), 'fid_only_kl': _toy('loofid', rewards='loo_fid', beta=3.),
@@ -67,19 +69,22 @@ MINIATURES |= { # the toy: free running
     'raw_sum_kl': _toy('loofid', normalize_rewards=False, beta=3.),
     'full_cov': _toy('loofid', covariance='full'), 'entropy': _toy('loofid', entropy_coef=2.2e-3),
     'vapi_loofid': _toy('vapi_loofid')}
+
+# %% ../../nbs/62_claims.ipynb #deae0692
 MINIATURES |= { # the toy VAR
     'var_base': Miniature('toy_var', shares=True), 'bright': _var(), 'dark': _var(rewards='darkness'),
     'bright_half': _var(class_split=.5), 'bright_kl_0': _var(beta=0.), 'bright_kl_1': _var(beta=1.),
     'class_score': _var(rewards='class_score'), 'class_half': _var(rewards='class_score', class_split=.5),
     'groups_2': _var(batch_size=80, num_generations=2), 'groups_4': _var(batch_size=40, num_generations=4)}
 
+# %% ../../nbs/62_claims.ipynb #a770b9ae
 # share of the preset's steps by model, and images per measurement
 SIZES = dict(reduced=dict(toy=1/3, toy_var=1/2, images=2048), full=dict(toy=1., toy_var=1., images=4096),
              probe=dict(toy=0., toy_var=0., images=256)) # one step: that the command works, no verdict
 
-# %% ../../nbs/62_claims.ipynb #a770b9ae
 def miniature_config(name:str, # in MINIATURES
-                     seed:int=0, size:str='reduced', # in SIZES
+                     seed:int=0, # of the run
+                     size:str='reduced', # in SIZES
                     ) -> Config|None: # None for a base
     "The configuration of an arm"
     if name not in MINIATURES: raise ValueError(f"miniature={name!r}: choose one of {', '.join(MINIATURES)}")
@@ -97,9 +102,15 @@ def best_temperature(measure, # temperature → metrics with `fid`
     "The temperature with the smallest distance"
     return min(TEMPERATURES, key=lambda t: measure(t)['fid'])
 
+# %% ../../nbs/62_claims.ipynb #03e9b5a1
 @torch.no_grad()
-def var_shares(policy, tokenizer, net, seed:int, n:int=500, # images
-               temperature:float=.7) -> dict: # share in [0, 1] for 'all', 'seen' and 'unseen' classes
+def var_shares(policy, # `Policy`
+               tokenizer, # `Tokenizer`
+               net, # images to features and logits of the classes
+               seed:int, # of the run: which classes it has seen, and which images
+               n:int=500, # images
+               temperature:float=.7, # at which it was trained
+              ) -> dict: # share in [0, 1] for 'all', 'seen' and 'unseen' classes
     "Bright and dark pictures, and those of the right class"
     images = generate_images(policy, tokenizer, torch.arange(n) % 10, 1000 + seed, temperature=temperature)
     parts = [(luminance(x), net(x)[1].argmax(-1) == y, y) for x, y in images]
@@ -121,16 +132,22 @@ def first_and_last(rows:list, # metrics of the steps
     ends = ('first', rows[:n]), ('last', rows[-n:])
     return {f'{name}_{when}': mean(name, part) for name in LOGGED if name in rows[0] for when, part in ends}
 
+# %% ../../nbs/62_claims.ipynb #524e5753
+def _trained(cfg, system):
+    "Train a system in place; metrics of the steps"
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(cfg, folder, progress=False)
+        load_weights(getattr(system, trained_part(cfg)), find_checkpoint(folder))
+    return rows
+
 def run_miniature(name:str, # in MINIATURES
-                  seed:int=0, size:str='reduced', # in SIZES
+                  seed:int=0, # of the run
+                  size:str='reduced', # in SIZES
                  ) -> dict: # metrics and everything that is needed to repeat them
     "Train one arm on one seed and measure it"
     started, cpu, m, cfg = time.time(), time.process_time(), MINIATURES[name], miniature_config(name, seed, size)
-    system, metric_net, n, rows = load_system(m.model), load_metric_net(m.model), SIZES[size]['images'], []
-    if cfg is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = run(cfg, folder, progress=False)
-            load_weights(getattr(system, trained_part(cfg)), find_checkpoint(folder))
+    system, metric_net, n = load_system(m.model), load_metric_net(m.model), SIZES[size]['images']
+    rows = _trained(cfg, system) if cfg is not None else []
     def measure(seed, n, **kw):
         return evaluate(system.policy, system.tokenizer, metric_net, 10, n=n, seed=seed, progress=False, **kw)
     out = dict(metrics=measure(1000 + seed, n))
@@ -145,11 +162,17 @@ def run_miniature(name:str, # in MINIATURES
     return dict(miniature=name, seed=seed, size=size, **out, command=command, config=config, **took, **provenance())
 
 # %% ../../nbs/62_claims.ipynb #befa3f93
-def result_path(folder, name:str, seed:int, size:str) -> Path:
+def result_path(folder, # of results
+                name:str, # in MINIATURES
+                seed:int, # of the run
+                size:str, # in SIZES
+               ) -> Path:
     "Where an arm's result lies"
     return Path(folder)/size/name/f'{seed}.json'
 
-def load_results(folder:str|Path, size:str='reduced') -> dict: # arm → {seed: result}
+def load_results(folder:str|Path, # of results
+                 size:str='reduced', # in SIZES
+                ) -> dict: # arm → {seed: result}
     "Results that are there"
     out = {}
     for path in sorted((Path(folder)/size).glob('*/*.json')):
@@ -160,6 +183,7 @@ def load_results(folder:str|Path, size:str='reduced') -> dict: # arm → {seed: 
         out.setdefault(path.parent.name, {})[int(path.stem)] = r
     return out
 
+# %% ../../nbs/62_claims.ipynb #9aa8ad86
 def results_folder() -> Path:
     "The repository's `results`, or the one below the working directory where there is no repository"
     import arpo_nb
@@ -167,7 +191,10 @@ def results_folder() -> Path:
     return ours if ours.is_dir() else Path('results')
 
 # %% ../../nbs/62_claims.ipynb #586daaa4
-def run_apart(name:str, seed:int, size:str) -> dict: # as `run_miniature`
+def run_apart(name:str, # in MINIATURES
+              seed:int, # of the run
+              size:str, # in SIZES
+             ) -> dict: # as `run_miniature`
     "An arm in a process of its own, with one thread"
     with tempfile.TemporaryDirectory() as d:
         what = ['--only', name, '--seeds', f'{seed}:{seed+1}', '--size', size, '--results', d]
@@ -176,9 +203,15 @@ def run_apart(name:str, seed:int, size:str) -> dict: # as `run_miniature`
         if done.returncode: raise RuntimeError(f'{name}, seed {seed}: {done.stderr[-2000:]}')
         return json.loads(result_path(d, name, seed, size).read_text())
 
-def run_missing(folder:str|Path, names, seeds, size:str='reduced', minutes:float=60., # no arm is begun after these
+# %% ../../nbs/62_claims.ipynb #17b3f7f6
+def run_missing(folder:str|Path, # of results
+                names, # of arms
+                seeds, # numbers
+                size:str='reduced', # in SIZES
+                minutes:float=60., # no arm is begun after these
                 workers:int=1, # arms at a time; above 1 each in a process of its own
-                run_one=None) -> list: # paths written
+                run_one=None, # function of arm, seed and size to a result; None for `run_miniature`, or `run_apart`
+               ) -> list: # paths written
     "Run what is not there yet, seed by seed, until the time is up"
     stop, run_one = time.time() + 60*minutes, run_one or (run_miniature if workers == 1 else run_apart)
     def one(job):
@@ -206,13 +239,17 @@ class Claim:
     why_not: str = '' # reason why there is no miniature
     proved: bool = False # on the page `code`
 
-def value(result:dict, path:str) -> float:
-    "A number of a result: 'fid' of its metrics, or 'shares.bright_all'"
+# %% ../../nbs/62_claims.ipynb #c79fba73
+def value(result:dict, # of an arm on a seed
+          path:str, # 'fid' of its metrics, or 'shares.bright_all'
+         ) -> float:
+    "A number of a result"
     *parts, name = path.split('.') if path.split('.')[0] in result else ('metrics', *path.split('.'))
     for part in parts: result = result[part]
     return float(result[name])
 
-def read_rule(rule:str) -> tuple: # left, '<' or '>', right; sides are (arm, path) or a number
+def read_rule(rule:str, # such as 'vapi.fid < base.fid'
+             ) -> tuple: # left, '<' or '>', right; sides are (arm, path) or a number
     "The parts of a comparison"
     left, sign, right = rule.split()
     if sign not in '<>': raise ValueError(f"rule={rule!r}: expected '<' or '>' between two sides, got {sign!r}")
@@ -222,12 +259,20 @@ def read_rule(rule:str) -> tuple: # left, '<' or '>', right; sides are (arm, pat
     return side(left), sign, side(right)
 
 # %% ../../nbs/62_claims.ipynb #69ea2e67
-def arms_of(claim:Claim) -> list: # names in MINIATURES
+def arms_of(claim:Claim, # a row
+           ) -> list: # names in MINIATURES
     "The arms that a claim's comparisons need"
     sides = [s for rule in claim.rules for s in read_rule(rule)[::2] if not isinstance(s, float)]
     return list(dict.fromkeys(arm for arm, _ in sides))
 
-def judge(claim:Claim, results:dict, # of `load_results`
+def _verdict(n, good, seeds):
+    "In words, of so many seeds"
+    if n < seeds: return f'not run yet ({n} of {seeds} seeds' + (f', right on {good})' if n else ')')
+    return f'**holds** ({n} of {n} seeds)' if good == n else f'**does not hold** ({good} of {n} seeds)'
+
+# %% ../../nbs/62_claims.ipynb #63fae686
+def judge(claim:Claim, # a row
+          results:dict, # of `load_results`
           seeds:int=5, # that a verdict needs
          ) -> tuple: # verdict in words, list of (rule, left values, right values) over the seeds all arms have
     "What the results say of a claim"
@@ -241,9 +286,7 @@ def judge(claim:Claim, results:dict, # of `load_results`
         x, y = pick(a), pick(b)
         for k, u, v in zip(right, x, y): right[k] &= u < v if sign == '<' else u > v
         table.append((rule, x, y))
-    n, good = len(right), sum(right.values())
-    if n < seeds: return f'not run yet ({n} of {seeds} seeds' + (f', right on {good})' if n else ')'), table
-    return (f'**holds** ({n} of {n} seeds)' if good == n else f'**does not hold** ({good} of {n} seeds)'), table
+    return _verdict(len(right), sum(right.values()), seeds), table
 
 # %% ../../nbs/62_claims.ipynb #d7e70fe3
 _XXL = 'papermill nbs/run_vapi.ipynb runs/xxl.ipynb -p model llamagen_xxl -p data imagenet/train -p num_processes 8'
@@ -274,7 +317,10 @@ VAPI_CLAIMS = (
     _va('Table 1', 'CLIP and HPS rise above AR-GRPO without having been rewarded', 'run_eval', _T2I, '',
         why_not='needs a text-to-image model'),
     _va('Table 3', 'GenEval rises, LlamaGen 0.306 to 0.339, Janus-Pro 0.725 to 0.744', '55_geneval', _JANUS, '',
-        why_not='needs a text-to-image model'),
+        why_not='needs a text-to-image model'))
+
+# %% ../../nbs/62_claims.ipynb #66117df1
+VAPI_CLAIMS += (
     _va('Table 4, no prior', 'reconstruction rewards alone ruin the policy', 'run_vapi',
         _XXL + ' -p baselines no_prior,perceptual_only', '', 'no_prior.fid > base.fid',
         'perceptual_only.fid > base.fid'),
@@ -297,6 +343,7 @@ VAPI_CLAIMS = (
     _va('Table 8', 'prompts of the pictures', 'run_eval', '', '',
         why_not='prompts by file, `run_eval -p prompts FILE`'))
 
+# %% ../../nbs/62_claims.ipynb #9594c0b0
 OUR_CONTROLS = (
     Claim('ours', 'control', 'VA-π beats its base at the best temperature', 'run_vapi',
         rules=('vapi.fid < base.sharp.fid',)),
@@ -337,7 +384,10 @@ LOOFID_CLAIMS = (
         _L + ' -p arms clip_only,hps_only,instance_only', 'instance_only.inception_score > base.inception_score',
         'instance_only.fid > base.fid'),
     _loo('Table 7', 'instance rewards alone cost coverage', 'run_loofid', _L + ' -p arms instance_only',
-        'instance_only.recall < base.recall'),
+        'instance_only.recall < base.recall'))
+
+# %% ../../nbs/62_claims.ipynb #0cc437bd
+LOOFID_CLAIMS += (
     _loo('Table 8', 'the distribution reward alone improves FID', 'run_loofid',
         _L + ' -p arms fid_only,fid_only_no_kl', 'fid_only.fid < base.fid'),
     _loo('Table 8', 'and KL adds nothing to it', 'run_loofid', _L + ' -p arms fid_only,fid_only_no_kl',
@@ -404,7 +454,9 @@ CLAIMS = VAPI_CLAIMS + LOOFID_CLAIMS + VAR_CLAIMS + OUR_CONTROLS
 # %% ../../nbs/62_claims.ipynb #62f20a01
 METHODS = dict(run_vapi='vapi', run_loofid='loofid', run_var='var_grpo', run_brightness='var_grpo')
 
-def rehearsed_cost(claim:Claim, found:dict) -> str: # '' where it was not rehearsed
+def rehearsed_cost(claim:Claim, # a row
+                   found:dict, # of `load_rehearsals`
+                  ) -> str: # '' where it was not rehearsed
     "What the real run of a claim takes at least, on the kind of device that the paper had"
     page = re.search(r'nbs/(run_\w+).ipynb', claim.real)
     said = dict(re.findall(r'-p (model|num_processes) (\S+)', claim.real))
@@ -415,12 +467,14 @@ def rehearsed_cost(claim:Claim, found:dict) -> str: # '' where it was not rehear
     return f"≥ {hours:.1f} h" if hours >= 1 else f"≥ {60*hours:.0f} min"
 
 # %% ../../nbs/62_claims.ipynb #b4aed738
-def spread(values:list) -> str:
+def spread(values:list, # of numbers
+          ) -> str:
     "Mean ± standard deviation in words; the number alone if there is one"
     mean, n = sum(values)/len(values), len(values)
     return f'{mean:.3f}' + (f' ± {(sum((v - mean)**2 for v in values)/(n - 1))**.5:.3f}' if n > 1 else '')
 
-def measured(table:list) -> str: # of `judge`
+def measured(table:list, # of `judge`
+            ) -> str:
     "The comparisons of a claim with their numbers"
     def side(text, parsed, values): return text if isinstance(parsed, float) else f'{text} {spread(values)}'
     def words(rule, x, y):
@@ -429,22 +483,27 @@ def measured(table:list) -> str: # of `judge`
         return f"{side(left, a, x)} {'&lt;' if sign == '<' else '&gt;'} {side(right, b, y)}"
     return '; '.join(words(*row) for row in table)
 
-def ledger(results:dict, claims:tuple=CLAIMS, seeds:int=5,
+# %% ../../nbs/62_claims.ipynb #06c0940a
+_HEADS = ('paper', 'where', 'what it says', 'code', 'real run', 'its cost, in the paper; at least, rehearsed',
+          'miniature', 'measured', 'verdict')
+
+def _ledger_row(c, results, seeds, found):
+    verdict, table = judge(c, results, seeds)
+    how = f"`make claims ONLY={','.join(arms_of(c))}`" if c.rules else ''
+    real, paper = c.real and f'`{c.real}`', c.cost and f'*{c.cost}*'
+    cost = '; '.join(filter(None, (paper, rehearsed_cost(c, found))))
+    cells = c.paper, c.where, c.says, f'[{c.code}]({c.code}.ipynb)', real, cost, how, measured(table), verdict
+    return '| ' + ' | '.join(cells) + ' |'
+
+def ledger(results:dict, # of `load_results`
+           claims:tuple=CLAIMS, # rows
+           seeds:int=5, # that a verdict needs
            rehearsals:dict|None=None, # of `load_rehearsals`; None for the repository's
           ) -> str: # Markdown
     "The ledger as a table"
-    heads = ('paper', 'where', 'what it says', 'code', 'real run', 'its cost, in the paper; at least, rehearsed',
-             'miniature', 'measured', 'verdict')
     found = load_rehearsals(results_folder()) if rehearsals is None else rehearsals
-    lines = ['| ' + ' | '.join(heads) + ' |', '|---'*len(heads) + '|']
-    for c in claims:
-        verdict, table = judge(c, results, seeds)
-        how = f"`make claims ONLY={','.join(arms_of(c))}`" if c.rules else ''
-        real, paper = c.real and f'`{c.real}`', c.cost and f'*{c.cost}*'
-        cost = '; '.join(filter(None, (paper, rehearsed_cost(c, found))))
-        cells = c.paper, c.where, c.says, f'[{c.code}]({c.code}.ipynb)', real, cost, how, measured(table), verdict
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+    lines = ['| ' + ' | '.join(_HEADS) + ' |', '|---'*len(_HEADS) + '|']
+    return '\n'.join(lines + [_ledger_row(c, results, seeds, found) for c in claims])
 
 # %% ../../nbs/62_claims.ipynb #b125c317
 COLUMNS = dict(fid='FID on toy features ↓', inception_score='IS ↑', precision='precision ↑', recall='recall ↑',
@@ -459,21 +518,23 @@ def seed_table(results:dict, # of `load_results`
     for name, title in arms.items():
         arm, _, part = name.partition('.')
         rows = [{'metrics': r[part]} if part else r for r in results.get(arm, {}).values()]
-        cells = [spread([value(r, k) for r in rows])
-            for k in columns] if rows else ['not run yet'] + ['']*(len(columns) - 1)
+        cells = ['not run yet'] + ['']*(len(columns) - 1)
+        if rows: cells = [spread([value(r, k) for r in rows]) for k in columns]
         lines.append(f"| {title} | {' | '.join(cells)} | {len(rows)} |")
     return '\n'.join(lines)
 
 # %% ../../nbs/62_claims.ipynb #47c7fdec
-def chosen_arms(text:str # 'all', 'claims' for those a claim needs, or names joined by commas
+def chosen_arms(text:str, # 'all', 'claims' for those a claim needs, or names joined by commas
                ) -> list:
     "Names of arms, checked"
-    needed = list(dict.fromkeys(a for c in CLAIMS for a in arms_of(c)))
-    names = list(MINIATURES) if text == 'all' else needed if text == 'claims' else text.split(',')
+    names = text.split(',')
+    if text == 'all': names = list(MINIATURES)
+    if text == 'claims': names = list(dict.fromkeys(a for c in CLAIMS for a in arms_of(c)))
     for name in names: miniature_config(name)
     return names
 
-def main(argv=None):
+# %% ../../nbs/62_claims.ipynb #91f035d1
+def main(argv=None): # words; None for those of the command line
     "python -m arpo_nb.training.claims [--only ARMS] [--seeds 0:5] [--size reduced] [--minutes 60] [--results FOLDER]"
     p = argparse.ArgumentParser(prog='python -m arpo_nb.training.claims',
         description='Run what is missing of the ledger and print it.')

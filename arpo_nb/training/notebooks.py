@@ -24,21 +24,17 @@ def notebook_folders() -> tuple: # of run notebooks, of examples
     for notebooks, examples in ((home/'notebooks', home/'notebooks'/'examples'),
                                 (home.parent/'nbs', home.parent/'examples')):
         if any(notebooks.glob('run_*.ipynb')): return notebooks, examples
-    raise FileNotFoundError(
-        f"{home}: carries no run notebooks; install a wheel that has them, or "
-        "work in a clone"
-    )
+    raise FileNotFoundError(f"{home}: carries no run notebooks; install a wheel that "
+                            "has them, or work in a clone")
 
-def lay_out(folder # made if missing
+# %% ../../nbs/49_notebooks.ipynb #c5ed6ae2
+def lay_out(folder, # made if missing
            ) -> list: # of paths
     "Copy notebooks and examples into a folder; a file that is there is left alone"
     notebooks, examples = notebook_folders()
     found = {p: Path(p.name) for p in sorted(notebooks.glob('run_*.ipynb'))}
-    found |= {
-        p: Path('examples', p.name)
-        for p in sorted(examples.glob('*'))
-        if p.suffix in ('.py', '.yaml')
-    }
+    found |= {p: Path('examples', p.name) for p in sorted(examples.glob('*'))
+              if p.suffix in ('.py', '.yaml')}
     out = []
     for source, name in found.items():
         at = user_path(folder, 'folder')/name
@@ -48,7 +44,7 @@ def lay_out(folder # made if missing
     return out
 
 # %% ../../nbs/49_notebooks.ipynb #6a2bc2e8
-def parameters_of(notebook # path
+def parameters_of(notebook, # path
                  ) -> list: # of `docs.Field`
     "The parameters of a notebook, with what it says about them"
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
@@ -56,39 +52,62 @@ def parameters_of(notebook # path
     if not tagged: raise ValueError(f"{notebook}: no cell is tagged parameters")
     return field_notes(''.join(tagged[0]['source']))
 
-def read_value(text:str, default, name:str):
+# %% ../../nbs/49_notebooks.ipynb #04e7c38e
+def read_value(text:str, # as typed
+               default, # of the parameter
+               name:str, # of the parameter, for messages
+              ): # of the default's type
     "A parameter from its text, of the kind that its default has"
     from arpo_nb.config import read
     return read(text, type(default), name)
 
+# %% ../../nbs/49_notebooks.ipynb #4fcd7c3b
 def _split(words): # --NAME=VALUE in two
-    return [part for w in words for part in (w.split('=', 1) if w.startswith('--') else [w])]
+    parts = [w.split('=', 1) if w.startswith('--') else [w] for w in words]
+    return [p for pair in parts for p in pair]
 
-def read_words(words:list, notebook) -> dict: # parameter: value
-    "Parameters from --NAME VALUE pairs, or --NAME=VALUE"
+def _no_parameter(name, key, known, notebook):
+    near = difflib.get_close_matches(key, known, 1)
+    hint = f', did you mean --{near[0]}?' if near else '; --help lists them'
+    return ValueError(f"{name!r}: no parameter of {Path(notebook).name}{hint}")
+
+def read_words(words:list, # --NAME VALUE, or --NAME=VALUE
+               notebook, # path
+              ) -> dict: # parameter: value
+    "Parameters from a command line"
     known = {f.name: ast.literal_eval(f.default) for f in parameters_of(notebook)}
     pairs, words = {}, _split(words)
     for name, value in zip(words[::2], words[1::2] + [None]*(len(words) % 2)):
         key = name.removeprefix('--').replace('-', '_')
         if not name.startswith('--') or key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise ValueError(
-                f"{name!r}: no parameter of {Path(notebook).name}"
-                f"{near and f', did you mean --{near[0]}?' or '; --help lists them'}")
+            raise _no_parameter(name, key, known, notebook)
         if value is None:
             raise ValueError(f"{name}: a value is missing; write --NAME VALUE")
         pairs[key] = read_value(value, known[key], key)
     return pairs
 
-def help_text(notebook, door:str) -> str:
+# %% ../../nbs/49_notebooks.ipynb #cbf30376
+def help_text(notebook, # path
+              door:str, # what follows `arpo`
+             ) -> str:
     "What `--help` says of a notebook"
-    lines, group = [f'usage: arpo {door} --NAME VALUE ... [--output FILE.ipynb]', '',
-                    f'Run {Path(notebook).name} with these parameters:'], None
+    lines = [f'usage: arpo {door} --NAME VALUE ... [--output FILE.ipynb]', '',
+             f'Run {Path(notebook).name} with these parameters:']
+    group = None
     for f in parameters_of(notebook):
         if f.group != group: lines += ['', f'{f.group}:']
         group = f.group
         lines.append(f'  --{f.name:20} {f.meaning} (default {f.default})')
     return '\n'.join(lines)
+
+# %% ../../nbs/49_notebooks.ipynb #320acd03
+def _output(words, output):
+    "What is left of some words without --output FILE, and the file"
+    words = _split(words)
+    if '--output' not in words: return words, output
+    at = words.index('--output')
+    if at + 1 < len(words): return words[:at] + words[at+2:], words[at+1]
+    raise ValueError('--output: a value is missing; write --output FILE.ipynb')
 
 # %% ../../nbs/49_notebooks.ipynb #f1fe4e12
 def run_notebook(name:str, # of a run notebook, without run_
@@ -100,23 +119,13 @@ def run_notebook(name:str, # of a run notebook, without run_
     if {'-h', '--help'} & {*words}: return print(help_text(notebook, name)) or 0
     if find_spec('papermill') is None:
         raise ImportError("papermill is needed: pip install 'arpo_nb[notebooks]'")
-    words = _split(words)
-    if '--output' in words:
-        at = words.index('--output')
-        if at + 1 == len(words):
-            raise ValueError('--output: a value is missing; write --output FILE.ipynb')
-        output = words[at + 1]
-        del words[at:at + 2]
+    words, output = _output(words, output)
     given = read_words(words, notebook)
     output = user_path(output or f"{given.get('out_dir') or name}.ipynb", 'output')
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = [
-        w for k, v in given.items()
-        for w in (('-r' if isinstance(v, str) else '-p'), k, str(v))
-    ]
+    text = [w for k, v in given.items()
+            for w in ('-r' if isinstance(v, str) else '-p', k, str(v))]
     print(f'executes {notebook.name} as {output}', flush=True)
-    return subprocess.call([
-        sys.executable, '-m', 'papermill',
-        str(notebook),
-        str(output), '-k', 'python3', *text
-    ], stdin=subprocess.DEVNULL)
+    command = [sys.executable, '-m', 'papermill', str(notebook), str(output),
+               '-k', 'python3', *text]
+    return subprocess.call(command, stdin=subprocess.DEVNULL)

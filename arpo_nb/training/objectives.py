@@ -7,6 +7,7 @@ __all__ = ['OBJECTIVES', 'choose_forcing', 'Objective', 'prior', 'reconstruction
            'MaximumLikelihood', 'StraightThrough', 'TokenizerPostTraining', 'entropy_target', 'bonus_weight']
 
 # %% ../../nbs/45_objectives.ipynb #b421d41c
+from fastcore.basics import patch
 from torch import Tensor, autocast, nn
 
 from ..config import Config
@@ -19,7 +20,9 @@ from ..rewards import reconstruction_loss
 from .rollout import Guided, rollout_logps
 
 # %% ../../nbs/45_objectives.ipynb #058680ef
-def choose_forcing(policy, kind:str): # of a configuration
+def choose_forcing(policy, # `Policy`
+                   kind:str, # 'causal', or another that the policy knows
+                  ):
     "Tell a policy which state scores which token under teacher forcing"
     if kind == getattr(policy, 'teacher_forcing', 'causal'): return
     if not hasattr(policy, 'teacher_forcing'):
@@ -28,11 +31,12 @@ def choose_forcing(policy, kind:str): # of a configuration
                          "another way; use 'causal'")
     policy.teacher_forcing = kind
 
+# %% ../../nbs/45_objectives.ipynb #eb8a6807
 class Objective(nn.Module):
     "A rollout in, a loss and its metrics out; `model` is what is trained"
-    def __init__(self, system:System,
-                 # all of it is frozen but the trained parameters that came free, or all of
-                 # those if none did
+    def __init__(self, system:System, # frozen, but for what is trained
+                 # of the trained network only what came free moves, or all of it if
+                 # nothing did
                  cfg:Config):
         super().__init__()
         self.cfg, self.system = cfg, system
@@ -43,17 +47,21 @@ class Objective(nn.Module):
         for m in system.modules(): m.requires_grad_(False).eval()
         for p in free: p.requires_grad_(True)
 
-    def trained(self) -> nn.Module:
-        "The network that moves"
-        return self.system.policy
+# %% ../../nbs/45_objectives.ipynb #958c5219
+@patch
+def trained(self:Objective) -> nn.Module:
+    "The network that moves"
+    return self.system.policy
 
-    def candidates(self) -> list:
-        "Those of its parameters that may"
-        return list(self.model.parameters())
+@patch
+def candidates(self:Objective) -> list:
+    "Those of its parameters that may"
+    return list(self.model.parameters())
 
-    def parameters_to_train(self) -> list:
-        "Those that do"
-        return [p for p in self.candidates() if p.requires_grad]
+@patch
+def parameters_to_train(self:Objective) -> list:
+    "Those that do"
+    return [p for p in self.candidates() if p.requires_grad]
 
 # %% ../../nbs/45_objectives.ipynb #f2daaa3a
 def prior(target_logps:Tensor, # [B, T] nats
@@ -64,9 +72,12 @@ def prior(target_logps:Tensor, # [B, T] nats
     stats['policy/prior_ce'] = ce.detach()
     return ce
 
+# %% ../../nbs/45_objectives.ipynb #498b90e6
 def reconstruction(pixels:Tensor, # [B, G, 3, H, W], not clamped
                    rollout:Rollout, # whose batch has the images they should be
-                   system:System, cfg:Config) -> Tensor: # scalar
+                   system:System, # whose perceptual network compares
+                   cfg:Config, # its weights of the two parts
+                  ) -> Tensor: # scalar
     "Mean reconstruction loss of the samples of a rollout"
     weights = dict(mse_coef=cfg.mse_coef, perceptual_coef=cfg.perceptual_coef)
     return reconstruction_loss(pixels, rollout.batch.images, system.perceptual,
@@ -74,9 +85,9 @@ def reconstruction(pixels:Tensor, # [B, G, 3, H, W], not clamped
 
 # %% ../../nbs/45_objectives.ipynb #09e88180
 def scored_policy(policy, # `Policy`
-                  cfg:Config):
-    ("What free-running samples are scored under: the policy, or the policy under "
-     "guidance")
+                  cfg:Config, # its `logprob_cfg` and `rollout_cfg_scale`
+                 ): # `Policy`
+    "What free-running samples are scored under: the policy, or it under guidance"
     if cfg.logprob_cfg == 'guided' and cfg.rollout_cfg_scale != 1:
         return Guided(policy, cfg.rollout_cfg_scale)
     return policy
@@ -87,7 +98,8 @@ class PolicyGradient(Objective):
      "entropy bonus (LOO-FID Eq. 34)")
     entropy_coef = 0. # per nat and token, set before every step
 
-    def forward(self, rollout:Rollout):
+    def forward(self, rollout:Rollout): # with advantages
+        "Loss and metrics of a rollout"
         c, bonus = self.cfg, self.entropy_coef
         policy = scored_policy(self.model, c) if rollout.targets is None else self.model
         logps, target_logps, entropy = rollout_logps(
@@ -95,29 +107,32 @@ class PolicyGradient(Objective):
         loss, stats = self.policy_term(logps, rollout)
         stats['policy/entropy'] = entropy.mean().detach()
         if bonus:
-            loss = (loss - bonus*(entropy if rollout.entropy_mask is None
-                                  else entropy*rollout.entropy_mask).mean())
+            mask = 1. if rollout.entropy_mask is None else rollout.entropy_mask
+            loss = loss - bonus*(entropy*mask).mean()
         if target_logps is not None:
             loss = loss + c.prior_coef*prior(target_logps, stats)
         return loss, stats
 
-    def policy_term(self, logps:Tensor, # [B, G, T] log π_θ
-                    r:Rollout) -> tuple: # loss, metrics
-        "The clipped loss with this run's choices"
-        c = self.cfg
-        return grpo_loss(logps, r.old_logps, r.advantages, loss_type=c.loss_type,
-                         level=c.importance_sampling_level, epsilon=c.epsilon,
-                         epsilon_high=c.epsilon_high, delta=c.delta,
-                         sapo_temperatures=(c.sapo_temperature_pos,
-                                            c.sapo_temperature_neg),
-                         ref_logps=r.ref_logps, beta=c.beta, kl_level=c.kl_level,
-                         use_bias_correction_kl=c.use_bias_correction_kl,
-                         entropy_mask=r.entropy_mask, sampling_ratio=r.sampling_ratio)
+# %% ../../nbs/45_objectives.ipynb #279e3886
+@patch
+def policy_term(self:PolicyGradient, logps:Tensor, # [B, G, T] log π_θ
+                r:Rollout, # with advantages
+               ) -> tuple: # loss, metrics
+    "The clipped loss with this run's choices"
+    c = self.cfg
+    return grpo_loss(logps, r.old_logps, r.advantages, loss_type=c.loss_type,
+                     level=c.importance_sampling_level, epsilon=c.epsilon,
+                     epsilon_high=c.epsilon_high, delta=c.delta,
+                     sapo_temperatures=(c.sapo_temperature_pos, c.sapo_temperature_neg),
+                     ref_logps=r.ref_logps, beta=c.beta, kl_level=c.kl_level,
+                     use_bias_correction_kl=c.use_bias_correction_kl,
+                     entropy_mask=r.entropy_mask, sampling_ratio=r.sampling_ratio)
 
 # %% ../../nbs/45_objectives.ipynb #c79f8270
 class MaximumLikelihood(Objective):
     "Cross-entropy of the true tokens"
-    def forward(self, rollout:Rollout):
+    def forward(self, rollout:Rollout): # with targets
+        "Loss and metrics of a rollout"
         stats = {}
         _, target_logps, entropy = rollout_logps(self.model, rollout, 1.,
                                                  self.cfg.logps_chunk)
@@ -128,7 +143,8 @@ class MaximumLikelihood(Objective):
 class StraightThrough(Objective):
     ("Reconstruction loss through straight-through tokens, with the same prior (VA-π "
      "App. C.1)")
-    def forward(self, rollout:Rollout):
+    def forward(self, rollout:Rollout): # with targets
+        "Loss and metrics of a rollout"
         states = self.model.hidden(rollout.context[:, 0], rollout.batch.cond)
         stats, logits = {}, self.model.head(states)
         recon = self.through_pixels(logits, rollout)
@@ -137,26 +153,34 @@ class StraightThrough(Objective):
             -1, rollout.targets[..., None])[..., 0]
         return recon + self.cfg.prior_coef*prior(target_logps, stats), stats
 
-    def through_pixels(self, logits:Tensor, # [B, T, V]
-                       rollout:Rollout) -> Tensor: # scalar
-        "Reconstruction loss of the tokens that the logits stand for"
-        c, noise = self.cfg, None
-        if c.ste_mode == 'gumbel':
-            u = rollout.batch.streams.bulk_uniform(*logits.shape[1:],
-                                                   device=logits.device)
-            noise = gumbel_noise(u)
-        probs = straight_through(logits, c.ste_temperature, noise)
-        with autocast(logits.device.type, enabled=False):
-            pixels = self.system.tokenizer.decode_probs(probs, clamp=False)
-            return reconstruction(pixels[:, None], rollout, self.system, c)
+# %% ../../nbs/45_objectives.ipynb #b33f1b4a
+@patch
+def through_pixels(self:StraightThrough, logits:Tensor, # [B, T, V]
+                   rollout:Rollout, # whose images they should be
+                  ) -> Tensor: # scalar
+    "Reconstruction loss of the tokens that the logits stand for"
+    c, noise = self.cfg, None
+    if c.ste_mode == 'gumbel':
+        u = rollout.batch.streams.bulk_uniform(*logits.shape[1:], device=logits.device)
+        noise = gumbel_noise(u)
+    probs = straight_through(logits, c.ste_temperature, noise)
+    with autocast(logits.device.type, enabled=False):
+        pixels = self.system.tokenizer.decode_probs(probs, clamp=False)
+        return reconstruction(pixels[:, None], rollout, self.system, c)
 
 # %% ../../nbs/45_objectives.ipynb #ef75f1f2
 class TokenizerPostTraining(Objective):
     "Reconstruction loss of sampled tokens, in the decoder's parameters (VA-π App. C.2)"
-    def trained(self): return self.system.tokenizer
-    def candidates(self): return self.model.decoder_parameters()
+    def trained(self):
+        "The tokenizer"
+        return self.system.tokenizer
 
-    def forward(self, rollout:Rollout):
+    def candidates(self):
+        "What turns codes into pixels"
+        return self.model.decoder_parameters()
+
+    def forward(self, rollout:Rollout): # with samples
+        "Loss and metrics of a rollout"
         with autocast(rollout.tokens.device.type, enabled=False):
             pixels = self.model.decode(rollout.tokens.flatten(0, 1), clamp=False)
             pixels = pixels.unflatten(0, rollout.tokens.shape[:2])
@@ -170,23 +194,24 @@ OBJECTIVES = dict(vapi=PolicyGradient, grpo=PolicyGradient, mixed=PolicyGradient
                   tokenizer=TokenizerPostTraining)
 
 # %% ../../nbs/45_objectives.ipynb #0078d376
-def entropy_target(cfg:Config,
+def entropy_target(cfg:Config, # its target, or its margin
                    start:float, # Ĥ of the first step's samples
                   ) -> float: # Ĥ in [0, 1]
     "Where the adaptive bonus wants the normalised entropy (LOO-FID App. C)"
     return cfg.normalized_entropy_target or min(1., start + cfg.entropy_margin)
 
-def bonus_weight(cfg:Config, step:int,
+# %% ../../nbs/45_objectives.ipynb #8a3766f3
+def bonus_weight(cfg:Config, # its `entropy_…` fields
+                 step:int, # from 0
                  entropy:float, # Ĥ in [0, 1] of this step's samples
                  start:float, # Ĥ of the first step's
                 ) -> float: # per nat
     "Weight of the entropy bonus at a step (LOO-FID Eq. 33)"
-    if cfg.entropy_control == 'constant' or not cfg.entropy_coef:
-        return cfg.entropy_coef
-    start_at = cfg.schedule_start
-    p, schedule = ((step - start_at)/(cfg.steps - start_at),
-                   dict(peak=cfg.entropy_coef,
-                        end=min(cfg.entropy_coef_min, cfg.entropy_coef)))
-    if cfg.entropy_control == 'schedule': return entropy_schedule(p, **schedule)
-    return entropy_coef(p, entropy, entropy_target(cfg, start), cfg.entropy_gain, cfg.entropy_deadband,
-                        cfg.entropy_coef_min, cfg.entropy_coef_max, **schedule)
+    c = cfg
+    if c.entropy_control == 'constant' or not c.entropy_coef: return c.entropy_coef
+    p = (step - c.schedule_start)/(c.steps - c.schedule_start)
+    schedule = dict(peak=c.entropy_coef, end=min(c.entropy_coef_min, c.entropy_coef))
+    if c.entropy_control == 'schedule': return entropy_schedule(p, **schedule)
+    return entropy_coef(p, entropy, entropy_target(c, start), c.entropy_gain,
+                        c.entropy_deadband, c.entropy_coef_min, c.entropy_coef_max,
+                        **schedule)

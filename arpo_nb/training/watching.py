@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from fastcore.basics import patch
 from PIL import Image
 
 from ..config import FREE, Config
@@ -31,73 +32,82 @@ from ..specs import is_dotted, resolve
 class RunLog:
     "What a process says, with the time, in a file of its own"
     def __init__(self, out:Path, # folder of the run
-                 rank:int=0): # number of the process
+                 rank:int=0, # number of the process
+                ):
         self.path = Path(out)/(f'run.{rank}.log' if rank else 'run.log')
 
-    def say(self, text:str):
+    def say(self, text:str): # a line or more
         "Append a line"
         with self.path.open('a', encoding='utf-8') as f:
             f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
 
-    def __enter__(self):
-        self.shown, warnings.showwarning = warnings.showwarning, self.note
-        return self
+# %% ../../nbs/47_watching.ipynb #bc997fc6
+@patch
+def __enter__(self:RunLog):
+    self.shown, warnings.showwarning = warnings.showwarning, self.note
+    return self
 
-    def note(self, message, category, filename, lineno, file=None, line=None):
-        "Keep a warning, and show it as before"
-        self.say(f'warning: {message}')
-        self.shown(message, category, filename, lineno, file, line)
+@patch
+def note(self:RunLog, message, # of the warning
+         category, # its class
+         filename:str, # where
+         lineno:int, # where
+         file=None, # to show it in
+         line=None, # of the source
+        ):
+    "Keep a warning, and show it as before"
+    self.say(f'warning: {message}')
+    self.shown(message, category, filename, lineno, file, line)
 
-    def __exit__(self, kind, error, trace):
-        warnings.showwarning = self.shown
-        if error is not None:
-            self.say(''.join(traceback.format_exception(kind, error, trace)))
+@patch
+def __exit__(self:RunLog, kind, error, trace):
+    warnings.showwarning = self.shown
+    if error is None: return
+    self.say(''.join(traceback.format_exception(kind, error, trace)))
 
 # %% ../../nbs/47_watching.ipynb #ff516d02
-def find_trackers(names:str) -> list: # what accelerate takes as `log_with`
-    "The trackers that `log_with` names, joined by commas"
-    return [_tracker(n) for n in filter(None, (n.strip() for n in names.split(',')))]
-
 def _tracker(name):
-    "One of them; raise if it cannot be had"
+    "A tracker by its name; raise if it cannot be had"
     known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
     if is_dotted(name):
         made = resolve(name, 'log_with')()
         if isinstance(made, GeneralTracker): return made
-        raise ValueError(
-            f"log_with={name!r}: made a {type(made).__name__}, expected a "
-            f"GeneralTracker of accelerate"
-        )
+        raise ValueError(f"log_with={name!r}: made a {type(made).__name__}, expected a "
+                         "GeneralTracker of accelerate")
     if name not in known:
-        raise ValueError(
-            f"log_with={name!r}: no such tracker; choose from {', '.join(known)}, "
-            f"or package.module:Class"
-        )
+        raise ValueError(f"log_with={name!r}: no such tracker; choose from "
+                         f"{', '.join(known)}, or package.module:Class")
     if name not in map(str, get_available_trackers()):
         raise ImportError(f"log_with={name!r}: pip install {name.replace('_', '-')}")
     return name
 
+def find_trackers(names:str, # joined by commas
+                 ) -> list: # what accelerate takes as `log_with`
+    "The trackers that `log_with` names"
+    return [_tracker(n) for n in filter(None, (n.strip() for n in names.split(',')))]
+
 # %% ../../nbs/47_watching.ipynb #677f1b8e
-def start_trackers(
-        acc: Accelerator, cfg: Config,
-        out: Path, # folder of the run; its `logs` is for trackers that write files
-        trackers): # of `find_trackers`
+def start_trackers(acc:Accelerator, # this process among the others
+                   cfg:Config, # its `log_with` and `tracker_project`
+                   out:Path, # folder of the run; its `logs` is for files of trackers
+                   trackers, # of `find_trackers`
+                  ):
     "Begin to log to what `cfg.log_with` names"
     if not cfg.log_with: return
     acc.project_configuration.set_directories(str(out))
     acc.project_configuration.logging_dir = str(out/'logs')
     acc.log_with = trackers
-    acc.init_trackers(
-        cfg.tracker_project,
-        config={k: str(v) if v is None else v for k, v in asdict(cfg).items()})
+    settings = {k: str(v) if v is None else v for k, v in asdict(cfg).items()}
+    acc.init_trackers(cfg.tracker_project, config=settings)
 
-def end_trackers(acc:Accelerator):
+def end_trackers(acc:Accelerator): # whose trackers were started
     "Let them finish their files"
     for tracker in getattr(acc, 'trackers', ()): tracker.finish()
     acc.trackers = []
 
 # %% ../../nbs/47_watching.ipynb #cbc3a13e
-def sampling_of(cfg:Config, spec=None, # `ModelSpec`; None for a system that has none
+def sampling_of(cfg:Config, # of a run
+                spec=None, # `ModelSpec`; None for a system that has none
                ) -> dict: # arguments of `policy.generate`
     "How the policy that a run trains is asked for pictures"
     if cfg.method not in FREE:
@@ -106,8 +116,10 @@ def sampling_of(cfg:Config, spec=None, # `ModelSpec`; None for a system that has
     return dict(temperature=cfg.temperature, cfg_scale=cfg.rollout_cfg_scale,
                 top_k=cfg.rollout_top_k, top_p=cfg.rollout_top_p)
 
-def fixed_conditions(system:System, first:Batch, # of the run's data
-                     n:int=16): # at most
+def fixed_conditions(system:System, # that draws
+                     first:Batch, # of the run's data
+                     n:int=16, # at most
+                    ): # conditions, as the policy takes them
     "Conditions of the pictures that are drawn again and again"
     if not system.num_classes: return map_cond(lambda c: c[:n], first.cond)
     n = min(n, system.num_classes)
@@ -115,8 +127,11 @@ def fixed_conditions(system:System, first:Batch, # of the run's data
 
 # %% ../../nbs/47_watching.ipynb #63d2dcfe
 @torch.no_grad()
-def draw_grid(system:System, cfg:Config, cond, # of `fixed_conditions`
-              device='cpu') -> np.ndarray: # [H, W, 3] uint8
+def draw_grid(system:System, # policy and tokenizer
+              cfg:Config, # seed and sampling
+              cond, # of `fixed_conditions`
+              device='cpu', # of the system
+             ) -> np.ndarray: # [H, W, 3] uint8
     "The run's fixed pictures under the policy as it is now"
     cond = map_cond(lambda c: c.to(device), cond)
     n = len(cond) if torch.is_tensor(cond) else len(cond[0])
@@ -124,7 +139,9 @@ def draw_grid(system:System, cfg:Config, cond, # of `fixed_conditions`
                                     **sampling_of(cfg, system.spec))
     return tile(to_uint8(system.tokenizer.decode(tokens)).cpu().numpy(), 4)
 
-def write_picture(path:Path, pixels:np.ndarray):
+def write_picture(path:Path, # of a PNG
+                  pixels:np.ndarray, # [H, W, 3] uint8
+                 ):
     "A PNG that is never there by half"
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, lambda f: Image.fromarray(pixels).save(f, 'PNG'))
@@ -132,70 +149,81 @@ def write_picture(path:Path, pixels:np.ndarray):
 # %% ../../nbs/47_watching.ipynb #bdec0060
 class EarlyStopping:
     "Counts values of a metric since the best one"
-    def __init__(self, cfg:Config, best=None, waited:int=0):
+    def __init__(self, cfg:Config, # metric, direction and patience
+                 best=None, # value so far, of a run that is resumed
+                 waited:int=0, # values since then
+                ):
         self.cfg, self.best, self.waited = cfg, best, waited
 
-    def __call__(self, row:dict) -> str: # why to stop, or nothing
-        "Take in the metrics of a step"
-        name, patience = self.cfg.metric_for_best_model, self.cfg.early_stopping_patience
-        if not patience or name not in row: return ''
-        sign = 1 if self.cfg.greater_is_better else -1
-        if self.best is None or sign*row[name] > sign*self.best:
-            self.best, self.waited = row[name], 0
-        else: self.waited += 1
-        if self.waited < patience: return ''
-        return (f'{name} has not been better than {self.best:.4g} for {self.waited} '
-                f'values')
+    def state(self) -> dict:
+        "What a checkpoint keeps of it"
+        return dict(best=self.best, waited=self.waited)
 
-    def check(self, row:dict):
-        "Raise if a row that should have the metric lacks it"
-        name, c = self.cfg.metric_for_best_model, self.cfg
-        if not c.early_stopping_patience or name in row or (name.startswith('eval/')
-                                                            and c.eval_every):
-            return
-        raise ValueError(
-            f"metric_for_best_model={name!r}: no such metric in a step of this run; "
-            f"there "
-            f"is {', '.join(k for k in row if not k.startswith('time/'))}")
+# %% ../../nbs/47_watching.ipynb #a52c0dd0
+@patch
+def __call__(self:EarlyStopping, row:dict, # metrics of a step
+            ) -> str: # why to stop, or nothing
+    "Take in the metrics of a step"
+    name, patience = self.cfg.metric_for_best_model, self.cfg.early_stopping_patience
+    if not patience or name not in row: return ''
+    sign = 1 if self.cfg.greater_is_better else -1
+    if self.best is None or sign*row[name] > sign*self.best:
+        self.best, self.waited = row[name], 0
+    else: self.waited += 1
+    if self.waited < patience: return ''
+    return f'{name} has not been better than {self.best:.4g} for {self.waited} values'
 
-    def state(self) -> dict: return dict(best=self.best, waited=self.waited)
+# %% ../../nbs/47_watching.ipynb #9f49ae97
+@patch
+def check(self:EarlyStopping, row:dict): # metrics of the first step
+    "Raise if a row that should have the metric lacks it"
+    name, c = self.cfg.metric_for_best_model, self.cfg
+    later = name.startswith('eval/') and c.eval_every
+    if not c.early_stopping_patience or name in row or later: return
+    there = ', '.join(k for k in row if not k.startswith('time/'))
+    raise ValueError(f"metric_for_best_model={name!r}: no such metric in a step of "
+                     f"this run; there is {there}")
 
 # %% ../../nbs/47_watching.ipynb #0719e048
-def load_callbacks(names:str) -> list:
-    "The functions that `callbacks` of a configuration names, joined by commas"
+def load_callbacks(names:str, # joined by commas
+                  ) -> list: # functions of step, metrics and system
+    "The functions that `callbacks` of a configuration names"
     found = [resolve(n.strip(), 'callbacks') for n in names.split(',') if n.strip()]
     found = [f() if isinstance(f, type) else f for f in found]
-    if bad := [f for f in found if not callable(f)]:
-        raise ValueError(
-            f"callbacks={names!r}: a {type(bad[0]).__name__}, expected functions of "
-            f"step, metrics, system"
-        )
-    return found
+    bad = [f for f in found if not callable(f)]
+    if not bad: return found
+    raise ValueError(f"callbacks={names!r}: a {type(bad[0]).__name__}, expected "
+                     "functions of step, metrics, system")
 
+# %% ../../nbs/47_watching.ipynb #0799100d
 class LivePlot:
     "Curves in a notebook, redrawn in place"
-    def __init__(
-            self,
-            metrics=('reward/mean', 'policy/entropy'), # which, a panel for each
-            every: int = 1): # steps between two drawings
+    def __init__(self,
+                 metrics=('reward/mean', 'policy/entropy'), # which, a panel for each
+                 every:int=1, # steps between two drawings
+                ):
         self.metrics, self.every, self.rows, self.handle = metrics, every, [], None
 
-    def __call__(self, step:int, row:dict, system=None):
+    def __call__(self, step:int, # from 0
+                 row:dict, # its metrics
+                 system=None, # not looked at
+                ):
         "Take in a step, and draw"
         self.rows.append(row)
         if step % self.every == 0: self.show()
 
-    def show(self):
-        "Draw what has been seen"
-        import matplotlib.pyplot as plt
-        from IPython.display import display
-        fig, axes = plt.subplots(1, len(self.metrics),
-                                 figsize=(2.6*len(self.metrics), 1.9),
-                                 constrained_layout=True, squeeze=False)
-        for ax, name in zip(axes[0], self.metrics):
-            seen = [(r['step'], r[name]) for r in self.rows if name in r]
-            ax.plot(*zip(*seen)) if seen else None
-            ax.set_title(name, fontsize=9); ax.set_xlabel('step', fontsize=8)
-        if self.handle is None: self.handle = display(fig, display_id=True)
-        else: self.handle.update(fig)
-        plt.close(fig)
+# %% ../../nbs/47_watching.ipynb #eb99fd06
+@patch
+def show(self:LivePlot):
+    "Draw what has been seen"
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+    fig, axes = plt.subplots(1, len(self.metrics), constrained_layout=True,
+                             figsize=(2.6*len(self.metrics), 1.9), squeeze=False)
+    for ax, name in zip(axes[0], self.metrics):
+        seen = [(r['step'], r[name]) for r in self.rows if name in r]
+        if seen: ax.plot(*zip(*seen))
+        ax.set_title(name, fontsize=9); ax.set_xlabel('step', fontsize=8)
+    if self.handle is None: self.handle = display(fig, display_id=True)
+    else: self.handle.update(fig)
+    plt.close(fig)
