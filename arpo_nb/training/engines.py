@@ -156,8 +156,9 @@ class OtherProcess:
         if not at: _start(self, f'{host}:{store.port}', wait)
         try: store.wait(['here'])
         except dist.DistStoreError as e:
-            raise TimeoutError(f"sampler='OtherProcess': nobody came to {host}:{store.port} in {wait:g} s; start "
-                               f"python -m arpo_nb.training.engines {host}:{store.port} where samples are to be drawn") from e
+            place = f'{host}:{store.port}'
+            raise TimeoutError(f"sampler='OtherProcess': nobody came to {place} in {wait:g} s; start "
+                               f"python -m arpo_nb.training.engines {place} where samples are to be drawn") from e
         self.line = Line(store, 0)
         self.line.send((hollow(policy), dict(dtype=dtype, device=device, compile=compile)))
 
