@@ -9,40 +9,62 @@ __all__ = ['RATIO', 'ROOM', 'MOMENTS', 'TEMPORARY', 'user_path', 'home_cache', '
            'refuse_foreign', 'disk_of', 'need_space', 'is_full', 'in_words', 'sync', 'write_atomically', 'write_text',
            'write_json', 'plain_terminal']
 
-# %% ../nbs/08_files.ipynb #6d2ac899
-import bz2, codecs, csv, errno, gzip, io, json, lzma, math, os, re, shutil, stat, sys, tempfile, zipfile
+# %% ../nbs/08_files.ipynb #df04b675
+import bz2
+import codecs
+import csv
+import errno
+import gzip
+import io
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.lib import format as npy_format
 
-# %% ../nbs/08_files.ipynb #fd443789
+# %% ../nbs/08_files.ipynb #01fb6f7c
 def user_path(path, # as a person writes it
               name:str='path', # of the argument, for the message
              ) -> Path:
     "A path with `~` as the home folder"
     text = os.fsdecode(path)
     if '\0' in text:
-        raise ValueError(f"{name}={text!r}: holds a NUL character, which no file's name can; check where it comes from")
+        raise ValueError(f"{name}={text!r}: holds a NUL character, which no file's "
+                         "name can; check where it comes from")
     try: return Path(text).expanduser()
     except RuntimeError as e:
-        raise ValueError(f"{name}={text!r}: there is no home folder (HOME is not set); write the path in full") from e
+        raise ValueError(f"{name}={text!r}: there is no home folder (HOME is not set); "
+                         "write the path in full") from e
 
-def home_cache(*parts:str) -> Path: # below ~/.cache, or below a folder of this user's where there is no home
+# %% ../nbs/08_files.ipynb #e283f069
+def home_cache(*parts:str, # folders below it
+              ) -> Path: # below ~/.cache, or a folder of this user's without a home
     "Where files of our own are kept"
     try: return Path('~/.cache').expanduser().joinpath(*parts)
-    except RuntimeError: return Path(tempfile.gettempdir(), f'cache-{os.getuid()}', *parts)
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), f'cache-{os.getuid()}', *parts)
 
-# %% ../nbs/08_files.ipynb #85b938e5
-def split_part(path, name:str='path') -> tuple: # path, and the key after `#` or None
+# %% ../nbs/08_files.ipynb #87fdce8d
+def split_part(path, # FILE, or FILE#KEY
+               name:str='path', # of the argument, for messages
+              ) -> tuple: # path, and the key after `#` or None
     "A path, and which part of the file is meant"
     path = user_path(path, name)
     if '#' not in path.name or path.exists(): return path, None
     file, _, key = path.name.rpartition('#')
     return (path.with_name(file), key) if file and key else (path, None)
 
-# %% ../nbs/08_files.ipynb #c7284971
+# %% ../nbs/08_files.ipynb #48a8c06c
 class BadFile(ValueError):
     "A file that cannot be used: which, where in it, why, and what to do"
     def __init__(self, path, # of the file
@@ -50,6 +72,9 @@ class BadFile(ValueError):
                  where:str=''): # line, record or field
         super().__init__(f"{path}{where and f', {where}'}: {why}")
         self.path, self.why, self.where = str(path), why, where
+
+# %% ../nbs/08_files.ipynb #7fc8a30f
+def _first_line(e): return (str(e).splitlines() or [''])[0][:300]
 
 @contextmanager
 def reading(path, # of the file
@@ -59,58 +84,77 @@ def reading(path, # of the file
     wanted = f'; expected {expected}' if expected else ''
     try: yield
     except (BadFile, ImportError): raise
-    except MemoryError as e: raise MemoryError(f"{path}: not enough memory to read it ({e})") from e
+    except MemoryError as e:
+        raise MemoryError(f"{path}: not enough memory to read it ({e})") from e
     except OSError as e:
-        if e.errno is None: raise BadFile(path, f"cannot be read ({e}){wanted}", where) from e
+        if e.errno is None:
+            raise BadFile(path, f"cannot be read ({e}){wanted}", where) from e
         raise type(e)(e.errno, f"{path}: {os.strerror(e.errno)}{wanted}") from e
     except Exception as e:
         if str(path) in str(e) and isinstance(e, ValueError): raise
-        raise BadFile(path, f"cannot be read ({type(e).__name__}: {_first_line(e)}){wanted}", where) from e
+        why = f"cannot be read ({type(e).__name__}: {_first_line(e)}){wanted}"
+        raise BadFile(path, why, where) from e
 
-def _first_line(e): return (str(e).splitlines() or [''])[0][:300]
+# %% ../nbs/08_files.ipynb #766adf0c
+_KINDS = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a FIFO', stat.S_IFCHR: 'a device',
+          stat.S_IFBLK: 'a device', stat.S_IFSOCK: 'a socket'}
 
-# %% ../nbs/08_files.ipynb #2eff96ba
-_KINDS = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a FIFO', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device',
-          stat.S_IFSOCK: 'a socket'}
-
-def open_file(path):
+def open_file(path, # of a plain file
+             ): # binary stream
     "A plain file, open for reading bytes; anything else is refused unopened"
     with reading(path, expected='a file'): mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode): raise BadFile(path, f"{_KINDS.get(stat.S_IFMT(mode), 'no file')}, expected a plain file")
-    with reading(path, expected='a file that may be read'): return open(path, 'rb', opener=_patient)
+    if not stat.S_ISREG(mode):
+        what = _KINDS.get(stat.S_IFMT(mode), 'no file')
+        raise BadFile(path, f"{what}, expected a plain file")
+    with reading(path, expected='a file that may be read'):
+        return open(path, 'rb', opener=_patient)
 
-def _patient(path, flags): return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0)) # should it have become a FIFO
+def _patient(path, flags):
+    return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0)) # should it be a FIFO now
 
-def read_bytes(path, most:int=1 << 30, # bytes
+# %% ../nbs/08_files.ipynb #ceec7b2f
+def read_bytes(path, # of a plain file
+               most:int=1 << 30, # bytes
               ) -> bytes:
     "A whole file, unless it is larger than anything of its kind"
     with open_file(path) as f, reading(path):
         size = os.fstat(f.fileno()).st_size
-        if size > most: raise BadFile(path, f"{size:,} bytes, expected at most {most:,}; give a smaller file")
+        if size > most:
+            raise BadFile(path, f"{size:,} bytes, expected at most {most:,}; "
+                                "give a smaller file")
         return f.read(most)
 
+# %% ../nbs/08_files.ipynb #f09c7394
 def inside(folder, # of the list
            name, # of a file, as the list has it
-           source='', where:str='', # the list, for messages
+           source='', # the list, for messages
+           where:str='', # line or record of it
           ) -> Path: # of a file that may be opened
     "The file that data names, which must lie below the data's own folder"
     source = source or folder
     if not isinstance(name, str) or not name.strip() or '\0' in name:
-        raise BadFile(source, f"file name {name!r}, expected a path below {folder}", where)
+        raise BadFile(source, f"file name {name!r}, expected a path below {folder}",
+                      where)
     with reading(source, where, 'a path that can exist'):
-        if '\\' in name and not (Path(folder)/name).is_file(): name = name.replace('\\', '/')
+        if '\\' in name and not (Path(folder)/name).is_file():
+            name = name.replace('\\', '/')
     parts = PurePosixPath(name)
-    if parts.is_absolute() or '..' in parts.parts or re.match('[A-Za-z]:', name):
-        raise BadFile(source, f"file name {name!r} leads out of {folder}, so it is not read; write it relative to "
-                              "that folder", where)
+    leaves = parts.is_absolute() or '..' in parts.parts
+    if leaves or re.match('[A-Za-z]:', name):
+        raise BadFile(source, f"file name {name!r} leads out of {folder}, so it is not "
+                              "read; write it relative to that folder", where)
     return Path(folder)/parts
 
-# %% ../nbs/08_files.ipynb #1d5c8f18
-_MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF8: 'utf-8-sig',
+# %% ../nbs/08_files.ipynb #5e61e82e
+# of four bytes first, for UTF-32's begins with UTF-16's
+_MARKS = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
+          codecs.BOM_UTF8: 'utf-8-sig',
           codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 _LINE_END, _MAX_LINE, _MAX_TEXT = re.compile('\r\n|\n|\r'), 1 << 26, 1 << 30
 
-def decode_text(raw:bytes, path, # of the file, for messages
+# %% ../nbs/08_files.ipynb #616bfdbe
+def decode_text(raw:bytes, # of a file, or from a line on
+                path, # of the file, for messages
                 line:int=1, # number of the first line
                ) -> str:
     "Bytes as text"
@@ -118,73 +162,53 @@ def decode_text(raw:bytes, path, # of the file, for messages
     cure = "save the file as UTF-8, for example with iconv -f latin1 -t utf-8"
     try: text = raw.decode(coding)
     except UnicodeDecodeError as e:
-        at = f'line {line + len(_LINE_END.findall(raw[:e.start].decode(coding, "ignore")))}'
-        raise BadFile(path, f"not {coding.removesuffix('-sig').upper()} (byte 0x{raw[e.start]:02x}); {cure}", at) from e
+        before = _LINE_END.findall(raw[:e.start].decode(coding, "ignore"))
+        said = coding.removesuffix('-sig').upper()
+        raise BadFile(path, f"not {said} (byte 0x{raw[e.start]:02x}); {cure}",
+                      f'line {line + len(before)}') from e
     if '\0' in text:
-        raise BadFile(path, f"holds NUL characters, as text in UTF-16 without its mark does; {cure}", f'line {line}')
+        raise BadFile(path, "holds NUL characters, as text in UTF-16 without its mark "
+                            f"does; {cure}", f'line {line}')
     return text
 
-def read_text(path) -> str:
+# %% ../nbs/08_files.ipynb #67223560
+def read_text(path, # of a text file
+             ) -> str:
     "A whole text file"
     return decode_text(read_bytes(path, _MAX_TEXT), path)
 
-def read_lines(path): # yields number and line, without its end
+# %% ../nbs/08_files.ipynb #14133708
+def read_lines(path, # of a text file
+              ): # yields number and line, without its end
     "The lines of a text file, one after the other"
     with open_file(path) as f, reading(path):
-        wide = f.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or f.peek(4)[:4] == codecs.BOM_UTF32_BE
+        wide = f.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        wide = wide or f.peek(4)[:4] == codecs.BOM_UTF32_BE
+        read, most = (f.read, _MAX_TEXT) if wide else (f.readline, _MAX_LINE)
         number = 0
-        while raw := f.read(_MAX_TEXT) if wide else f.readline(_MAX_LINE):
-            if len(raw) == (_MAX_TEXT if wide else _MAX_LINE):
-                raise BadFile(path, f"longer than {len(raw):,} bytes; is it text?", f'line {number + 1}')
-            for line in _LINE_END.split(_without_last_end(decode_text(raw, path, number + 1))):
-                yield (number := number + 1), line
+        while raw := read(most):
+            if len(raw) == most:
+                raise BadFile(path, f"longer than {len(raw):,} bytes; is it text?",
+                              f'line {number + 1}')
+            text = _without_last_end(decode_text(raw, path, number + 1))
+            for line in _LINE_END.split(text): yield (number := number + 1), line
 
 def _without_last_end(text): return re.sub('(\r\n|\n|\r)\\Z', '', text)
 
-# %% ../nbs/08_files.ipynb #1fd8bb05
-def parse_json(text:str, path, where:str=''):
+# %% ../nbs/08_files.ipynb #ae6cb6dc
+def parse_json(text:str, # one JSON value
+               path, # of the file, for messages
+               where:str='', # line or record of it
+              ): # dict, list, text, number, truth value or None
     "A JSON value"
     with reading(path, where, 'JSON'): return json.loads(text)
 
-def read_json(path):
+def read_json(path, # of a JSON file
+             ): # its value
     "The value in a JSON file"
     return parse_json(read_text(path), path)
 
-def read_records(path): # yields place, and a function that returns a JSON value, a dict of strings or a line
-    "The records of a .jsonl, .json, .csv, .tsv or text file"
-    kind = Path(path).suffix.lower()
-    if kind not in ('.csv', '.tsv') and _holds_lines(path, 2 if kind == '.json' else 1): kind = '.jsonl'
-    if kind in ('.csv', '.tsv'): yield from _read_table(path, '\t' if kind == '.tsv' else None)
-    elif kind == '.json': yield from ((f'record {i}', lambda r=r: r) for i, r in enumerate(_json_list(path)))
-    elif kind in ('.jsonl', '.ndjson'):
-        for n, line in read_lines(path):
-            if line.strip(): yield f'line {n}', lambda n=n, line=line: parse_json(line, path, f'line {n}')
-    else: yield from ((f'line {n}', lambda line=line: line) for n, line in read_lines(path))
-
-def _holds_lines(path, least):
-    "Whether a file holds a JSON object on each of its first lines, whatever its ending"
-    first = [line for _, line in zip(range(least), (t for _, t in read_lines(path) if t.strip()))]
-    try: return len(first) == least and all(isinstance(json.loads(t), dict) for t in first)
-    except (ValueError, RecursionError): return False
-
-def _json_list(path):
-    "The list in a JSON file, alone or the only one in an object"
-    value = read_json(path)
-    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else [value]
-    if len(lists) != 1 or not isinstance(lists[0], list):
-        raise BadFile(path, "expected a list of records, alone or the only list in an object")
-    return lists[0]
-
-def _read_table(path, sep):
-    "Rows of a table with names in its first line"
-    with reading(path, expected='a table with the names of its columns in the first line'):
-        rows = csv.reader((f'{line}\n' for _, line in read_lines(path)), delimiter=sep or _separator(path), strict=True)
-        names = [n.strip() for n in next(rows, [])]
-        if not names or len({*names}) < len(names):
-            raise BadFile(path, f"columns {names}; expected a name for each, no two alike", 'line 1')
-        for row in rows:
-            if row: yield f'line {rows.line_num}', lambda row=row, n=rows.line_num: _named(names, row, path, n)
-
+# %% ../nbs/08_files.ipynb #a771b2b7
 def _separator(path):
     "A comma, or a semicolon or tab where the first line has no comma"
     first = next((line for _, line in read_lines(path)), '')
@@ -192,165 +216,296 @@ def _separator(path):
 
 def _named(names, row, path, line):
     if len(row) != len(names):
-        raise BadFile(path, f"{len(row)} fields, expected {len(names)}: {', '.join(names)}", f'line {line}')
+        wanted = f"expected {len(names)}: {', '.join(names)}"
+        raise BadFile(path, f"{len(row)} fields, {wanted}", f'line {line}')
     return dict(zip(names, row))
 
-# %% ../nbs/08_files.ipynb #1e918e6a
-RATIO, ROOM = 200, 1 << 26 # an archive unfolds at most 200-fold, and 64 MB are always allowed
+def _read_table(path, sep):
+    "Rows of a table with names in its first line"
+    expected = 'a table with the names of its columns in the first line'
+    with reading(path, expected=expected):
+        lines = (f'{line}\n' for _, line in read_lines(path))
+        rows = csv.reader(lines, delimiter=sep or _separator(path), strict=True)
+        names = [n.strip() for n in next(rows, [])]
+        if not names or len({*names}) < len(names):
+            raise BadFile(path, f"columns {names}; expected a name for each, "
+                                "no two alike", 'line 1')
+        for row in rows:
+            if not row: continue
+            n = rows.line_num
+            yield f'line {n}', lambda row=row, n=n: _named(names, row, path, n)
 
+# %% ../nbs/08_files.ipynb #48838193
+def _holds_lines(path, least):
+    "Whether each of a file's first lines is a JSON object, whatever its ending"
+    lines = (t for _, t in read_lines(path) if t.strip())
+    first = [line for _, line in zip(range(least), lines)]
+    try:
+        objects = all(isinstance(json.loads(t), dict) for t in first)
+        return len(first) == least and objects
+    except (ValueError, RecursionError): return False
+
+def _json_list(path):
+    "The list in a JSON file, alone or the only one in an object"
+    value = read_json(path)
+    lists = [value]
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list)]
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        raise BadFile(path, "expected a list of records, alone or the only list in an "
+                            "object")
+    return lists[0]
+
+# %% ../nbs/08_files.ipynb #0f99dd52
+def _read_jsonl(path):
+    for n, line in read_lines(path):
+        where = f'line {n}'
+        if line.strip():
+            yield where, lambda w=where, line=line: parse_json(line, path, w)
+
+def read_records(path, # of a .jsonl, .json, .csv, .tsv or text file
+                ): # yields place, and a function: JSON value, dict of texts or line
+    "The records of a .jsonl, .json, .csv, .tsv or text file"
+    kind = Path(path).suffix.lower()
+    least = 2 if kind == '.json' else 1 # one object alone is a value, not a line
+    if kind not in ('.csv', '.tsv') and _holds_lines(path, least): kind = '.jsonl'
+    if kind == '.csv': yield from _read_table(path, None)
+    elif kind == '.tsv': yield from _read_table(path, '\t')
+    elif kind in ('.jsonl', '.ndjson'): yield from _read_jsonl(path)
+    elif kind == '.json':
+        for i, r in enumerate(_json_list(path)): yield f'record {i}', lambda r=r: r
+    else:
+        for n, line in read_lines(path): yield f'line {n}', lambda line=line: line
+
+# %% ../nbs/08_files.ipynb #54e81ddc
+RATIO = 200 # an archive unfolds at most that many times,
+ROOM = 1 << 26 # and 64 MB are always allowed
+
+# %% ../nbs/08_files.ipynb #78cc0f62
 class Bounded:
     "A stream that refuses to give more than a number of bytes"
-    def __init__(self, file, path, most:int): self.file, self.path, self.most, self.seen = file, path, most, 0
-    def read(self, n:int) -> bytes:
+    def __init__(self, file, # stream to read from
+                 path, # for messages
+                 most:int): # bytes
+        self.file, self.path, self.most, self.seen = file, path, most, 0
+
+    def read(self, n:int, # bytes wanted
+            ) -> bytes:
+        "At most n bytes more"
         data = self.file.read(min(n, self.most - self.seen + 1))
         self.seen += len(data)
         if self.seen > self.most:
-            raise BadFile(self.path, f"unfolds to more than {self.most:,} bytes, over {RATIO} times its size; an "
-                                     "archive of this kind is not read")
+            raise BadFile(self.path, f"unfolds to more than {self.most:,} bytes, over "
+                                     f"{RATIO} times its size; an archive of this kind "
+                                     "is not read")
         return data
-    def close(self): self.file.close()
+
+    def close(self):
+        "Close what it reads from"
+        self.file.close()
+
+# %% ../nbs/08_files.ipynb #5a8b0132
+_PACKERS = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}
 
 @contextmanager
-def open_packed(path): # yields a stream with `read(n)`
+def open_packed(path, # of a plain file
+               ): # yields a stream with `read(n)`
     "A file, unpacked on the way if it is a gzip, bzip2 or xz"
     with open_file(path) as f:
         head, size = f.peek(6)[:6], os.fstat(f.fileno()).st_size
-        unpack = next((u for mark, u in {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}.items()
-                       if head.startswith(mark)), None)
+        known = (u for mark, u in _PACKERS.items() if head.startswith(mark))
+        unpack = next(known, None)
         if head.startswith(b'\x28\xb5\x2f\xfd'):
-            raise BadFile(path, "compressed with zstandard, which is not read; unpack it first")
+            raise BadFile(path, "compressed with zstandard, which is not read; "
+                                "unpack it first")
         yield Bounded(unpack(f), path, RATIO*size + ROOM) if unpack else f
 
-# %% ../nbs/08_files.ipynb #acc56acf
+# %% ../nbs/08_files.ipynb #3f79f974
 _END = b'PK\5\6' # begins the last record of a zip archive
+
 def zip_entries(z:zipfile.ZipFile, # open for reading
                ) -> list: # of `zipfile.ZipInfo`
-    "The members of an archive; raises `zipfile.BadZipFile` if they are not those that it promises"
+    "An archive's members; `zipfile.BadZipFile` unless they are those that it promises"
     entries, back = z.infolist(), min(1 << 16, z.fp.seek(0, io.SEEK_END))
     z.fp.seek(-back, io.SEEK_END)
     end = z.fp.read().rpartition(_END)[2]
     promised = int.from_bytes(end[6:8], 'little') # 0xffff: too many for this record
-    if promised not in (len(entries), 0xffff): raise zipfile.BadZipFile(f'{len(entries)} of {promised} members found')
+    if promised not in (len(entries), 0xffff):
+        raise zipfile.BadZipFile(f'{len(entries)} of {promised} members found')
     for i in entries: z.open(i).close() # compares the names
     return entries
 
-# %% ../nbs/08_files.ipynb #dfd4dcd6
+# %% ../nbs/08_files.ipynb #68e11f01
+_HEADERS = {(1, 0): npy_format.read_array_header_1_0,
+            (2, 0): npy_format.read_array_header_2_0}
+
 def npy_header(f, # stream at the start of an array
-               path, where:str=''):
+               path, # of the file, for messages
+               where:str='', # array of it
+              ) -> tuple: # shape, whether in Fortran's order, type
     "Shape, whether in Fortran's order, and type of a stored array"
     with reading(path, where, 'an array of numbers as numpy.save writes it'):
         version = npy_format.read_magic(f)
-        if version not in ((1, 0), (2, 0)): raise BadFile(path, f"NumPy format {version}, expected 1.0 or 2.0", where)
-        shape, fortran, dtype = (npy_format.read_array_header_1_0 if version == (1, 0)
-                                 else npy_format.read_array_header_2_0)(f)
+        if version not in _HEADERS:
+            raise BadFile(path, f"NumPy format {version}, expected 1.0 or 2.0", where)
+        shape, fortran, dtype = _HEADERS[version](f)
     if dtype.hasobject:
-        raise BadFile(path, "an array of Python objects, which could run code when loaded; expected numbers", where)
-    if any(n < 0 for n in shape): raise BadFile(path, f"shape {shape}, expected no negative numbers", where)
+        raise BadFile(path, "an array of Python objects, which could run code when "
+                            "loaded; expected numbers", where)
+    if any(n < 0 for n in shape):
+        raise BadFile(path, f"shape {shape}, expected no negative numbers", where)
     return shape, fortran, dtype
 
+# %% ../nbs/08_files.ipynb #88ba4f7f
 def read_npy(f, # stream at the start of an array
              size:int, # bytes from there on
-             path, where:str='') -> np.ndarray:
+             path, # of the file, for messages
+             where:str='', # array of it
+            ) -> np.ndarray:
     "A stored array, if its bytes are all there"
     start = f.tell()
     shape, fortran, dtype = npy_header(f, path, where)
     need, have = math.prod(shape)*dtype.itemsize, size - (f.tell() - start)
     if need != have:
-        raise BadFile(path, f"promises an array {list(shape)} of {dtype}, {need:,} bytes, but holds {have:,}; make "
-                            "or copy it again", where)
+        raise BadFile(path, f"promises an array {list(shape)} of {dtype}, {need:,} "
+                            f"bytes, but holds {have:,}; make or copy it again", where)
     raw = np.empty(need, np.uint8)
     with reading(path, where): got = f.readinto(raw) if need else 0
-    if got != need: raise BadFile(path, f"ends after {got:,} of {need:,} bytes; make or copy it again", where)
-    return raw.view(dtype).reshape(shape, order='F' if fortran else 'C') if need else np.empty(shape, dtype)
+    if got != need:
+        raise BadFile(path, f"ends after {got:,} of {need:,} bytes; make or copy it "
+                            "again", where)
+    if not need: return np.empty(shape, dtype)
+    return raw.view(dtype).reshape(shape, order='F' if fortran else 'C')
+
+# %% ../nbs/08_files.ipynb #ec909b9e
+def _arrays(z):
+    entries = [i for i in zip_entries(z) if i.filename.endswith('.npy')]
+    return {i.filename.removesuffix('.npy'): i for i in entries}
 
 @contextmanager
-def open_npz(path): # yields a dict: name → entry of the archive, and the archive
+def open_npz(path, # of an .npz
+            ): # yields a dict: name → entry of the archive, and the archive
     "An archive of arrays, unread"
     with open_file(path) as file, reading(path, expected='an .npz archive'):
         if not zipfile.is_zipfile(file):
-            raise BadFile(path, f"no .npz archive, or a damaged one ({os.fstat(file.fileno()).st_size:,} bytes); "
+            size = os.fstat(file.fileno()).st_size
+            raise BadFile(path, f"no .npz archive, or a damaged one ({size:,} bytes); "
                                 "make or copy it again")
-        with zipfile.ZipFile(file) as z:
-            yield {i.filename.removesuffix('.npy'): i for i in zip_entries(z) if i.filename.endswith('.npy')}, z
+        with zipfile.ZipFile(file) as z: yield _arrays(z), z
 
-def read_npz(path, names=None, # of arrays; None for all
+# %% ../nbs/08_files.ipynb #92ecf47e
+def _read_entry(z, info, path, name):
+    where = f'array {name}'
+    if info.file_size > RATIO*info.compress_size + ROOM:
+        raise BadFile(path, f"unfolds to {info.file_size:,} bytes, over {RATIO} times "
+                            "its size; it is not read", where)
+    with reading(path, where), z.open(info) as f:
+        return read_npy(f, info.file_size, path, where)
+
+def read_npz(path, # of an .npz
+             names=None, # of arrays; None for all
             ) -> dict: # name → array, of those that are there
     "Arrays of an archive"
     with open_npz(path) as (entries, z):
-        return {n: _read_entry(z, i, path, n) for n, i in entries.items() if names is None or n in names}
+        chosen = {n: i for n, i in entries.items() if names is None or n in names}
+        return {n: _read_entry(z, i, path, n) for n, i in chosen.items()}
 
-def _read_entry(z, info, path, name):
-    if info.file_size > RATIO*info.compress_size + ROOM:
-        raise BadFile(path, f"unfolds to {info.file_size:,} bytes, over {RATIO} times its size; it is not read",
-                      f'array {name}')
-    with reading(path, f'array {name}'), z.open(info) as f: return read_npy(f, info.file_size, path, f'array {name}')
+# %% ../nbs/08_files.ipynb #a7d0e827
+def _check_kinds(path, m, mean, s, cov):
+    "Numbers, and of shapes that belong together"
+    if mean.dtype.kind not in 'fiu' or cov.dtype.kind not in 'fiu':
+        raise BadFile(path, f"{mean.dtype} and {cov.dtype}, expected numbers",
+                      f'{m} and {s}')
+    if mean.ndim != 1 or not mean.size or cov.shape != (mean.size, mean.size):
+        raise BadFile(path, f"{m} has shape {mean.shape} and {s} {cov.shape}, "
+                            "expected [D] and [D, D]")
 
-# %% ../nbs/08_files.ipynb #88c96714
+def _check_sizes(path, m, mean, s, cov, most):
+    "Finite, and not beyond what squares of float64 hold"
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise BadFile(path, "holds values that are not finite; make it again",
+                      f'{m} or {s}')
+    if not 0 <= mean.max()**2 + most < 1e200:
+        raise BadFile(path, f"numbers up to {most:.3g}, more than features of any "
+                            "network have; make it again", f'{m} or {s}')
+
+# %% ../nbs/08_files.ipynb #4ba3f2c0
+def _check_covariance(path, s, cov, most):
+    "Symmetric, without negative variances or eigenvalues"
+    if (least := cov.diagonal().min()) < 0:
+        raise BadFile(path, f"a negative variance ({least:.3g}); make it again", s)
+    if np.abs(cov - cov.T).max() > 1e-3*most:
+        raise BadFile(path, "not symmetric, so no covariance; make it again", s)
+    try: np.linalg.cholesky((cov + cov.T)/2 + 1e-3*most*np.eye(len(cov)))
+    except np.linalg.LinAlgError as e:
+        raise BadFile(path, "has negative eigenvalues, so no features can have this "
+                            "covariance; make it again", s) from e
+
+def _check_moments(path, m, mean, s, cov):
+    _check_kinds(path, m, mean, s, cov)
+    mean, cov = mean.astype(np.float64), cov.astype(np.float64)
+    most = max(np.abs(cov).max(), 1e-300)
+    _check_sizes(path, m, mean, s, cov, most)
+    _check_covariance(path, s, cov, most)
+    return mean, cov
+
+# %% ../nbs/08_files.ipynb #590a4221
 MOMENTS = 'mu', 'sigma', 'mu_s', 'sigma_s' # the last two of spatial features
 
-def read_moments(path) -> dict: # of those names in MOMENTS that the file holds, float64
+def read_moments(path, # of an .npz
+                ) -> dict: # of those names in MOMENTS that the file holds, float64
     "Means and covariances of an .npz, checked"
     got = read_npz(path, MOMENTS)
     for m, s in (('mu', 'sigma'), ('mu_s', 'sigma_s')):
-        if (m in got) != (s in got): raise BadFile(path, f"holds only one of {m} and {s}; a reference needs both")
+        if (m in got) != (s in got):
+            raise BadFile(path, f"holds only one of {m} and {s}; "
+                                "a reference needs both")
         if m in got: got[m], got[s] = _check_moments(path, m, got[m], s, got[s])
     return got
 
-def _check_moments(path, m, mean, s, cov):
-    if mean.dtype.kind not in 'fiu' or cov.dtype.kind not in 'fiu':
-        raise BadFile(path, f"{mean.dtype} and {cov.dtype}, expected numbers", f'{m} and {s}')
-    if mean.ndim != 1 or not mean.size or cov.shape != (mean.size, mean.size):
-        raise BadFile(path, f"{m} has shape {mean.shape} and {s} {cov.shape}, expected [D] and [D, D]")
-    mean, cov = mean.astype(np.float64), cov.astype(np.float64)
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise BadFile(path, "holds values that are not finite; make it again", f'{m} or {s}')
-    most = max(np.abs(cov).max(), 1e-300)
-    if not 0 <= mean.max()**2 + most < 1e200:
-        raise BadFile(path, f"numbers up to {most:.3g}, more than features of any network have; make it again",
-                      f'{m} or {s}')
-    if (least := cov.diagonal().min()) < 0: raise BadFile(path, f"a negative variance ({least:.3g}); make it again", s)
-    if np.abs(cov - cov.T).max() > 1e-3*most: raise BadFile(path, "not symmetric, so no covariance; make it again", s)
-    try: np.linalg.cholesky((cov + cov.T)/2 + 1e-3*most*np.eye(len(cov)))
-    except np.linalg.LinAlgError as e:
-        raise BadFile(path, "has negative eigenvalues, so no features can have this covariance; make it again",
-                      s) from e
-    return mean, cov
-
-# %% ../nbs/08_files.ipynb #591d78f0
+# %% ../nbs/08_files.ipynb #1713a815
 def refuse_foreign(path, # to be written
-                   is_ours): # function of a path that exists: whether this library wrote it
+                   is_ours): # function of a path that is there: did we write it?
     "Raise if a file or folder that we did not write is in the way"
     if not os.path.lexists(path): return
     try: ours = is_ours(Path(path))
     except Exception: ours = False # not even readable as what we would have written
-    if not ours:
-        raise FileExistsError(errno.EEXIST, f"{path}: already there, and nothing in it says that this library "
-                                            "wrote it, so it is left as it is; give another name, or move it away")
+    if ours: return
+    why = (f"{path}: already there, and nothing in it says that this library wrote it, "
+           "so it is left as it is; give another name, or move it away")
+    raise FileExistsError(errno.EEXIST, why)
 
-# %% ../nbs/08_files.ipynb #9070eeae
-def disk_of(path) -> tuple: # where it is mounted, bytes free
+# %% ../nbs/08_files.ipynb #4739bd9f
+def disk_of(path, # of a file or folder, there or not yet
+           ) -> tuple: # where it is mounted, bytes free
     "The disk that a file or folder lies on, or would"
     at = user_path(path).absolute()
     at = next(p for p in (at, *at.parents) if p.exists())
     mount = next(p for p in (at, *at.parents) if os.path.ismount(p))
     return mount, shutil.disk_usage(at).free
 
+# %% ../nbs/08_files.ipynb #2803e528
 def need_space(path, # where it is to be written
                need:int, # bytes
-               what:str='what is to be written', cure:str='write to another disk'):
+               what:str='what is to be written', # for the message
+               cure:str='write to another disk'): # what else to do
     "Raise unless a disk has room"
     mount, free = disk_of(path)
     if free >= need: return
-    raise OSError(errno.ENOSPC, f"{path}: {what} needs {need/1e9:.2f} GB on the disk at {mount}, which has "
-                                f"{free/1e9:.2f} GB free; free some, or {cure}")
+    why = (f"{path}: {what} needs {need/1e9:.2f} GB on the disk at {mount}, which has "
+           f"{free/1e9:.2f} GB free; free some, or {cure}")
+    raise OSError(errno.ENOSPC, why)
 
-# %% ../nbs/08_files.ipynb #c62a6678
-def is_full(e:BaseException) -> bool:
+# %% ../nbs/08_files.ipynb #672592c2
+def is_full(e:BaseException, # of writing
+           ) -> bool:
     "Whether an error says that a disk is full"
     told = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT)
     return told or 'No space left' in str(e) or 'PytorchStreamWriter' in str(e)
 
-def in_words(e:BaseException, path, # that was being written
+# %% ../nbs/08_files.ipynb #5338303f
+def in_words(e:BaseException, # of writing
+             path, # that was being written
              need:int=0, # bytes, where they are known
              full:bool=False, # known to be so
             ) -> BaseException: # to be raised
@@ -358,13 +513,14 @@ def in_words(e:BaseException, path, # that was being written
     if not full and not is_full(e): return e
     mount, free = disk_of(path)
     wanted = f', {need/1e9:.2f} GB needed' if need else ''
-    return OSError(errno.ENOSPC, f"{path}: the disk at {mount} is full ({free/1e9:.2f} GB free{wanted}); free some, or "
-                                 "write to another disk. What was whole before still is")
+    why = (f"{path}: the disk at {mount} is full ({free/1e9:.2f} GB free{wanted}); "
+           "free some, or write to another disk. What was whole before still is")
+    return OSError(errno.ENOSPC, why)
 
-# %% ../nbs/08_files.ipynb #69cbe5f8
+# %% ../nbs/08_files.ipynb #e39f126c
 TEMPORARY = '.arpo_nb-' # how names of unfinished files begin
 
-def sync(path):
+def sync(path): # of a file or folder
     "Wait until a file or a folder's list of names is on the disk"
     # Windows has no handle on a folder
     if os.name == 'nt' and Path(path).is_dir(): return
@@ -372,25 +528,30 @@ def sync(path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
-def write_atomically(path, write, # function of an open binary file
-                    ):
+# %% ../nbs/08_files.ipynb #143dde60
+def write_atomically(path, # of the file
+                     write): # function of an open binary file
     "Write a file so that no reader and no power cut ever sees half of it"
     path = user_path(path)
     tmp = path.with_name(f'{TEMPORARY}{os.getpid()}-{path.name}')
     try:
         with tmp.open('wb') as f:
             write(f)
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
         sync(path.parent)
     except OSError as e: raise in_words(e, path) from e
     finally: tmp.unlink(missing_ok=True)
 
-def write_text(path, text:str):
+# %% ../nbs/08_files.ipynb #4cd8190e
+def write_text(path, # of the file
+               text:str): # to be stored as UTF-8
     "A text as a whole file"
     write_atomically(path, lambda f: f.write(text.encode()))
 
-def write_json(path, value):
+def write_json(path, # of the file
+               value): # what JSON can hold
     "A value as a JSON file"
     write_text(path, json.dumps(value, indent=1))
 
