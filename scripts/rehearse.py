@@ -11,18 +11,21 @@ from pathlib import Path
 METHODS, COUNTS, MEMORY = ('vapi', 'loofid', 'var_grpo', 'ar_grpo', 'tokenizer', 'mle', 'ste'), (1, 8, 64), 80e9
 # what the papers ran, and on how many devices; these rows come first
 PAPERS = {('llamagen_xxl', 'vapi'): (8,), ('llamagen_l', 'loofid'): (1, 4), ('llamagen_xl', 'loofid'): (4,),
-          ('var_d16', 'var_grpo'): (8,), ('var_d30', 'var_grpo'): (8,), ('janus_pro_1b', 'vapi'): (8,)}
+          ('var_d16', 'var_grpo'): (8,), ('var_d30', 'var_grpo'): (8,), ('janus_pro_1b', 'vapi'): (8,),
+          ('janus_pro_7b', 'loofid'): (8,)}
 
 
 def shared(cfg, n):
-    "The configuration with as many conditions as n devices can share evenly"
-    whole, small = (-(-x//n)*n for x in (cfg.batch_size, cfg.mini_batch_size))
-    return replace(cfg, num_processes=n, batch_size=whole, mini_batch_size=small)
+    "The configuration with as many conditions as n devices can share evenly, and as many updates"
+    from arpo_nb.config import contexts
+    whole, updates = -(-cfg.batch_size//n)*n, contexts(cfg)//(cfg.mini_batch_size or contexts(cfg))
+    more = replace(cfg, batch_size=whole, mini_batch_size=0)
+    small = contexts(more)//updates if cfg.mini_batch_size else 0
+    return replace(more, num_processes=n, mini_batch_size=small)
 
 
 def cell(cfg, n, parts, records):
     "What fits one of n devices, and what a step takes; a text where there is none"
-    from arpo_nb.training.plan import memory_estimate
     from arpo_nb.training.rehearse import DEVICES, propose, step_seconds
     cfg = shared(cfg, n)
     try: fits, r = propose(cfg, MEMORY, parts=parts, records=records)
@@ -30,9 +33,24 @@ def cell(cfg, n, parts, records):
     changed = {k: v for k, v in asdict(fits).items() if v != getattr(cfg, k)}
     at_least = {d: round(sum(step_seconds(r, DEVICES[d]).values()), 4) for d in ('A100 80GB', 'H100')}
     kinds = {k: int(v) for k, v in r.kinds.items() if v > .01*r.peak}
-    estimate = sum(memory_estimate(fits, parts[0], r.shards).values())
     return dict(bytes=int(r.peak), kinds=kinds, shards=r.shards, changed=changed, batch_size=cfg.batch_size,
-                estimate=int(estimate), checkpoint=int(r.checkpoint), seconds=at_least, steps=cfg.steps)
+                mini_batch_size=cfg.mini_batch_size, checkpoint=int(r.checkpoint), seconds=at_least, steps=cfg.steps)
+
+
+def layouts(model, _, counts):
+    "Bytes of a device that trains on one picture at a time, alone, as one of eight copies, and with an eighth of the policy"
+    from arpo_nb.config import preset
+    from arpo_nb.training.rehearse import LAYOUTS, build, rehearse
+    warnings.simplefilter('ignore')
+    began, records, found = time.process_time(), {}, {}
+    cfg = replace(preset(model, 'mle'), micro_batch_size=1, mini_batch_size=0, gradient_checkpointing=True)
+    parts = build(cfg)
+    for name, (n, shards) in LAYOUTS.items():
+        try: r = rehearse(replace(cfg, batch_size=n, num_processes=n), shards=shards, parts=parts, records=records)
+        except (ValueError, RuntimeError, NotImplementedError) as e: found[name] = dict(why=f'{type(e).__name__}: {e}')
+        else: found[name] = dict(bytes=int(r.peak), kinds={k: int(v) for k, v in r.kinds.items() if v > .01*r.peak})
+    print(f'{model} layouts: {time.process_time() - began:.0f} s', flush=True)
+    return found
 
 
 def row(model, method, counts):
@@ -60,19 +78,20 @@ def main():
     args = p.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     models = [m for m in known_models() if not find_model(m).shape] # the others have that of a file
-    pairs = dict.fromkeys([*PAPERS, *((m, h) for h, m in product(METHODS, models))])
+    pairs = dict.fromkeys([*PAPERS, *((m, 'layouts') for m in models), *((m, h) for h, m in product(METHODS, models))])
     counts = {pair: tuple(sorted({*COUNTS, *PAPERS.get(pair, ())})) for pair in pairs}
     wanted = [(*pair, counts[pair]) for pair in pairs if ' '.join(pair) not in found]
     end, names = time.time() + 60*args.minutes, {}
     with ProcessPoolExecutor(args.workers) as pool:
         left = iter(wanted)
+        def start(model, method, counts): return pool.submit(layouts if method == 'layouts' else row, model, method, counts)
         for r in [next(left, None) for _ in range(args.workers)]:
-            if r: names[pool.submit(row, *r)] = r
+            if r: names[start(*r)] = r
         while names:
             done = next(as_completed(names))
             found[' '.join(names.pop(done)[:2])] = done.result()
             args.out.write_text(json.dumps(found, indent=1) + '\n')
-            if time.time() < end and (r := next(left, None)): names[pool.submit(row, *r)] = r
+            if time.time() < end and (r := next(left, None)): names[start(*r)] = r
     print(f'{len(found)} rows, {len(wanted)} were to be done')
 
 

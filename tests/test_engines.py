@@ -69,3 +69,11 @@ def test_weights_multiply_the_policy_term_alone(loss_type):
     torch.testing.assert_close(gradient(sampling_ratio=w), gradient()*w)
     kl = gradient(ref_logps=ref, beta=.3) - gradient()
     torch.testing.assert_close(gradient(sampling_ratio=w, ref_logps=ref, beta=.3), gradient()*w + kl)
+
+
+def test_another_process_draws_the_same(tmp_path):
+    alone = run(replace(TINY, steps=1), tmp_path/'alone')[0]
+    there = run(replace(TINY, steps=1, sampler='OtherProcess', sampler_args='dtype=float32'), tmp_path/'there')[0]
+    assert there['sampling/sampling_logp_difference/max'] < 1e-4 # its own account of what it drew with
+    for k in alone:
+        if not k.startswith(('time/', 'sampling/')): assert alone[k] == pytest.approx(there[k], rel=1e-4, abs=1e-5), k

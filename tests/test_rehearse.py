@@ -13,7 +13,8 @@ from arpo_nb.models.var import VAR, VARConfig
 from arpo_nb.models.vqgan import CINConfig, CINTransformer
 from arpo_nb.training.ledger import Ledger
 from arpo_nb.training import steps
-from arpo_nb.training.rehearse import _Stage, build, propose, rehearse
+from arpo_nb.training.plan import Plan, check_memory, make_plan, memory_bounds, network_bytes
+from arpo_nb.training.rehearse import _Stage, build, load_rehearsals, propose, rehearse
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,3 +157,59 @@ def one_token(model):
 
 @pytest.mark.parametrize('model', ['llamagen', 'vqgan', 'var', 'janus'])
 def test_sampling_traces_without_a_break(model): assert graph_breaks(*one_token(model)) == (0, [])
+
+
+TABLE = load_rehearsals(ROOT/'results')
+
+
+def of_table(name, n):
+    "The configuration of a cell"
+    cell = TABLE[name][str(n)]
+    cfg = replace(preset(*name.split()), num_processes=n, batch_size=cell['batch_size'], mini_batch_size=cell['mini_batch_size'])
+    return replace(cfg, **cell['changed'])
+
+
+@pytest.mark.parametrize('name, n', [('toy vapi', 1), ('toy loofid', 8), ('toy_var var_grpo', 64)])
+def test_the_table_is_of_this_code(name, n):
+    "Three cells, rehearsed again"
+    cell, r = TABLE[name][str(n)], rehearse(of_table(name, n), shards=TABLE[name][str(n)]['shards'])
+    assert r.peak == pytest.approx(cell['bytes'], rel=.01) and r.checkpoint == cell['checkpoint']
+
+
+@pytest.mark.parametrize('name', ['llamagen_b vapi', 'llamagen_xxl vapi', 'llamagen_l loofid', 'toy loofid', 'toy_var var_grpo'])
+def test_bounds_hold_on_the_table(name):
+    "What a plan goes by without a rehearsal: the sum of everything, and what is always there"
+    fits = {n: cell for n, cell in TABLE[name].items() if 'why' not in cell}
+    system, reward = build(preset(*name.split()))
+    networks = network_bytes(system, reward)
+    for n, cell in fits.items():
+        least, most = memory_bounds(of_table(name, int(n)), system, networks, cell['shards'])
+        assert least <= cell['bytes'] <= most, n
+    assert fits
+
+
+def test_a_run_that_could_not_be_rehearsed_is_not_refused(monkeypatch):
+    cfg = tiny('vapi')
+    monkeypatch.setattr(Plan, 'memory', property(lambda self: len(3)))
+    plan = make_plan(cfg)
+    with pytest.warns(UserWarning, match='nobody knows whether it fits, .*TypeError'): check_memory(plan, cfg, (sum(plan.bounds)/2, 'the GPU'))
+
+
+def test_what_a_notebook_holds_is_not_there_for_the_run(monkeypatch):
+    cfg = tiny('vapi')
+    plan = make_plan(cfg)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for held in (0, plan.peak):
+        gpu = dict(mem_get_info=(2*plan.peak - held - 1, 2*plan.peak), memory_reserved=held, memory_allocated=held)
+        for name, value in gpu.items(): monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        if not held: check_memory(plan, cfg)
+        else:
+            with pytest.raises(MemoryError, match='the GPU has .* GB left'): check_memory(plan, cfg)
+
+
+def test_networks_of_rewards_are_counted_once():
+    cfg = preset('llamagen_b', 'loofid')
+    held = make_plan(replace(cfg, rewards='clip+aesthetic+hps+loo_fid', weights='random')).networks
+    assert {'reward clip', 'reward aesthetic', 'reward hps', 'reward loo_fid'} <= held.keys()
+    assert held['reward clip'] > 1.5e9 > 1e7 > held['reward aesthetic'] # its head; the network is CLIPScore's
+    assert held['reward hps'] > 3e9 and held['reward loo_fid'] > 8e7

@@ -12,17 +12,17 @@ from functools import partial
 from math import isqrt
 
 from ..files import split_part
-from .checkpoints import _read_file, build_llamagen, read_state_dict
+from .checkpoints import CLASSES, TEXT, _read_file, build_llamagen, read_state_dict
 from .llamagen import SIZES, GPTConfig
 from .multiscale_vq import MultiScaleConfig
 from .tokenizers import VQConfig
 from .var import VARConfig, build_var, own_tokenizer
-from ..specs import PAPERS, ModelSpec, Recipe, split_args
+from ..specs import PAPERS, ModelSpec, split_args
 
 # %% ../../nbs/38_shapes.ipynb #720973ed
 def _shapes(state): return {k: tuple(v.shape) for k, v in state.items()}
 
-def _count(names, prefix):
+def _numbered(names, prefix):
     "How many numbered parts begin with a prefix"
     parts = {
         k.removeprefix(prefix).split('.')[0] for k in names if k.startswith(prefix)
@@ -48,7 +48,7 @@ def var_shape(state:dict # name → tensor of a transformer
     if [p * p for p in sides] != areas:
         raise ValueError(f"lvl_1L: scales of {areas} tokens, which are no squares")
     width, heads = s['pos_1LC'][2], s.get('blocks.0.attn.scale_mul_1H11')
-    return dict(depth=_count(s, 'blocks.'), embed_dim=width,
+    return dict(depth=_numbered(s, 'blocks.'), embed_dim=width,
                 num_heads=heads[1] if heads else width // 64,
                 mlp_ratio=s['blocks.0.ffn.fc1.weight'][0] / width,
                 vocab_size=s['head.weight'][0], z_channels=s['word_embed.weight'][1],
@@ -66,11 +66,11 @@ def multiscale_shape(state:dict, # name → tensor of a multi-scale tokenizer
     s = _shapes(state)
     _need(s, ('encoder.conv_in.weight', 'quantize.embedding.weight',
               'encoder.down.0.block.0.conv1.weight'), 'multi-scale tokenizer')
-    ch, levels = s['encoder.conv_in.weight'][0], _count(s, 'encoder.down.')
+    ch, levels = s['encoder.conv_in.weight'][0], _numbered(s, 'encoder.down.')
     widths = [s[f'encoder.down.{i}.block.0.conv1.weight'][0] for i in range(levels)]
     phi = 'quantize.quant_resi.'
-    shared = _count(s, f'{phi}qresi_ls.') or 1*(f'{phi}qresi.weight' in s)
-    return dict(ch=ch, ch_mult=tuple(w // ch for w in widths), num_res_blocks=_count(
+    shared = _numbered(s, f'{phi}qresi_ls.') or 1*(f'{phi}qresi.weight' in s)
+    return dict(ch=ch, ch_mult=tuple(w // ch for w in widths), num_res_blocks=_numbered(
         s, 'encoder.down.0.block.'), z_channels=s['quantize.embedding.weight'][1],
                 codebook_size=s['quantize.embedding.weight'][0],
                 patch_nums=tuple(patch_nums), share_quant_resi=shared,
@@ -101,7 +101,7 @@ def gpt_shape(state:dict, # name → tensor of a transformer
     _need(s,
           ('tok_embeddings.weight', 'output.weight', 'layers.0.attention.wqkv.weight'),
           'LlamaGen transformer')
-    (vocab, dim), layers = s['tok_embeddings.weight'], _count(s, 'layers.')
+    (vocab, dim), layers = s['tok_embeddings.weight'], _numbered(s, 'layers.')
     known = {(z['n_layer'], z['dim']): z['n_head']
              for z in (*SIZES.values(), *UNPUBLISHED.values())}
     heads = n_head or known.get((layers, dim))
@@ -146,11 +146,11 @@ def vq_shape(state:dict, # name → tensor of a tokenizer
     ch = s['encoder.conv_in.weight'][0]
     widths = [[
         s[f'{half}.conv_blocks.{i}.res.0.conv1.weight'][0] // ch
-        for i in range(_count(s, f'{half}.conv_blocks.'))
+        for i in range(_numbered(s, f'{half}.conv_blocks.'))
     ]
               for half in ('encoder', 'decoder')]
     return dict(ch=ch, encoder_ch_mult=tuple(widths[0]), decoder_ch_mult=tuple(
-        widths[1][::-1]), num_res_blocks=_count(s, 'encoder.conv_blocks.0.res.'),
+        widths[1][::-1]), num_res_blocks=_numbered(s, 'encoder.conv_blocks.0.res.'),
                 z_channels=s['quant_conv.weight'][1],
                 codebook_size=s['quantize.embedding.weight'][0],
                 codebook_embed_dim=s['quantize.embedding.weight'][1],
@@ -257,24 +257,19 @@ def _side(weights):
         "its training; add model_args='image_size=256', or whatever it is")
 
 # %% ../../nbs/38_shapes.ipynb #47efba51
-_CLASSES = dict(num_classes=1000, class_names='arpo_nb.systems:imagenet_classes',
-                reference='imagenet256_reference')
-_TEXT = dict(
-    recipes={
-        **PAPERS, 'vapi': Recipe('arpo_nb.config:vapi_llamagen', dict(
-            text=True)), 'ar_grpo': Recipe('arpo_nb.config:ar_grpo', dict(text=True))
-    })
+def _of_file(name, build, shape, vq, title, **more):
+    "A record whose file says the rest"
+    family = title.partition(',')[0]
+    return ModelSpec(name, partial(build, name), f'{title}, of the shape of its file',
+                     shape=shape, files=dict(tokenizer=vq),
+                     reference='imagenet256_reference',
+                     layout=f"{family}'s, or a checkpoint of its training script",
+                     **more)
 
 SPECS = [
-    ModelSpec('var', partial(build_var, 'var'), 'VAR, of the shape of its file',
-              shape=var_args, **_CLASSES, files=dict(tokenizer='var_vae'),
-              tokenizer_inside=own_tokenizer,
-              layout="VAR's, or a checkpoint of its training script",
-              recipes={**PAPERS, 'grpo': 'var_grpo'}),
-    *(ModelSpec(name, partial(build_llamagen, name),
-                f"LlamaGen, {what}, of the shape of its file", shape=partial(
-                    llamagen_args, text=bool(more is _TEXT)), files=dict(tokenizer=vq),
-                layout="LlamaGen's, or a checkpoint of its training script", **more)
-      for name, what, vq, more in (('llamagen', 'classes', 'vq_ds16_c2i', _CLASSES),
-                                   ('llamagen_t2i', 'text', 'vq_ds16_t2i', _TEXT)))
-]
+    _of_file('var', build_var, var_args, 'var_vae', 'VAR', **CLASSES,
+             tokenizer_inside=own_tokenizer, recipes={**PAPERS, 'grpo': 'var_grpo'}),
+    _of_file('llamagen', build_llamagen, llamagen_args, 'vq_ds16_c2i',
+             'LlamaGen, classes', **CLASSES),
+    _of_file('llamagen_t2i', build_llamagen, partial(llamagen_args, text=True),
+             'vq_ds16_t2i', 'LlamaGen, text', **TEXT)]

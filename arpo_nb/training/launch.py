@@ -32,11 +32,12 @@ from ..config import (RECIPES, VARIANTS, Config, add_options, from_json, from_se
 from ..evaluation.evaluate import evaluate
 from ..files import TEMPORARY, plain_terminal, write_json
 from ..specs import known_models
-from ..systems import load_data, load_metric_net, load_reward
+from ..systems import check_data, load_data, load_metric_net, shapes_of
 from .notebooks import lay_out, run_notebook
 from .plan import check_memory, describe, fitted, make_plan, shards_of
 from .rehearse import describe_rehearsal, networks_in, rehearsed
-from .processes import check_launcher, launch_command, load_once, read_launcher, slurm_rank
+from .processes import (check_launcher, launch_command, load_once, on_each,
+                                        read_launcher, reward_once, slurm_rank)
 from .run_folder import claim_folder, read_rows
 from .sharding import check_layout
 from .trainer import Stopped, accelerator, on_first, train
@@ -75,11 +76,13 @@ def run(cfg:Config, # what to run
     # refuse before loading gigabytes
     out = on_first(acc, lambda: claim_folder(out_dir, cfg, resume))
     on_first(acc, lambda: check_memory(make_plan(cfg), cfg))
-    measure = make_evaluation(cfg)
-    system = load_once(cfg, acc, say=print if progress else lambda _: None)
+    # every machine reads its own data
+    if acc.num_processes > 1: on_each(acc, lambda: check_data(cfg, shapes_of(cfg)))
+    measure, say = make_evaluation(cfg), print if progress else lambda _: None
+    system = load_once(cfg, acc, say)
     return train(system, load_data(cfg, system), cfg, out,
-                 reward=load_reward(cfg, system), resume=resume, progress=progress,
-                 callbacks=callbacks, evaluate=measure)
+                 reward=reward_once(cfg, system, acc, say), resume=resume,
+                 progress=progress, callbacks=callbacks, evaluate=measure)
 
 # %% ../../nbs/42_launch.ipynb #8cd9bc66
 @contextlib.contextmanager

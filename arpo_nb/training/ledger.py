@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEVICE', 'SMALL', 'TRAINED', 'tensors', 'Places', 'flops_of', 'nbytes', 'bytes_moved', 'bytes_sent', 'Shadows',
-           'Phase', 'Frame', 'Ledger', 'seen', 'mood', 'blank', 'likes']
+           'Phase', 'Frame', 'Ledger', 'seen', 'mood', 'likes', 'blank']
 
 # %% ../../nbs/44_ledger.ipynb #b9f2ff77
 import sys
@@ -28,7 +28,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # %% ../../nbs/44_ledger.ipynb #bf3be3b2
 DEVICE = torch.device('cpu', 0) # plays the accelerator; plain 'cpu' is the host
 
-def tensors(*things) -> list:
+def tensors(*things # of any depth
+           ) -> list:
     "All tensors in nested lists, tuples and dictionaries"
     out = []
     for x in things:
@@ -68,18 +69,24 @@ def flops_of(func, args, kwargs, out) -> int: # multiply and add counted as two
     return count(*args, **kwargs, out_val=out) if count else 0
 
 # %% ../../nbs/44_ledger.ipynb #b91b0226
-def nbytes(x:Tensor) -> int:
+def nbytes(x:Tensor # of any kind, perhaps without content
+          ) -> int:
     "Bytes of a tensor's elements"
     return x.numel()*x.element_size()
 
-def bytes_moved(ins:list, outs:list) -> int:
+def bytes_moved(ins:list, # tensors
+                outs:list # tensors
+               ) -> int:
     "Bytes read and written by a call; a view moves nothing"
     homes = {x.untyped_storage()._cdata for x in ins}
     new = [x for x in outs if x.untyped_storage()._cdata not in homes]
     return sum(map(nbytes, ins + new)) if new or not outs else 0
 
 # %% ../../nbs/44_ledger.ipynb #5712a4d9
-def bytes_sent(func, ins:list, world:int) -> int:
+def bytes_sent(func, # of torch.ops
+               ins:list, # tensors
+               world:int # processes
+              ) -> int:
     "Bytes that a collective call sends over the link of one process, in a ring"
     if func.namespace != 'c10d' or world == 1: return 0
     whole = max(map(nbytes, ins), default=0) # gathered, scattered or reduced
@@ -87,12 +94,22 @@ def bytes_sent(func, ins:list, world:int) -> int:
 
 # %% ../../nbs/44_ledger.ipynb #1115a999
 SMALL = 64 # elements up to which a tensor has a shadow
+_GATHERS = {'sum', 'mean', 'amin', 'amax', 'min', 'max', 'std', 'var', 'cat', 'stack',
+            'linalg_vector_norm', 'clone', 'copy_', '_to_copy', 'lerp_'}
+
+def _harmless(func) -> bool: # no number says where in memory another one lies
+    "Whether a call may be repeated on numbers that nobody knows"
+    name = func._opname
+    return name != 'as_strided' and (torch.Tag.pointwise in func.tags or func.is_view
+                                     or name in _GATHERS or name.startswith('_foreach'))
 
 class Shadows:
     "Real values beside small fake tensors, so that the loop's questions have answers"
-    def __init__(self): self.values = WeakTensorKeyDictionary()
+    def __init__(self):
+        self.values, self.sure = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
-    def of(self, x:Tensor) -> Tensor:
+    def of(self, x:Tensor # real or not
+          ) -> Tensor:
         "The shadow of a small tensor: itself where it is real, its constant, or ones"
         if type(x) is Tensor: return x
         if x not in self.values:
@@ -102,20 +119,36 @@ class Shadows:
                                   else known.clone())
         return self.values[x]
 
-    def follow(self, func, args, kwargs, ins:list, outs:list):
-        "Repeat a call on shadows, if all it touches is small"
-        if not ins or any(x.numel() > SMALL for x in outs): return
-        if func.namespace not in ('aten', 'prims'): return
-        if all(x.numel() <= SMALL for x in ins): self._repeat(func, args, kwargs, outs)
-        elif func._opname == 'any': # a check of many elements finds nothing
-            with no_dispatch():
-                self.values[outs[0]] = torch.zeros(outs[0].shape, dtype=torch.bool)
+    def is_sure(self, x:Tensor # real or not
+               ) -> bool:
+        "Whether a shadow is what the tensor would hold"
+        known = type(x) is Tensor or getattr(x, 'constant', None) is not None
+        return known or x in self.sure
 
-    def _repeat(self, func, args, kwargs, outs):
-        with no_dispatch():
-            a, k = tree_map_only(Tensor, self.of, (args, kwargs))
-            if 'device' in k: k['device'] = 'cpu'
-            for x, value in zip(outs, tensors(func(*a, **k))): self.values[x] = value
+# %% ../../nbs/44_ledger.ipynb #1115a998
+def _follow(self, func, args, kwargs, ins, outs):
+    "Repeat a call on shadows, if all it touches is small"
+    if not ins or any(x.numel() > SMALL for x in outs): return
+    if func.namespace not in ('aten', 'prims'): return
+    small = all(x.numel() <= SMALL for x in ins)
+    # checks find nothing: what must hold for all holds, what must not for any doesn't
+    told = dict(all=torch.ones) | ({} if small else dict(any=torch.zeros))
+    sure = small and all(map(self.is_sure, ins))
+    if make := told.get(func._opname):
+        with no_dispatch(): self.values[outs[0]] = make(outs[0].shape).bool()
+    elif sure or small and _harmless(func):
+        self.repeat(func, args, kwargs, outs, sure)
+Shadows.follow = _follow
+
+def _repeat_on_shadows(self, func, args, kwargs, outs, sure):
+    with no_dispatch():
+        a, k = tree_map_only(Tensor, self.of, (args, kwargs))
+        if 'device' in k: k['device'] = 'cpu'
+        for x, value in zip(outs, tensors(func(*a, **k))):
+            self.values[x] = value
+            if sure: self.sure[x] = True
+            else: self.sure.pop(x, None)
+Shadows.repeat = _repeat_on_shadows
 
 # %% ../../nbs/44_ledger.ipynb #a349f641
 @dataclass
@@ -127,14 +160,23 @@ class Phase:
     kinds: dict = field(default_factory=dict) # kind → bytes at that moment
 
     @property
-    def calls(self) -> int: return sum(self.work.values())
+    def calls(self) -> int:
+        "Operations that were entered"
+        return sum(self.work.values())
+
     @property
-    def moved(self) -> int: return sum(n*m for (_, _, m, _), n in self.work.items())
+    def moved(self) -> int: # bytes
+        "Read and written on the device"
+        return sum(n*m for (_, _, m, _), n in self.work.items())
+
     @property
-    def sent(self) -> int: return sum(n*s for (*_, s), n in self.work.items())
+    def sent(self) -> int: # bytes
+        "To other processes"
+        return sum(n*s for (*_, s), n in self.work.items())
 
     @property
     def flops(self) -> Counter: # dtype → operations
+        "Multiplications and additions"
         out = Counter()
         for (dtype, f, *_), n in self.work.items(): out[dtype] += n*f
         return out
@@ -142,11 +184,12 @@ class Phase:
 # %% ../../nbs/44_ledger.ipynb #e7f47c9a
 class Frame:
     "A stretch of entries that may be entered again"
-    def __init__(self, now:Counter):
+    def __init__(self, now:Counter): # kind → bytes held
         self.base, self.work, self.peaks = +now, Counter(), {}
         self.syncs, self.born, self.out = Counter(), weakref.WeakSet(), None
 
-    def mark(self, phase:str, now:Counter):
+    def mark(self, phase:str, # that is going on
+             now:Counter): # kind → bytes held
         "Remember what was held at most, above what was held before"
         held = now.total() - self.base.total()
         if held > self.peaks.get(phase, (-1,))[0]:
@@ -154,6 +197,7 @@ class Frame:
             more.subtract(self.base)
             self.peaks[phase] = held, more
 
+# %% ../../nbs/44_ledger.ipynb #e7f47c9d
 class Ledger(TorchDispatchMode):
     "Writes down what each operation computes, moves, keeps, sends and asks"
     def __init__(self, world:int=1, # processes that a collective call is shared by
@@ -270,6 +314,7 @@ def _kind(self, func, ins, x):
 Ledger._kind = _kind
 TRAINED = 'parameters', 'frozen networks'
 
+# %% ../../nbs/44_ledger.ipynb #257b284f
 def _add(self, phase:str, call:tuple, n:int=1):
     "A call, or several of a kind"
     self.phases[phase].work[call] += n
@@ -295,7 +340,8 @@ def _plain(v):
     if v is None or isinstance(v, (int, float, str)): return v
     return (id(v), tuple(v)) if isinstance(v, dict) else id(v)
 
-def seen(x):
+def seen(x # an argument: tensors, numbers, records, objects
+        ):
     "A description that can be compared"
     if isinstance(x, Tensor):
         return tuple(x.shape), x.stride(), x.dtype, str(x.device), x.requires_grad
@@ -332,19 +378,22 @@ def _again(self, f:Frame, base:Counter|None=None):
         for outer in self.frames: outer.syncs[line] += n
 Ledger.again = _again
 
-def blank(out):
-    "Fresh tensors in the place of those that a call returned"
-    new = lambda x: torch.empty_strided(x[0], x[1], dtype=x[2], device=x[3])
-    return tree_map(lambda x: new(x.like) if isinstance(x, _Like) else x, out)
-
+# %% ../../nbs/44_ledger.ipynb #7d25f50a
 @dataclass(frozen=True)
 class _Like:
     like: tuple # shape, stride, dtype, device
 
-def likes(out):
-    "The other way"
+def likes(out # tensors of any depth
+         ):
+    "Descriptions in the place of tensors"
     return tree_map_only(Tensor,
                          lambda x: _Like((x.shape, x.stride(), x.dtype, x.device)), out)
+
+def blank(out # of `likes`
+         ):
+    "Fresh tensors in the place of those that a call returned"
+    new = lambda x: torch.empty_strided(x[0], x[1], dtype=x[2], device=x[3])
+    return tree_map(lambda x: new(x.like) if isinstance(x, _Like) else x, out)
 
 # %% ../../nbs/44_ledger.ipynb #6d985861
 def _once(self, f, name):
@@ -391,6 +440,8 @@ def _repeat(self, frame):
 Ledger._repeat = _repeat
 
 # %% ../../nbs/44_ledger.ipynb #6450b12c
+def _one_token(x, *_, **__): return x.ndim == 1 or x.shape[1] == 1
+
 def _thin(self, f, every:int=32):
     "`f`, of which one call in `every` is run when it goes on token by token"
     state = dict(last=None, left=0, calls=0)
@@ -401,9 +452,8 @@ def _thin(self, f, every:int=32):
         state['left'] = 0
     @wraps(f)
     def call(x, *args, **kwargs):
-        if torch.is_grad_enabled() or x.shape[1] != 1:
-            if state['left']: settle()
-            state.update(last=None, calls=0)
+        if torch.is_grad_enabled() or not _one_token(x):
+            call.settle()
             return f(x, *args, **kwargs)
         state['calls'] += 1
         if state['calls'] > 2 and state['calls'] % every:
@@ -414,7 +464,11 @@ def _thin(self, f, every:int=32):
         if state['left']: settle(frame)
         state['last'] = frame
         return out
-    call.settle = lambda: settle() if state['left'] else None
+    def end():
+        "Enter what is left; the next call begins anew"
+        if state['left']: settle()
+        state.update(last=None, calls=0)
+    call.settle = end
     return call
 Ledger.thin = _thin
 
@@ -429,14 +483,17 @@ Ledger._many = _many
 # %% ../../nbs/44_ledger.ipynb #c2f2cabc
 class _Doors:
     "Where the way back enters and leaves a block that is watched"
-    def __init__(self, ledger, key):
+    def __init__(self, ledger, # that writes down
+                 key): # of the block
         self.ledger, self.key, self.frame = ledger, key, None
 
     def enter(self):
+        "A block's way back begins"
         self.frame = Frame(self.ledger.now)
         self.ledger.frames.append(self.frame)
 
     def leave(self):
+        "It has ended"
         if self.frame is None: return
         self.ledger.frames.remove(self.frame)
         self.ledger.records[self.key] = self.frame
@@ -447,18 +504,26 @@ class _Doors:
 class _Gate(torch.autograd.Function):
     "The same tensors; calls `back` when their gradients come by"
     @staticmethod
-    def forward(ctx, back, *xs):
+    def forward(ctx, back, # called on the way back
+                *xs): # tensors
+        "The same"
         ctx.back = back
         return tuple(x.view_as(x) for x in xs)
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, *grads): # of them
+        "Call, and hand on"
         ctx.back()
         return None, *grads
 
+# %% ../../nbs/44_ledger.ipynb #c2f2cabd
 class _StandIn(torch.autograd.Function):
     "A block that is entered again"
     @staticmethod
-    def forward(ctx, ledger, frame, key, again, *xs):
+    def forward(ctx, ledger, # that writes down
+                frame, key, # what the block did, and by what it is remembered
+                again, # whether checkpointing asks for it a second time
+                *xs): # tensors
+        "Enter the block's forward pass, and hold what it would"
         ctx.ledger, ctx.key, ctx.likes = ledger, key, [likes(x) if x.requires_grad
                                                        else None for x in xs]
         new = lambda sizes: [torch.empty(n, dtype=torch.uint8, device=DEVICE)
@@ -469,7 +534,8 @@ class _StandIn(torch.autograd.Function):
         ctx.save_for_backward(torch.empty(0, device=DEVICE), *held, *casts)
         return tuple(tensors(blank(frame.out)))
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, *grads): # of its results
+        "Enter its way back, and let go"
         ledger, base = ctx.ledger, +ctx.ledger.now
         held = ctx.saved_tensors # under checkpointing the second forward pass
         if ctx.key in ledger.records: ledger.again(ledger.records[ctx.key], base)
@@ -483,7 +549,8 @@ def _is_back(): return torch._C._current_graph_task_id() != -1
 
 def _block(self, unit:nn.Module):
     "Let equal units of a policy be run once"
-    run, shape, mode, me = unit.forward, repr(unit), {}, self.blocks
+    run, mode, me = unit.forward, {}, self.blocks
+    shape = repr(unit), tuple(p.shape for p in unit.parameters())
     self.blocks += 1
     def forward(*args, **kwargs):
         fresh, mine = me not in self.cast_units, list(unit.parameters())
@@ -509,6 +576,7 @@ Ledger.block = _block
 def _like(form, flat):
     return tree_map(lambda x: flat.pop(0) if isinstance(x, _Like) else x, form)
 
+# %% ../../nbs/44_ledger.ipynb #77016aa6
 def _watch(self, run, key, back, args, kwargs):
     "Run a block between two gates, and remember both ways"
     doors = _Doors(self, back)

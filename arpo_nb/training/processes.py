@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'launcher_words', 'free_port', 'launch_command', 'read_launcher', 'check_launcher', 'slurm_rank',
-           'send_weights', 'load_once']
+           'send_weights', 'load_once', 'reward_once', 'on_each']
 
 # %% ../../nbs/44_processes.ipynb #d49194ca
 import os
@@ -14,18 +14,20 @@ import socket
 import sys
 import time
 import warnings
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ..config import Config
 from ..protocols import System
-from ..systems import shapes_of, system_of
+from ..systems import load_reward, reward_files, shapes_of, system_of
+from .rehearse import networks_in
 
 # %% ../../nbs/44_processes.ipynb #9a0c06b1
 ENGINES = {'accelerate launch': 'accelerate.commands.launch', 'torchrun': 'torch.distributed.run'}
@@ -178,3 +180,47 @@ def load_once(cfg:Config, # of the run
     shared = f', read by one of {n} processes in {read:.1f} s' if n > 1 else ''
     if first: say(f'{cfg.model}: ready in {time.perf_counter() - start:.1f} s{shared}')
     return system
+
+# %% ../../nbs/44_processes.ipynb #pr_rew1
+def reward_once(cfg:Config, # of the run
+                system:System, # of `load_once`
+                acc:Accelerator, # of this process
+                say=print, # where the time it took goes, on process 0
+               ): # `Reward`, None for methods that have none
+    "The reward of a run, its published files read by one process"
+    start, alone = time.perf_counter(), acc.num_processes == 1
+    # principal directions are made from the file of real images
+    whole = alone or cfg.weights == 'random' or cfg.pca_dim or not reward_files(cfg, system)
+    reward = load_reward(cfg, system) if whole else _send_reward(cfg, system, acc)
+    if reward is not None and acc.is_main_process:
+        say(f'{cfg.rewards}: ready in {time.perf_counter() - start:.1f} s')
+    return reward
+
+def _send_reward(cfg, system, acc):
+    reward, box = None, [None, None]
+    if acc.is_main_process:
+        try: reward = load_reward(cfg, system)
+        except Exception as e: box[1] = e
+        else: box[0] = {n: r.reference for n, (r, _) in reward.rewards.items() if hasattr(r, 'reference')}
+    broadcast_object_list(box)
+    if box[1] is not None:
+        if acc.is_main_process: raise box[1]
+        raise RuntimeError(f'process 0 could not load the rewards {cfg.rewards}: {box[1]}')
+    if reward is None:
+        with init_empty_weights(): reward = load_reward(replace(cfg, weights='random'), system)
+        for name, reference in box[0].items(): reward.rewards[name][0].reference = reference
+    for net in networks_in(reward): send_weights(net, acc.device)
+    return reward
+
+# %% ../../nbs/44_processes.ipynb #pr_each1
+def on_each(acc:Accelerator, # of this process
+            f, # function without arguments
+           ):
+    "Call `f` on every process; what one of them raises, all do"
+    said = ''
+    try: f()
+    except Exception as e:
+        if acc.num_processes == 1: raise
+        said = f'process {acc.process_index} on {socket.gethostname()}: {e}'
+    if acc.num_processes == 1: return
+    if bad := [s for s in gather_object([said]) if s]: raise RuntimeError('\n'.join(bad))
