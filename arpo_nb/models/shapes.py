@@ -6,78 +6,61 @@
 __all__ = ['UNPUBLISHED', 'SPECS', 'var_shape', 'multiscale_shape', 'gpt_shape', 'vq_shape', 'training_args', 'var_args',
            'llamagen_args']
 
-# %% ../../nbs/38_shapes.ipynb #945a39be
+# %% ../../nbs/38_shapes.ipynb #90cc16f3
 from argparse import Namespace
 from functools import partial
 from math import isqrt
 
 from ..files import split_part
-from .checkpoints import CLASSES, TEXT, _read_file, build_llamagen, read_state_dict
+from .checkpoints import (CLASSES, TEXT, _read_file, build_llamagen,
+                                        read_state_dict)
 from .llamagen import SIZES, GPTConfig
 from .multiscale_vq import MultiScaleConfig
 from .tokenizers import VQConfig
 from .var import VARConfig, build_var, own_tokenizer
 from ..specs import PAPERS, ModelSpec, split_args
 
-# %% ../../nbs/38_shapes.ipynb #720973ed
+# %% ../../nbs/38_shapes.ipynb #983dcfa1
 def _shapes(state): return {k: tuple(v.shape) for k, v in state.items()}
 
 def _numbered(names, prefix):
     "How many numbered parts begin with a prefix"
-    parts = {
-        k.removeprefix(prefix).split('.')[0] for k in names if k.startswith(prefix)
-    }
+    rests = (k.removeprefix(prefix) for k in names if k.startswith(prefix))
+    parts = {rest.split('.')[0] for rest in rests}
     return 1 + max((int(p) for p in parts if p.isdigit()), default=-1)
 
 def _need(shape, keys, what):
-    if lost := [k for k in keys if k not in shape]:
-        raise ValueError(
-            f"not a {what}: no {lost[0]} among its {len(shape)} tensors, "
-            f"first {', '.join([*shape][:3])}"
-        )
+    lost = [k for k in keys if k not in shape]
+    if not lost: return
+    raise ValueError(f"not a {what}: no {lost[0]} among its {len(shape)} tensors, "
+                     f"first {', '.join([*shape][:3])}")
 
+# %% ../../nbs/38_shapes.ipynb #ca34e1f6
+def _map_sides(levels):
+    "Sides of the maps, from the number of each token's scale"
+    areas = levels.flatten().bincount().tolist()
+    sides = tuple(isqrt(n) for n in areas)
+    if [p * p for p in sides] == areas: return sides
+    raise ValueError(f"lvl_1L: scales of {areas} tokens, which are no squares")
+
+# %% ../../nbs/38_shapes.ipynb #c13c3ead
 def var_shape(state:dict # name → tensor of a transformer
              ) -> dict: # arguments of `VARConfig`
     "The shape of a VAR transformer"
     s = _shapes(state)
-    _need(s,
-          ('pos_1LC', 'lvl_1L', 'class_emb.weight', 'word_embed.weight', 'head.weight'),
-          'VAR transformer')
-    areas = state['lvl_1L'].flatten().bincount().tolist()
-    sides = tuple(isqrt(n) for n in areas)
-    if [p * p for p in sides] != areas:
-        raise ValueError(f"lvl_1L: scales of {areas} tokens, which are no squares")
+    _need(s, ('pos_1LC', 'lvl_1L', 'class_emb.weight', 'word_embed.weight',
+              'head.weight'), 'VAR transformer')
+    sides = _map_sides(state['lvl_1L'])
     width, heads = s['pos_1LC'][2], s.get('blocks.0.attn.scale_mul_1H11')
     return dict(depth=_numbered(s, 'blocks.'), embed_dim=width,
                 num_heads=heads[1] if heads else width // 64,
                 mlp_ratio=s['blocks.0.ffn.fc1.weight'][0] / width,
                 vocab_size=s['head.weight'][0], z_channels=s['word_embed.weight'][1],
                 num_classes=s['class_emb.weight'][0] - 1, patch_nums=sides,
-                shared_aln='shared_ada_lin.1.weight' in s, attn_l2_norm=heads
-                is not None)
+                shared_aln='shared_ada_lin.1.weight' in s,
+                attn_l2_norm=heads is not None)
 
-# %% ../../nbs/38_shapes.ipynb #df5a7147
-def multiscale_shape(state:dict, # name → tensor of a multi-scale tokenizer
-                     patch_nums:tuple, # of its transformer
-                     # of the group norms; None for the authors' 32
-                     num_groups:int|None=None,
-                    ) -> dict: # arguments of `MultiScaleConfig`
-    "The shape of VAR's tokenizer; it serves any list of maps that ends at its latent"
-    s = _shapes(state)
-    _need(s, ('encoder.conv_in.weight', 'quantize.embedding.weight',
-              'encoder.down.0.block.0.conv1.weight'), 'multi-scale tokenizer')
-    ch, levels = s['encoder.conv_in.weight'][0], _numbered(s, 'encoder.down.')
-    widths = [s[f'encoder.down.{i}.block.0.conv1.weight'][0] for i in range(levels)]
-    phi = 'quantize.quant_resi.'
-    shared = _numbered(s, f'{phi}qresi_ls.') or 1*(f'{phi}qresi.weight' in s)
-    return dict(ch=ch, ch_mult=tuple(w // ch for w in widths), num_res_blocks=_numbered(
-        s, 'encoder.down.0.block.'), z_channels=s['quantize.embedding.weight'][1],
-                codebook_size=s['quantize.embedding.weight'][0],
-                patch_nums=tuple(patch_nums), share_quant_resi=shared,
-                quant_resi=.5 if any(k.startswith(phi)
-                                     for k in s) else 0., num_groups=num_groups
-                or _groups(ch), image_size=patch_nums[-1] * 2**(levels - 1))
-
+# %% ../../nbs/38_shapes.ipynb #7dd8e553
 def _groups(ch):
     "The authors' 32 groups, where they are possible"
     if ch % 32 == 0: return 32
@@ -86,112 +69,140 @@ def _groups(ch):
         "groups, and no tensor shows "
         "how many its norms have; add vq_num_groups=NUMBER")
 
-# %% ../../nbs/38_shapes.ipynb #093337f4
-UNPUBLISHED = dict(B1=dict(n_layer=22, n_head=32,
-                           dim=2048), B7=dict(n_layer=32, n_head=32, dim=4096),
-                   XXXL=dict(n_layer=48, n_head=40,
-                             dim=2560)) # defined in the authors' code
-
-def gpt_shape(state:dict, # name → tensor of a transformer
-              # None for that of the authors' model of this depth and width
-              n_head:int|None=None,
-             ) -> dict: # arguments of `GPTConfig`, without block_size
-    "The shape of a LlamaGen transformer"
+# %% ../../nbs/38_shapes.ipynb #58b85ab0
+def multiscale_shape(state:dict, # name → tensor of a multi-scale tokenizer
+                     patch_nums:tuple, # of its transformer
+                     num_groups:int|None=None, # of the norms; None for the authors' 32
+                    ) -> dict: # arguments of `MultiScaleConfig`
+    "The shape of VAR's tokenizer; it serves any list of maps that ends at its latent"
     s = _shapes(state)
-    _need(s,
-          ('tok_embeddings.weight', 'output.weight', 'layers.0.attention.wqkv.weight'),
-          'LlamaGen transformer')
-    (vocab, dim), layers = s['tok_embeddings.weight'], _numbered(s, 'layers.')
-    known = {(z['n_layer'], z['dim']): z['n_head']
-             for z in (*SIZES.values(), *UNPUBLISHED.values())}
-    heads = n_head or known.get((layers, dim))
-    if not heads:
-        raise ValueError(
-            f"model_args: {layers} layers of width {dim} are none of the authors' "
-            "models, and no tensor "
-            "shows the number of heads; add n_head=NUMBER")
-    kv = (s['layers.0.attention.wqkv.weight'][0]*heads//dim - heads)//2
-    return dict(dim=dim, n_layer=layers, n_head=heads,
-                n_kv_head=None if kv == heads else kv, vocab_size=vocab,
-                **_hidden(s['layers.0.feed_forward.w1.weight'][0],
-                          dim), **_condition(s))
+    _need(s, ('encoder.conv_in.weight', 'quantize.embedding.weight',
+              'encoder.down.0.block.0.conv1.weight'), 'multi-scale tokenizer')
+    ch, levels = s['encoder.conv_in.weight'][0], _numbered(s, 'encoder.down.')
+    widths = [s[f'encoder.down.{i}.block.0.conv1.weight'][0] for i in range(levels)]
+    codes, phi = s['quantize.embedding.weight'], 'quantize.quant_resi.'
+    shared = _numbered(s, f'{phi}qresi_ls.') or 1*(f'{phi}qresi.weight' in s)
+    return dict(ch=ch, ch_mult=tuple(w // ch for w in widths),
+                num_res_blocks=_numbered(s, 'encoder.down.0.block.'),
+                z_channels=codes[1], codebook_size=codes[0],
+                patch_nums=tuple(patch_nums), share_quant_resi=shared,
+                quant_resi=.5 if any(k.startswith(phi) for k in s) else 0.,
+                num_groups=num_groups or _groups(ch),
+                image_size=patch_nums[-1] * 2**(levels - 1))
 
+# %% ../../nbs/38_shapes.ipynb #719b6392
 def _hidden(hidden, dim):
     "How the width of the MLP is rounded"
     usual = int(2*4*dim/3)
-    multiple = next(
-        (m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if -(-usual // m) * m == hidden),
-        None)
+    tried = 256, 128, 64, 32, 16, 8, 4, 2, 1
+    multiple = next((m for m in tried if -(-usual // m) * m == hidden), None)
     if multiple: return dict(multiple_of=multiple)
     return dict(multiple_of=1, ffn_dim_multiplier=(hidden + .5)/usual)
 
 def _condition(s):
-    if (text := s.get('cls_embedding.uncond_embedding')):
-        return dict(cond='text', cond_len=text[0], caption_dim=text[1])
-    _need(s, ['cls_embedding.embedding_table.weight'], 'LlamaGen transformer')
-    return dict(num_classes=s['cls_embedding.embedding_table.weight'][0]
-                - 1) # the last is the null class
+    "Classes or captions"
+    text = s.get('cls_embedding.uncond_embedding')
+    if text: return dict(cond='text', cond_len=text[0], caption_dim=text[1])
+    classes = 'cls_embedding.embedding_table.weight'
+    _need(s, [classes], 'LlamaGen transformer')
+    return dict(num_classes=s[classes][0] - 1) # the last is the null class
 
-# %% ../../nbs/38_shapes.ipynb #6e7acd2f
+# %% ../../nbs/38_shapes.ipynb #dbdcbef9
+# defined in the authors' code
+UNPUBLISHED = dict(B1=dict(n_layer=22, n_head=32, dim=2048),
+                   B7=dict(n_layer=32, n_head=32, dim=4096),
+                   XXXL=dict(n_layer=48, n_head=40, dim=2560))
+
+def _heads(layers, dim, n_head):
+    "Given, or known of a size of the authors"
+    known = {(z['n_layer'], z['dim']): z['n_head']
+             for z in (*SIZES.values(), *UNPUBLISHED.values())}
+    if heads := n_head or known.get((layers, dim)): return heads
+    raise ValueError(f"model_args: {layers} layers of width {dim} are none of the "
+                     "authors' models, and no tensor shows the number of heads; add "
+                     "n_head=NUMBER")
+
+# %% ../../nbs/38_shapes.ipynb #6fe252e0
+def gpt_shape(state:dict, # name → tensor of a transformer
+              n_head:int|None=None, # None for the authors' of this depth and width
+             ) -> dict: # arguments of `GPTConfig`, without block_size
+    "The shape of a LlamaGen transformer"
+    s = _shapes(state)
+    qkv = 'layers.0.attention.wqkv.weight'
+    _need(s, ('tok_embeddings.weight', 'output.weight', qkv), 'LlamaGen transformer')
+    (vocab, dim), layers = s['tok_embeddings.weight'], _numbered(s, 'layers.')
+    heads = _heads(layers, dim, n_head)
+    kv = (s[qkv][0]*heads//dim - heads)//2
+    return dict(dim=dim, n_layer=layers, n_head=heads,
+                n_kv_head=None if kv == heads else kv, vocab_size=vocab,
+                **_hidden(s['layers.0.feed_forward.w1.weight'][0], dim),
+                **_condition(s))
+
+# %% ../../nbs/38_shapes.ipynb #000d262e
+def _multiples(s, half, ch):
+    "Widths of a half's levels, in multiples of ch"
+    blocks = f'{half}.conv_blocks.'
+    return tuple(s[f'{blocks}{i}.res.0.conv1.weight'][0] // ch
+                 for i in range(_numbered(s, blocks)))
+
 def vq_shape(state:dict, # name → tensor of a tokenizer
              image_size:int=256, # pixels
-             # of the group norms; None for the authors' 32
-             num_groups:int|None=None,
+             num_groups:int|None=None, # of the norms; None for the authors' 32
             ) -> dict: # arguments of `VQConfig`
     "The shape of LlamaGen's tokenizer: VQ-16, VQ-8, and others"
     s = _shapes(state)
     _need(s, ('encoder.conv_in.weight', 'quantize.embedding.weight',
               'quant_conv.weight', 'encoder.conv_blocks.0.res.0.conv1.weight'),
           'LlamaGen tokenizer')
-    ch = s['encoder.conv_in.weight'][0]
-    widths = [[
-        s[f'{half}.conv_blocks.{i}.res.0.conv1.weight'][0] // ch
-        for i in range(_numbered(s, f'{half}.conv_blocks.'))
-    ]
-              for half in ('encoder', 'decoder')]
-    return dict(ch=ch, encoder_ch_mult=tuple(widths[0]), decoder_ch_mult=tuple(
-        widths[1][::-1]), num_res_blocks=_numbered(s, 'encoder.conv_blocks.0.res.'),
+    ch, codes = s['encoder.conv_in.weight'][0], s['quantize.embedding.weight']
+    return dict(ch=ch, encoder_ch_mult=_multiples(s, 'encoder', ch),
+                decoder_ch_mult=_multiples(s, 'decoder', ch)[::-1],
+                num_res_blocks=_numbered(s, 'encoder.conv_blocks.0.res.'),
                 z_channels=s['quant_conv.weight'][1],
-                codebook_size=s['quantize.embedding.weight'][0],
-                codebook_embed_dim=s['quantize.embedding.weight'][1],
+                codebook_size=codes[0], codebook_embed_dim=codes[1],
                 num_groups=num_groups or _groups(ch), image_size=image_size,
                 usage_window=s.get('quantize.codebook_used', (65536,))[0])
 
-# %% ../../nbs/38_shapes.ipynb #bacbccc5
-def training_args(path) -> dict: # {} where there are none
+# %% ../../nbs/38_shapes.ipynb #6059c924
+def training_args(path # of a checkpoint
+                 ) -> dict: # {} where there are none
     "The arguments that a training script kept beside its weights"
     path = split_part(path)[0]
-    data = _read_file(
-        path) if path.is_file() and not path.name.endswith('.json') else {}
+    if not path.is_file() or path.name.endswith('.json'): return {}
+    data = _read_file(path)
     kept = data.get('args') if isinstance(data, dict) else None
-    return dict(vars(kept)) if isinstance(
-        kept, Namespace) else kept if isinstance(kept, dict) else {}
+    if isinstance(kept, Namespace): return dict(vars(kept))
+    return kept if isinstance(kept, dict) else {}
 
+# %% ../../nbs/38_shapes.ipynb #3ca02ef6
 def _agree(seen, args, path):
     "What a file shows with what was said, which must not contradict it"
     for k, v in args.items():
         if k in seen and seen[k] != v:
-            raise ValueError(
-                f"model_args={k}={v}: {path} has {k}={seen[k]}; "
-                "leave it out, or give another file"
-            )
+            raise ValueError(f"model_args={k}={v}: {path} has {k}={seen[k]}; "
+                             "leave it out, or give another file")
     return seen | args
 
 def _prefixed(args): return {f'vq_{k}': v for k, v in args.items()}
 
-# %% ../../nbs/38_shapes.ipynb #241fe1a9
-def var_args(weights=None, tokenizer_weights=None, # None, 'random', or a path
+def _nameless(model, example):
+    return (f"model={model!r}: stands for files of your own, none is published under "
+            "it; give weights=FILE, or with weights='random' its shape, as in "
+            f"model_args={example!r}")
+
+# %% ../../nbs/38_shapes.ipynb #1c70149b
+def var_args(weights=None, # None, 'random', or a path
+             tokenizer_weights=None, # the same; often in the same file
              **args, # as in `model_args`
             ) -> dict: # of `build_var`
     "The shape of a VAR and its tokenizer, from their files and what is said of them"
     own, vq = split_args(args, VARConfig, MultiScaleConfig, 'var')
-    if weights in (None, 'random'):
-        if 'depth' not in own: raise ValueError(_nameless('var', 'depth=12'))
-    else:
-        own = _agree(var_shape(read_state_dict(weights, key='var_wo_ddp')), own,
-                     weights)
-    sides, path = own.get(
-        'patch_nums', VARConfig.patch_nums), tokenizer_weights or own_tokenizer(weights)
+    if weights not in (None, 'random'):
+        seen = var_shape(read_state_dict(weights, key='var_wo_ddp'))
+        own = _agree(seen, own, weights)
+    elif 'depth' not in own: raise ValueError(_nameless('var', 'depth=12'))
+    sides = own.get('patch_nums', VARConfig.patch_nums)
+    path = tokenizer_weights or own_tokenizer(weights)
     if path not in (None, 'random'):
         state = read_state_dict(path, key='vae_local')
         vq = _agree(multiscale_shape(state, sides, vq.get('num_groups')), vq, path)
@@ -200,61 +211,60 @@ def var_args(weights=None, tokenizer_weights=None, # None, 'random', or a path
                   z_channels=own.get('z_channels', 32)) | vq
     return own | _prefixed(vq)
 
-def _nameless(model, example):
-    return (
-        f"model={model!r}: stands for files of your own, none is published under "
-        "it; give weights=FILE, or with "
-        f"weights='random' its shape, as in model_args={example!r}")
+# %% ../../nbs/38_shapes.ipynb #ede83073
+def _side(weights):
+    "Pixels of a file's pictures: what its script kept, or its published name says"
+    kept = training_args(weights).get('image_size')
+    last = split_part(weights)[0].stem.rpartition('_')[2]
+    if kept or last in ('256', '384', '512'): return int(kept or last)
+    raise ValueError(
+        f"weights={str(weights)!r}: no tensor shows the size of its pictures, and "
+        "it keeps no arguments of "
+        "its training; add model_args='image_size=256', or whatever it is")
 
-# %% ../../nbs/38_shapes.ipynb #9dafbb09
-def llamagen_args(weights=None, tokenizer_weights=None, # None, 'random', or a path
+def _vq_of(path, vq):
+    "A tokenizer's shape from its file"
+    state, kept = read_state_dict(path), training_args(path)
+    l2 = {k: kept[k] for k in ('codebook_l2_norm',) if k in kept}
+    seen = vq_shape(state, num_groups=vq.get('num_groups'))
+    return _agree(seen | l2, vq, path)
+
+def _check_codes(own, vq, path):
+    "Tokenizer and transformer speak of the same codes"
+    codes = own.get('vocab_size', 16384)
+    if vq['codebook_size'] == codes: return
+    raise ValueError(f"tokenizer_weights={str(path)!r}: {vq['codebook_size']} codes, "
+                     f"but the transformer draws from {codes}; give the tokenizer that "
+                     "it was trained with")
+
+# %% ../../nbs/38_shapes.ipynb #1c8eec9d
+def _gpt_of(path, own, text):
+    "A transformer's shape from its file, of the condition that is asked for"
+    own = _agree(gpt_shape(read_state_dict(path), own.get('n_head')), own, path)
+    if (own.get('cond') == 'text') == text: return own
+    raise ValueError(
+        f"weights={str(path)!r}: a {'class' if text else 'text'}-conditional "
+        f"transformer; use model={'llamagen' if text else 'llamagen_t2i'!r}")
+
+def llamagen_args(weights=None, # None, 'random', or a path
+                  tokenizer_weights=None, # the same
                   text:bool=False, # whether captions are its condition
                   **args, # as in `model_args`
                  ) -> dict: # of `build_llamagen`
     "The shape of a LlamaGen and its tokenizer, from their files and what is said"
     side = args.pop('image_size', None)
     own, vq = split_args(args, GPTConfig, VQConfig, 'llamagen')
-    if tokenizer_weights not in (None, 'random'):
-        state, kept = read_state_dict(tokenizer_weights), training_args(
-            tokenizer_weights)
-        l2 = {'codebook_l2_norm': kept['codebook_l2_norm']
-              } if 'codebook_l2_norm' in kept else {}
-        vq = _agree(
-            vq_shape(state, num_groups=vq.get('num_groups')) | l2, vq,
-            tokenizer_weights)
-    if weights in (None, 'random'):
-        if not {'n_layer', 'n_head', 'dim'} <= own.keys() or not side:
-            raise ValueError(
-                _nameless('llamagen', 'n_layer=12,n_head=12,dim=768,image_size=256'))
-    else:
-        own = _agree(gpt_shape(read_state_dict(weights), own.get('n_head')), own,
-                     weights)
-        if (own['cond'] == 'text' if 'cond' in own else False) != text:
-            raise ValueError(
-                f"weights={str(weights)!r}: a {'class' if text else 'text'}-"
-                "conditional transformer; use "
-                f"model={'llamagen' if text else 'llamagen_t2i'!r}")
+    if tokenizer_weights not in (None, 'random'): vq = _vq_of(tokenizer_weights, vq)
+    if weights not in (None, 'random'):
+        own = _gpt_of(weights, own, text)
         side = side or _side(weights)
+    elif not {'n_layer', 'n_head', 'dim'} <= own.keys() or not side:
+        example = 'n_layer=12,n_head=12,dim=768,image_size=256'
+        raise ValueError(_nameless('llamagen', example))
     vq = dict(codebook_size=own.get('vocab_size', 16384)) | vq | dict(image_size=side)
-    down = VQConfig(**vq).downsample
-    if vq['codebook_size'] != own.get('vocab_size', 16384):
-        raise ValueError(
-            f"tokenizer_weights={str(tokenizer_weights)!r}: {vq['codebook_size']} "
-            "codes, but the transformer "
-            f"draws from {own.get('vocab_size', 16384)}; give the tokenizer that it "
-            "was trained with"
-        )
-    return own | dict(block_size=(side//down)**2, image_size=side) | _prefixed(vq)
-
-def _side(weights):
-    "Pixels of a file's pictures: what its script kept, or its published name says"
-    kept, (_, _, last) = training_args(weights).get('image_size'), split_part(
-        weights)[0].stem.rpartition('_')
-    if kept or (last in ('256', '384', '512')): return int(kept or last)
-    raise ValueError(
-        f"weights={str(weights)!r}: no tensor shows the size of its pictures, and "
-        "it keeps no arguments of "
-        "its training; add model_args='image_size=256', or whatever it is")
+    tokens = (side//VQConfig(**vq).downsample)**2
+    _check_codes(own, vq, tokenizer_weights)
+    return own | dict(block_size=tokens, image_size=side) | _prefixed(vq)
 
 # %% ../../nbs/38_shapes.ipynb #47efba51
 def _of_file(name, build, shape, vq, title, **more):
