@@ -17,7 +17,7 @@ SHOWN = ['02_specs', '05_plots', '08_weights', '09_adapters', '09_text_data', '1
          '35_toy', '36_pretrain', '37_models', '38_layouts', '39_janus', '41_trainer', '42_launch', '43_plan', '44_ledger', '44_processes', '44_rehearse', '48_sharding', '45_objectives',
          '46_steps', '47_run_folder', '47_watching', '49_export', '49_notebooks', '50_evaluate', '51_sample_writer', '52_bench',
          '53_metrics', '54_classifier', '55_geneval', '56_lite_features', '60_your_own_model', '61_matrix', '62_claims', '62_docs',
-         '08_files']
+         '08_files', '40_rollout', '04_data', '48_saving', '07_image_io']
 MODULES = sorted(p for p in (ROOT/'arpo_nb').rglob('*.py') if not p.stem.startswith('_'))
 
 

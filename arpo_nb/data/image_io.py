@@ -6,8 +6,10 @@
 __all__ = ['FORMATS', 'SUFFIXES', 'MAX_PIXELS', 'CROPS', 'as_rgb', 'open_picture', 'picture_format', 'is_hidden', 'folder_files',
            'only_pictures', 'center_crop', 'resize_crop', 'to_tensor', 'ten_crop', 'to_uint8', 'resize_pixels', 'tile']
 
-# %% ../../nbs/07_image_io.ipynb #64225a54
-import io, os, warnings
+# %% ../../nbs/07_image_io.ipynb #54163818
+import io
+import os
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -19,65 +21,61 @@ from torch import Tensor
 
 from ..files import BadFile, open_file, reading
 
-# %% ../../nbs/07_image_io.ipynb #da265d97
-def as_rgb(image:Image.Image, # any mode
-          ) -> Image.Image: # RGB, 8 bits
-    "A picture in three channels of 8 bits, transparency on white"
-    if image.mode.startswith('I'): image = _eight_bits(image)
-    if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert('RGB')
-
+# %% ../../nbs/07_image_io.ipynb #d70656c4
 def _eight_bits(image):
     "Grey of 16 bits in 8, by the nearest; what is marked as transparent becomes white"
     x, clear = np.asarray(image).astype(np.int64), image.info.get('transparency')
     if clear is not None: x[x == clear] = 65535
     return Image.fromarray(((255*x.clip(0, 65535) + 32767)//65535).astype(np.uint8))
 
-# %% ../../nbs/07_image_io.ipynb #363d98fa
+# %% ../../nbs/07_image_io.ipynb #2ec56420
+def as_rgb(image:Image.Image, # any mode
+          ) -> Image.Image: # RGB, 8 bits
+    "A picture in three channels of 8 bits, transparency on white"
+    if image.mode.startswith('I'): image = _eight_bits(image)
+    clear = image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa')
+    if clear or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+# %% ../../nbs/07_image_io.ipynb #3e8390f2
 FORMATS = 'PNG', 'JPEG', 'WEBP', 'BMP'
 SUFFIXES = '.png', '.jpg', '.jpeg', '.jfif', '.webp', '.bmp'
 MAX_PIXELS = 1 << 27
 # at least, of a pixel in a PNG
-_BITS = {'1': 1, 'L': 1, 'P': 1, 'I;16': 16, 'I;16B': 16, 'LA': 16, 'RGB': 24, 'RGBA': 32}
-_TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
-                         Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))
+_BITS = {'1': 1, 'L': 1, 'P': 1, 'I;16': 16, 'I;16B': 16, 'LA': 16, 'RGB': 24,
+         'RGBA': 32}
 
-def open_picture(source, # path, or bytes
-                 name='', # of bytes, for messages
-                 as_rgb=as_rgb, # how other modes become RGB
-                ) -> Image.Image: # RGB, upright
-    "A picture as it is meant to be seen"
-    memory = isinstance(source, (bytes, bytearray, memoryview))
-    name = name or ('a picture in memory' if memory else source)
-    with reading(name, expected='a whole picture'), io.BytesIO(source) if memory else open_file(source) as file:
-        with _header(file, name) as image:
-            image.load()
-            whole = as_rgb(_upright(image))
-        if image.format == 'PNG': _check_sums(file)
-        return whole
-
-def _check_sums(file):
-    "Raise if a chunk of a PNG has not the sum it promises, which Pillow compares only when asked"
-    file.seek(0)
-    Image.open(file, formats=['PNG']).verify()
+def _check_promise(image, size, name):
+    "Raise if a header promises more pixels than may be, or than can be in `size` bytes"
+    w, h = image.size
+    if w*h > MAX_PIXELS:
+        raise BadFile(name, f"{w} × {h}, more than the {MAX_PIXELS:,} pixels that a "
+                            "picture may have; make it smaller")
+    if image.format == 'PNG' and w*h*_BITS.get(image.mode, 1) > 8*1032*(size + 1024):
+        raise BadFile(name, f"promises {w} × {h} pixels, which cannot be in {size:,} "
+                            "bytes; copy it again")
 
 def _header(file, name):
     "A picture whose header is believable, its pixels unread"
     try: image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as e:
-        raise BadFile(name, f"no picture in {', '.join(FORMATS)}, or a damaged one; convert it, or copy it "
-                            "again") from e
+        raise BadFile(name, f"no picture in {', '.join(FORMATS)}, or a damaged one; "
+                            "convert it, or copy it again") from e
     except Image.DecompressionBombError as e:
-        raise BadFile(name, f"more than the {MAX_PIXELS:,} pixels that a picture may have; make it smaller") from e
-    (w, h), size = image.size, file.seek(0, io.SEEK_END)
-    if w*h > MAX_PIXELS:
-        raise BadFile(name, f"{w} × {h}, more than the {MAX_PIXELS:,} pixels that a picture may have; make it smaller")
-    if image.format == 'PNG' and w*h*_BITS.get(image.mode, 1) > 8*1032*(size + 1024):
-        raise BadFile(name, f"promises {w} × {h} pixels, which cannot be in {size:,} bytes; copy it again")
+        raise BadFile(name, f"more than the {MAX_PIXELS:,} pixels that a picture may "
+                            "have; make it smaller") from e
+    _check_promise(image, file.seek(0, io.SEEK_END), name)
     return image
+
+# %% ../../nbs/07_image_io.ipynb #cee50da6
+# by the number in an EXIF note, from 2 on
+_TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), 2))
 
 def _upright(image):
     "A picture turned as its EXIF note says; a note that cannot be read says nothing"
@@ -85,23 +83,53 @@ def _upright(image):
     except Exception: turn = None
     return image if turn is None else image.transpose(turn)
 
-# %% ../../nbs/07_image_io.ipynb #14a6da2e
+def _check_sums(file):
+    "Raise if a chunk of a PNG has not its sum, which Pillow compares only when asked"
+    file.seek(0)
+    Image.open(file, formats=['PNG']).verify()
+
+# %% ../../nbs/07_image_io.ipynb #c275143a
+def open_picture(source, # path, or bytes
+                 name='', # of bytes, for messages
+                 as_rgb=as_rgb, # how other modes become RGB
+                ) -> Image.Image: # RGB, upright
+    "A picture as it is meant to be seen"
+    memory = isinstance(source, (bytes, bytearray, memoryview))
+    name = name or ('a picture in memory' if memory else source)
+    with (reading(name, expected='a whole picture'),
+          io.BytesIO(source) if memory else open_file(source) as file):
+        with _header(file, name) as image:
+            image.load()
+            whole = as_rgb(_upright(image))
+        if image.format == 'PNG': _check_sums(file)
+        return whole
+
+# %% ../../nbs/07_image_io.ipynb #065f910f
 _MAGIC = {b'\x89PNG': 'PNG', b'\xff\xd8\xff': 'JPEG', b'RIFF': 'WEBP', b'BM': 'BMP'}
 
-def picture_format(path) -> str: # one of FORMATS, or nothing
+def picture_format(path, # of a file
+                  ) -> str: # one of FORMATS, or ''
     "A picture's format by its first bytes"
     with open_file(path) as f: head = f.read(4)
     return next((name for mark, name in _MAGIC.items() if head.startswith(mark)), '')
 
-# %% ../../nbs/07_image_io.ipynb #2ef9ff7f
+# %% ../../nbs/07_image_io.ipynb #dc03ea77
 _NO_DATA = ('__macosx', '@eadir', '__pycache__', 'lost+found', '$recycle.bin',
             'system volume information')
-_UNREAD = ('.tif', '.tiff', '.gif', '.heic', '.heif', '.avif', '.jp2', '.jxl', '.ppm', '.pgm', '.eps', '.psd', '.tga',
-           '.ico')
 
-def is_hidden(name:str) -> bool:
+def is_hidden(name:str, # of a file or folder
+             ) -> bool:
     "Whether a file or folder of that name is never data"
     return name.startswith('.') or name.lower() in _NO_DATA
+
+# %% ../../nbs/07_image_io.ipynb #e4f9bcf4
+def _warn_of_links(folder, again, lost):
+    if again:
+        warnings.warn(f"{folder}: {len(again)} links lead to folders that are read "
+                      f"already and are left out, the first is {again[0]}")
+    if lost:
+        warnings.warn(f"{folder}: {len(lost)} links lead nowhere and are left out, the "
+                      f"first is {lost[0]}; copy what they should lead to")
 
 def folder_files(folder, # links in it are followed
                  above=(), # folders that links may not lead back to
@@ -111,35 +139,47 @@ def folder_files(folder, # links in it are followed
     seen, todo = {os.path.realpath(a) for a in above}, [Path(folder)]
     while todo:
         here = todo.pop()
-        if (real := os.path.realpath(here)) in seen: again.append(here); continue
+        real = os.path.realpath(here)
+        if real in seen:
+            again.append(here)
+            continue
         seen.add(real)
         with reading(here, expected='a folder that may be read'):
             inside = [e for e in os.scandir(here) if not is_hidden(e.name)]
-        todo += sorted((Path(e.path) for e in inside if os.path.isdir(e.path)), reverse=True)
+        below = sorted(Path(e.path) for e in inside if os.path.isdir(e.path))
+        todo += below[::-1]
         found += [Path(e.path) for e in inside if os.path.isfile(e.path)]
         lost += [Path(e.path) for e in inside if not os.path.exists(e.path)]
-    if again:
-        warnings.warn(f"{folder}: {len(again)} links lead to folders that are read already and are left out, the "
-                      f"first is {again[0]}")
-    if lost:
-        warnings.warn(f"{folder}: {len(lost)} links lead nowhere and are left out, the first is {lost[0]}; copy "
-                      "what they should lead to")
+    _warn_of_links(folder, again, lost)
     return sorted(found)
 
+# %% ../../nbs/07_image_io.ipynb #fa5e7632
+_UNREAD = ('.tif', '.tiff', '.gif', '.heic', '.heif', '.avif', '.jp2', '.jxl', '.ppm',
+           '.pgm', '.eps', '.psd', '.tga', '.ico')
+
 def only_pictures(files, # paths
-                  where) -> list: # those of pictures
-    "The pictures among some files; those in formats that are not read are counted in a warning"
+                  where, # they are, for messages
+                 ) -> list: # those of pictures
+    "The pictures among files; those in formats that are not read are warned of"
     others = Counter(s for p in files if (s := p.suffix.lower()) in _UNREAD)
     bare = [p for p in files if not p.suffix and picture_format(p)]
     if others:
-        warnings.warn(f"{where}: {others.total()} pictures are in formats that are not read and left out "
-                      f"({', '.join(f'{n} {s}' for s, n in others.items())}); convert them to PNG")
+        kinds = ', '.join(f'{n} {s}' for s, n in others.items())
+        warnings.warn(f"{where}: {others.total()} pictures are in formats that are not "
+                      f"read and left out ({kinds}); convert them to PNG")
     if bare:
-        warnings.warn(f"{where}: {len(bare)} pictures have names without an ending and are left out, the first is "
-                      f"{bare[0].name}; add .png or .jpg")
+        warnings.warn(f"{where}: {len(bare)} pictures have names without an ending and "
+                      f"are left out, the first is {bare[0].name}; add .png or .jpg")
     return [p for p in files if p.suffix.lower() in SUFFIXES]
 
-# %% ../../nbs/07_image_io.ipynb #a85a1393
+# %% ../../nbs/07_image_io.ipynb #5ec4e286
+def _middle(image, sides, box):
+    "What `box` cuts out of the picture resized to `sides`, and nothing else"
+    part = [min(x*s/new, s) for x, s, new in zip(box, image.size*2, sides*2)]
+    return image.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC,
+                        part)
+
+# %% ../../nbs/07_image_io.ipynb #939b9cdd
 def center_crop(image:Image.Image, # any size and mode
                 size:int, # side of the square
                ) -> Image.Image: # RGB, size × size
@@ -154,13 +194,7 @@ def center_crop(image:Image.Image, # any size and mode
     if max(sides) > 16*size: return _middle(image, sides, box)
     return image.resize(sides, Image.Resampling.BICUBIC).crop(box)
 
-def _middle(image, sides, box):
-    "What `box` cuts out of the picture resized to `sides`, and nothing else"
-    part = [min(x*s/new, s) for x, s, new in zip(box, image.size*2, sides*2)]
-    return image.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC,
-                        part)
-
-# %% ../../nbs/07_image_io.ipynb #3deaf351
+# %% ../../nbs/07_image_io.ipynb #697c3706
 def resize_crop(image:Image.Image, # any size and mode
                 size:int, # side of the square
                ) -> Image.Image: # RGB, size × size
@@ -176,14 +210,16 @@ def resize_crop(image:Image.Image, # any size and mode
 # by the names of a configuration's image_crop
 CROPS = dict(adm=center_crop, bicubic=resize_crop)
 
-def to_tensor(image:Image.Image) -> Tensor: # [3, H, W] in [0, 1]
+# %% ../../nbs/07_image_io.ipynb #6c7ea05f
+def to_tensor(image:Image.Image, # of any mode
+             ) -> Tensor: # [3, H, W] in [0, 1]
     "A picture as a float tensor"
     return torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1).float()/255
 
-# %% ../../nbs/07_image_io.ipynb #c6777da9
+# %% ../../nbs/07_image_io.ipynb #6498440d
 def ten_crop(image:Image.Image, # at least size × size
              size:int, # side of each crop
-     ) -> list: # ten crops: four corners and the centre, then those of the mirror image
+            ) -> list: # ten: corners and centre, then those of the mirror image
     "Four corners, the centre, and the same from the mirror image"
     w, h = image.size
     if min(w, h) < size:
@@ -196,20 +232,20 @@ def ten_crop(image:Image.Image, # at least size × size
             for im in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
             for x, y in corners]
 
-# %% ../../nbs/07_image_io.ipynb #b08261bc
+# %% ../../nbs/07_image_io.ipynb #f849fc40
 def to_uint8(pixels:Tensor, # [N, 3, H, W], nominally in [0, 1]
             ) -> Tensor: # [N, H, W, 3] uint8
     "Round floats to 8 bits, LlamaGen's rule"
     return (255*pixels.float() + .5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
+# %% ../../nbs/07_image_io.ipynb #2ef4277b
 def resize_pixels(pixels:Tensor, # [N, 3, H, W], unclamped
                   size:int, # new side
                  ) -> Tensor: # [N, 3, size, size]
-    ("Bicubic resize without antialiasing, as between a 384-pixel model and the "
-     "256-pixel evaluation")
-    return (pixels if pixels.shape[-1] == size
-            else F.interpolate(pixels.float(), (size, size), mode='bicubic',
-                               align_corners=False))
+    "Bicubic resize without antialiasing, as from a 384-pixel model to a score at 256"
+    if pixels.shape[-1] == size: return pixels
+    return F.interpolate(pixels.float(), (size, size), mode='bicubic',
+                         align_corners=False)
 
 # %% ../../nbs/07_image_io.ipynb #5d09d9b6
 def tile(pictures:np.ndarray, # [N, h, w, C], uint8, or floats in [0, 1]

@@ -6,25 +6,30 @@
 __all__ = ['step_rows', 'ArrayData', 'read_image', 'Pictures', 'imagenet_ids', 'name_ids', 'class_folders', 'class_ids',
            'folder_data', 'is_hub_folder', 'hub_data', 'LabelData', 'batches']
 
-# %% ../../nbs/04_data.ipynb #97b71f06
-import io, os, re, warnings
+# %% ../../nbs/04_data.ipynb #db9ff690
+import io
+import os
+import re
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
-from .image_io import CROPS, SUFFIXES, folder_files, is_hidden, only_pictures, open_picture, to_tensor
+from .image_io import (CROPS, SUFFIXES, folder_files, is_hidden,
+                                   only_pictures, open_picture, to_tensor)
 from ..files import BadFile, inside, read_text, reading, user_path
 from ..protocols import EPOCH, Batch, Streams
 
-# %% ../../nbs/04_data.ipynb #c6b954ba
+# %% ../../nbs/04_data.ipynb #13fe43bb
 def step_rows(n:int, # images in the data set
               batch_size:int, # images per step, over all processes
-              step:int,
-              seed:int,
+              step:int, # counted from 0
+              seed:int, # of the run
              ) -> np.ndarray: # [batch_size] row numbers
     "The rows of one step"
     at = np.arange(step*batch_size, (step+1)*batch_size)
@@ -33,7 +38,7 @@ def step_rows(n:int, # images in the data set
              for e in np.unique(at//n)}
     return np.array([perms[e][i] for e, i in zip(at//n, at%n)])
 
-# %% ../../nbs/04_data.ipynb #0dcc2d3f
+# %% ../../nbs/04_data.ipynb #719084fc
 class ArrayData:
     "Images held as one uint8 array, turned into pixels when asked for"
     def __init__(self,
@@ -45,21 +50,22 @@ class ArrayData:
 
     def __len__(self): return len(self.images)
 
-    def load(self, rows) -> tuple:
+    def load(self, rows, # row numbers [n]
+            ) -> tuple: # pixels, class ids
         "Pixels [n, 3, H, W] in [0, 1] and class ids [n] of some rows"
         rows = torch.as_tensor(rows)
         return self.to_pixels(self.images[rows]), self.labels[rows]
 
-# %% ../../nbs/04_data.ipynb #305f9d56
+# %% ../../nbs/04_data.ipynb #b027362d
 def read_image(file, # path, or bytes
                size:int, # side in pixels
-               name='', # of bytes, for messages
+               name:str='', # of bytes, for messages
                crop:str='adm', # key of `image_io.CROPS`
               ) -> Tensor: # [3, size, size] in [0, 1]
     "A picture as a tensor"
     return to_tensor(CROPS[crop](open_picture(file, name), size))
 
-# %% ../../nbs/04_data.ipynb #3e8878cb
+# %% ../../nbs/04_data.ipynb #c8faac7d
 class Pictures:
     "Labelled pictures, read when asked for"
     def __init__(self,
@@ -68,106 +74,158 @@ class Pictures:
                  labels:Tensor, # [N] class ids
                  size:int, # side in pixels
                  open=lambda item: item, # item to a path, or to bytes
-                 check:int=2000, # decode all pictures first if there are at most this many
+                 check:int=2000, # decode all first, if there are at most so many
                  workers:int=8, # decoding threads
                 ):
-        self.source, self.items, self.labels, self.size, self.open = str(source), items, labels, size, open
+        self.source, self.items, self.labels = str(source), items, labels
+        self.size, self.open = size, open
         self.skipped, self.left_out, self.pool = {}, 0, ThreadPoolExecutor(workers)
-        if len(items) <= check:
-            good = [i for i, x in enumerate(self.pool.map(self._try, items)) if x is not None]
-            self.items, self.labels, self.left_out = [items[i] for i in good], labels[good], len(self.skipped)
-        if not len(self):
-            lost = f"; {len(self.skipped)} could not be read" if self.skipped else ''
-            raise ValueError(f"data={self.source!r}: no readable image ({', '.join(SUFFIXES)}) in it{lost}")
-        if self.skipped:
-            first, why = next(iter(self.skipped.items()))
-            warnings.warn(f"data={self.source!r}: skipped {len(self.skipped)} unreadable pictures, "
-                          f"the first is {first}: {why}")
+        if len(items) <= check: self._leave_out()
+        self._report()
 
     def __len__(self): return len(self.items)
 
-    def _try(self, item):
-        name = item if isinstance(item, (str, Path)) else f'{self.source}, row {item}'
-        try:
-            with reading(name): return read_image(self.open(item), self.size, name)
-        except (OSError, ValueError) as e: self.skipped[str(item)] = str(e)
+# %% ../../nbs/04_data.ipynb #e94f1a89
+@patch
+def _try(self:Pictures, item):
+    "A picture [3, size, size], or None if it can't be read"
+    named = isinstance(item, (str, Path))
+    name = item if named else f'{self.source}, row {item}'
+    try:
+        with reading(name): return read_image(self.open(item), self.size, name)
+    except (OSError, ValueError) as e: self.skipped[str(item)] = str(e)
 
-    def _nearest(self, row):
-        for i in range(len(self)):
-            r = (row + i) % len(self)
-            if (image := self._try(self.items[r])) is not None: return image, self.labels[r]
-            if len(self.skipped) == self.left_out + 1:
-                warnings.warn(f"data={self.source!r}: skipped {self.items[r]}: {self.skipped[str(self.items[r])]}; "
-                              "further ones are only counted, in data/skipped")
-        raise OSError(f"data={self.source!r}: no picture can be read any more")
+@patch
+def _leave_out(self:Pictures):
+    "Keep only what can be read now"
+    found = self.pool.map(self._try, self.items)
+    good = [i for i, x in enumerate(found) if x is not None]
+    self.items, self.labels = [self.items[i] for i in good], self.labels[good]
+    self.left_out = len(self.skipped)
 
-    def load(self, rows) -> tuple:
-        "Pixels [n, 3, size, size] in [0, 1] and class ids [n] of some rows"
-        images, labels = zip(*self.pool.map(self._nearest, np.asarray(rows).tolist()))
-        return torch.stack(images), torch.stack(labels)
+# %% ../../nbs/04_data.ipynb #a4e1e5d0
+@patch
+def _report(self:Pictures):
+    "Raise if nothing is left, warn if something is lost"
+    if not len(self):
+        lost = f"; {len(self.skipped)} could not be read" if self.skipped else ''
+        raise ValueError(f"data={self.source!r}: no readable image "
+                         f"({', '.join(SUFFIXES)}) in it{lost}")
+    if not self.skipped: return
+    first, why = next(iter(self.skipped.items()))
+    warnings.warn(f"data={self.source!r}: skipped {len(self.skipped)} unreadable "
+                  f"pictures, the first is {first}: {why}")
 
-    def counts(self) -> dict:
-        "Pictures that could not be read since the start"
-        return dict(skipped=len(self.skipped) - self.left_out)
+# %% ../../nbs/04_data.ipynb #b70454f9
+@patch
+def _nearest(self:Pictures, row):
+    "The first readable picture from a row on, and its label"
+    for i in range(len(self)):
+        r = (row + i) % len(self)
+        item, label = self.items[r], self.labels[r]
+        if (image := self._try(item)) is not None: return image, label
+        if len(self.skipped) == self.left_out + 1:
+            warnings.warn(f"data={self.source!r}: skipped {item}: "
+                          f"{self.skipped[str(item)]}; further ones are only counted, "
+                          "in data/skipped")
+    raise OSError(f"data={self.source!r}: no picture can be read any more")
 
-# %% ../../nbs/04_data.ipynb #45e77676
-_SYNSETS = (Path(__file__).parent.parent/'assets' if '__file__' in globals()
-            else Path('../arpo_nb/assets'))/'imagenet_synsets.txt'
+@patch
+def load(self:Pictures, rows, # row numbers [n]
+        ) -> tuple: # pixels, class ids
+    "Pixels [n, 3, size, size] in [0, 1] and class ids [n] of some rows"
+    found = self.pool.map(self._nearest, np.asarray(rows).tolist())
+    images, labels = zip(*found)
+    return torch.stack(images), torch.stack(labels)
+
+@patch
+def counts(self:Pictures) -> dict: # `skipped`
+    "Pictures that could not be read since the start"
+    return dict(skipped=len(self.skipped) - self.left_out)
+
+# %% ../../nbs/04_data.ipynb #e8325b9f
+_PACKAGE = (Path(__file__).parent.parent if '__file__' in globals()
+            else Path('../arpo_nb'))
+_SYNSETS = _PACKAGE/'assets'/'imagenet_synsets.txt'
 
 def imagenet_ids() -> dict: # synset, such as n02123045, to class id
     "Ids of ImageNet's 1,000 classes, which are its synsets in order"
     return {s: i for i, s in enumerate(read_text(_SYNSETS).split())}
 
+# %% ../../nbs/04_data.ipynb #8239bfd9
+def _by_number(names, num_classes, what):
+    ids = {n: int(n) for n in names}
+    twice = [i for i, k in Counter(ids.values()).items() if k > 1]
+    wrong = [n for n, i in ids.items() if i >= num_classes or i in twice]
+    return ids, wrong, (f"{what} named by numbers are class ids, each once and from 0 "
+                        f"to {num_classes-1}")
+
+def _by_synset(names):
+    known = imagenet_ids()
+    ids, wrong = {n: known.get(n) for n in names}, [n for n in names if n not in known]
+    return ids, wrong, "next to ImageNet's synsets only others of its 1,000 can stand"
+
+def _warn_of_order(ids, num_classes, where, what):
+    shown = ', '.join(f'{n} = {i}' for n, i in [*ids.items()][:20])
+    more = ', …' if len(ids) > 20 else ''
+    warnings.warn(f"{where}: class ids of {len(ids)} {what.removeprefix('class ')} in "
+                  f"alphabetical order, for a policy with {num_classes} classes: "
+                  f"{shown}{more}; if the policy was trained with others, name them "
+                  "by class id")
+
+# %% ../../nbs/04_data.ipynb #d9ed1076
 def name_ids(names:list, # of classes, sorted
              num_classes:int, # of the policy
              where:str, # for messages
-             what='class folders') -> dict: # name to class id
-    "Class ids by name: a number, a synset of ImageNet, or else the place in alphabetical order"
+             what:str='class folders', # has those names
+            ) -> dict: # name to class id
+    "Class ids by name: a number, a synset of ImageNet, or the place in the alphabet"
     if len(names) > num_classes:
-        raise ValueError(f"{where}: {len(names)} {what}, but the policy knows {num_classes} classes; remove "
-                         f"{len(names)-num_classes} or use another model")
-    if names and all(n.isdecimal() for n in names):
-        ids = {n: int(n) for n in names}
-        want = f"{what} named by numbers are class ids, each once and from 0 to {num_classes-1}"
-        wrong = [n for n, i in ids.items() if i >= num_classes or [*ids.values()].count(i) > 1]
-    elif num_classes == 1000 and any(re.fullmatch('n[0-9]{8}', n) for n in names):
-        known, want = imagenet_ids(), "next to ImageNet's synsets only others of its 1,000 can stand"
-        ids, wrong = {n: known.get(n) for n in names}, [n for n in names if n not in known]
-    elif numbers := [n for n in names if n.isdecimal()]:
-        want = f"beside numbers such as {numbers[0]}, which are class ids, no names can stand"
+        raise ValueError(f"{where}: {len(names)} {what}, but the policy knows "
+                         f"{num_classes} classes; remove {len(names)-num_classes} or "
+                         "use another model")
+    numbers, wrong, want = [n for n in names if n.isdecimal()], [], ''
+    synsets = num_classes == 1000 and any(re.fullmatch('n[0-9]{8}', n) for n in names)
+    if names and numbers == names:
+        ids, wrong, want = _by_number(names, num_classes, what)
+    elif synsets: ids, wrong, want = _by_synset(names)
+    elif numbers:
         ids, wrong = {}, [n for n in names if n not in numbers]
+        want = (f"beside numbers such as {numbers[0]}, which are class ids, no names "
+                "can stand")
     else:
-        ids, wrong = {n: i for i, n in enumerate(names)}, []
-        if names and (len(names) < num_classes or num_classes == 1000): _warn_of_order(ids, num_classes, where, what)
+        ids = {n: i for i, n in enumerate(names)}
+        if names and (len(names) < num_classes or num_classes == 1000):
+            _warn_of_order(ids, num_classes, where, what)
     if wrong:
-        raise ValueError(f"{where}: {what} {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}; {want}. Rename "
-                         "or remove them")
+        raise ValueError(f"{where}: {what} {', '.join(wrong[:5])}"
+                         f"{', …' if len(wrong) > 5 else ''}; {want}. Rename or remove "
+                         "them")
     return ids
 
-def _warn_of_order(ids, num_classes, where, what):
-    shown = ', '.join(f'{n} = {i}' for n, i in [*ids.items()][:20]) + (', …' if len(ids) > 20 else '')
-    warnings.warn(f"{where}: class ids of {len(ids)} {what.removeprefix('class ')} in alphabetical order, for a "
-                  f"policy with {num_classes} classes: {shown}; if the policy was trained with others, name them "
-                  "by class id")
-
-# %% ../../nbs/04_data.ipynb #ef05184d
+# %% ../../nbs/04_data.ipynb #4bf11aac
 _SPLITS = 'train', 'training', 'val', 'valid', 'validation', 'test'
 
-def class_folders(root:str|Path) -> list: # names, sorted
+def class_folders(root:str|Path, # folder of class folders
+                 ) -> list: # names, sorted
     "The folders of a folder that are classes: visible, and no links back upwards"
     root = user_path(root, 'data')
     up = {root.resolve(), *root.resolve().parents}
     with reading(root, expected='a folder of class folders'):
         seen = sorted(d for d in root.iterdir() if not is_hidden(d.name))
-    found, lost = [d for d in seen if d.is_dir()], [d for d in seen if not d.exists()]
+    lost = [d for d in seen if not d.exists()]
+    found = [d for d in seen if d.is_dir()]
     if lost:
-        warnings.warn(f"data={str(root)!r}: {len(lost)} links lead nowhere and are left out, the first is "
-                      f"{lost[0].name}; copy what they should lead to")
-    if back := [d.name for d in found if d.resolve() in up]:
-        warnings.warn(f"data={str(root)!r}: {len(back)} links lead back upwards and are no classes: "
-                      f"{', '.join(back[:5])}")
+        warnings.warn(f"data={str(root)!r}: {len(lost)} links lead nowhere and are "
+                      f"left out, the first is {lost[0].name}; copy what they should "
+                      "lead to")
+    back = [d.name for d in found if d.resolve() in up]
+    if back:
+        warnings.warn(f"data={str(root)!r}: {len(back)} links lead back upwards and "
+                      f"are no classes: {', '.join(back[:5])}")
     return [d.name for d in found if d.name not in back]
 
+# %% ../../nbs/04_data.ipynb #09b9906b
 def class_ids(root:str|Path, # folder with a folder for each class
               num_classes:int, # of the policy
              ) -> dict: # folder name to class id
@@ -176,22 +234,41 @@ def class_ids(root:str|Path, # folder with a folder for each class
     where, names = f"data={str(root)!r}", class_folders(root)
     splits = [n for n in names if n.lower() in _SPLITS]
     if splits and (splits == names or len(splits) > 1):
-        raise ValueError(f"{where}: holds {', '.join(splits)}, which are splits and no classes; give the folder of "
-                         f"one of them, such as {str(root/splits[0])!r}")
+        raise ValueError(f"{where}: holds {', '.join(splits)}, which are splits and no "
+                         "classes; give the folder of one of them, such as "
+                         f"{str(root/splits[0])!r}")
     return name_ids(names, num_classes, where)
 
-# %% ../../nbs/04_data.ipynb #422bf743
-def folder_data(root:str|Path,
+# %% ../../nbs/04_data.ipynb #34be8fc1
+def _warn_of_holes(where, pictures, files, beside):
+    "Say which classes have no picture, and that pictures beside them have no class"
+    def endings(n):
+        kinds = Counter(p.suffix for p in files[n]).items()
+        return ', '.join(f'{c} {s or "without ending"}' for s, c in kinds) or 'empty'
+    holes = [f'{n} ({endings(n)})' for n, found in pictures.items() if not found]
+    if holes:
+        warnings.warn(f"{where}: {len(holes)} of {len(pictures)} class folders hold no "
+                      f"picture that is read ({', '.join(SUFFIXES)}): "
+                      f"{', '.join(holes[:20])}")
+    if beside:
+        warnings.warn(f"{where}: {len(beside)} pictures lie beside the class folders "
+                      f"and are left out, the first is {beside[0].name}; move them "
+                      "into the folder of their class")
+
+# %% ../../nbs/04_data.ipynb #69b57ed0
+def folder_data(root:str|Path, # of class folders, or of pictures
                 size:int, # side in pixels
                 num_classes:int, # of the policy; id `num_classes` is its null class
                 **kwargs, # of `Pictures`
                ) -> Pictures:
-    "Pictures below a folder: sub-folders are classes (see `class_ids`), no sub-folders means no classes"
+    "Pictures below a folder; sub-folders are classes, see `class_ids`"
     root = user_path(root, 'data')
+    where = f"data={str(root)!r}"
     if not root.is_dir():
-        raise FileNotFoundError(f"data={str(root)!r}: no such folder; give a folder of images, of class folders "
-                                "with images, or one of Hugging Face `datasets`")
-    ids, where = class_ids(root, num_classes), f"data={str(root)!r}"
+        raise FileNotFoundError(f"{where}: no such folder; give a folder of images, of "
+                                "class folders with images, or one of Hugging Face "
+                                "`datasets`")
+    ids = class_ids(root, num_classes)
     files = {n: folder_files(root/n, above=(root,)) for n in ids}
     stray = sorted(p for p in root.iterdir() if p.is_file() and not is_hidden(p.name))
     pictures = {n: only_pictures(f, f'{where}, class {n}') for n, f in files.items()}
@@ -203,40 +280,67 @@ def folder_data(root:str|Path,
     labels = torch.tensor([i for _, i in labelled], dtype=torch.long)
     return Pictures(root, [p for p, _ in labelled], labels, size, **kwargs)
 
-def _warn_of_holes(where, pictures, files, beside):
-    "Say which classes have no picture, and that pictures beside class folders have no class"
-    def endings(n): return Counter(p.suffix for p in files[n]).items()
-    holes = {n: ', '.join(f'{c} {s or "without ending"}' for s, c in endings(n)) for n,
-             found in pictures.items() if not found}
-    if holes:
-        shown = ', '.join(f"{n} ({what or 'empty'})" for n, what in [*holes.items()][:20])
-        warnings.warn(f"{where}: {len(holes)} of {len(pictures)} class folders hold no picture that is read "
-                      f"({', '.join(SUFFIXES)}): {shown}")
-    if beside:
-        warnings.warn(f"{where}: {len(beside)} pictures lie beside the class folders and are left out, the first "
-                      f"is {beside[0].name}; move them into the folder of their class")
-
-# %% ../../nbs/04_data.ipynb #8cd3064f
-def is_hub_folder(root:str|Path) -> bool:
+# %% ../../nbs/04_data.ipynb #b258585b
+def is_hub_folder(root:str|Path, # of a data set, or not
+                 ) -> bool:
     "Whether a folder is one of Hugging Face `datasets`"
-    signs = 'dataset_dict.json', 'state.json', '*.parquet', 'data/*.parquet', 'train/*.parquet'
+    signs = ('dataset_dict.json', 'state.json', '*.parquet', 'data/*.parquet',
+             'train/*.parquet')
     return any(any(user_path(root, 'data').glob(p)) for p in signs)
 
+# %% ../../nbs/04_data.ipynb #d357a7fc
 def _hub_split(root, split):
+    "Rows of a split, and what `datasets` calls a picture"
     try: import datasets
     except ImportError as e:
-        raise ImportError(f"data={str(root)!r} is a folder of Hugging Face datasets: pip install datasets, or "
-                          "arpo_nb[datasets]") from e
+        raise ImportError(f"data={str(root)!r} is a folder of Hugging Face datasets: "
+                          "pip install datasets, or arpo_nb[datasets]") from e
     saved = (root/'state.json').exists() or (root/'dataset_dict.json').exists()
     with reading(root, expected='a folder of Hugging Face datasets'):
-        found = datasets.load_from_disk(str(root)) if saved else datasets.load_dataset(str(root))
+        found = (datasets.load_from_disk(str(root)) if saved
+                 else datasets.load_dataset(str(root)))
     if isinstance(found, datasets.Dataset): return found, datasets.Image
     if split not in found:
-        raise ValueError(f"data={str(root)!r}: no split {split!r}, only {', '.join(found)}; give the folder of one "
-                         "split, or name it")
+        raise ValueError(f"data={str(root)!r}: no split {split!r}, only "
+                         f"{', '.join(found)}; give the folder of one split, or name "
+                         "it")
     return found[split], datasets.Image
 
-def hub_data(root:str|Path,
+# %% ../../nbs/04_data.ipynb #818e27ee
+def _label_ids(labels, num_classes, where):
+    "Class ids [N] of a column: whole numbers in the policy's range, or names"
+    kinds = Counter(type(x).__name__ for x in labels)
+    if kinds.keys() - {'int', 'str'} or len(kinds) > 1:
+        held = ', '.join(f'{n} of {k}' for k, n in kinds.items())
+        raise ValueError(f"{where}: holds {held}; expected class ids (whole numbers) "
+                         "or names of classes, one for every row")
+    if 'str' in kinds:
+        ids = name_ids(sorted({*labels}), num_classes, where, 'labels')
+        return torch.tensor([ids[x] for x in labels])
+    if labels and not 0 <= min(labels) <= max(labels) < num_classes:
+        hint = "; -1 marks a split without labels" if min(labels) < 0 else ''
+        raise ValueError(f"{where}: class ids from {min(labels)} to {max(labels)}, but "
+                         f"the policy knows 0 to {num_classes-1}{hint}")
+    return torch.tensor(labels, dtype=torch.long)
+
+# %% ../../nbs/04_data.ipynb #506df912
+def _row_file(root, path, row):
+    "The file a row names instead of holding its picture"
+    below = os.path.isabs(path) and Path(path).is_relative_to(root)
+    return inside(root, os.path.relpath(path, root) if below else path,
+                  where=f'row {row}')
+
+def _columns(root, rows, picture):
+    "Names of the columns with pictures and with class ids"
+    image = next((k for k, f in rows.features.items() if isinstance(f, picture)), None)
+    known = 'label', 'labels', 'cls', 'fine_label'
+    label = next((k for k in known if k in rows.features), None)
+    if image and label: return image, label
+    raise ValueError(f"data={str(root)!r}: columns {list(rows.features)}; expected one "
+                     "of pictures, and class ids in label, labels, cls or fine_label")
+
+# %% ../../nbs/04_data.ipynb #37856e54
+def hub_data(root:str|Path, # see `is_hub_folder`
              size:int, # side in pixels
              num_classes:int, # of the policy
              split:str='train', # where there are several
@@ -245,46 +349,24 @@ def hub_data(root:str|Path,
     "Pictures and class ids from a folder of Hugging Face `datasets`"
     root = user_path(root, 'data')
     rows, picture = _hub_split(root, split)
-    image = next((k for k, f in rows.features.items() if isinstance(f, picture)), None)
-    label = next((k for k in ('label', 'labels', 'cls', 'fine_label') if k in rows.features), None)
-    if not (image and label):
-        raise ValueError(f"data={str(root)!r}: columns {list(rows.features)}; expected one of pictures, and class "
-                         "ids in label, labels, cls or fine_label")
+    image, label = _columns(root, rows, picture)
     with reading(root, f'column {label}', 'class ids or names'):
-        labels = _label_ids(rows.with_format('arrow')[label][:].to_pylist(), num_classes,
-                            f"data={str(root)!r}, column {label}")
+        given = rows.with_format('arrow')[label][:].to_pylist()
+        labels = _label_ids(given, num_classes, f"data={str(root)!r}, column {label}")
     files = rows.cast_column(image, picture(decode=False))
     def open(row):
         x = files[row][image]
         if not x: raise BadFile(root, 'no picture', f'row {row}')
-        return x['bytes'] if x['bytes'] is not None else _row_file(root, x['path'], row)
+        if x['bytes'] is not None: return x['bytes']
+        return _row_file(root, x['path'], row)
     return Pictures(root, range(len(rows)), labels, size, open, **kwargs)
 
-def _row_file(root, path, row):
-    "The file a row names instead of holding its picture"
-    return inside(root, os.path.relpath(path, root) if os.path.isabs(path) and Path(path).is_relative_to(root)
-                  else path, where=f'row {row}')
-
-def _label_ids(labels, num_classes, where):
-    "Class ids [N] of a column: whole numbers in the policy's range, or names"
-    kinds = Counter(type(x).__name__ for x in labels)
-    if kinds.keys() - {'int', 'str'} or len(kinds) > 1:
-        raise ValueError(f"{where}: holds {', '.join(f'{n} of {k}' for k, n in kinds.items())}; expected class ids "
-                         "(whole numbers) or names of classes, one for every row")
-    if 'str' in kinds:
-        ids = name_ids(sorted({*labels}), num_classes, where, 'labels')
-        return torch.tensor([ids[x] for x in labels])
-    if labels and not 0 <= min(labels) <= max(labels) < num_classes:
-        raise ValueError(f"{where}: class ids from {min(labels)} to {max(labels)}, but the policy knows 0 to "
-                         f"{num_classes-1}" + ("; -1 marks a split without labels" if min(labels) < 0 else ''))
-    return torch.tensor(labels, dtype=torch.long)
-
-# %% ../../nbs/04_data.ipynb #b19d8372
+# %% ../../nbs/04_data.ipynb #ca113dae
 class LabelData:
     "Class ids without pictures"
-    def __init__(self, num_classes:int,
-                 split:float=1., # share of the classes that is used, chosen by `seed`
-                 seed:int=0):
+    def __init__(self, num_classes:int, # of the policy
+                 split:float=1., # share of the classes used, in (0, 1]
+                 seed:int=0): # of the choice
         n = max(1, round(split*num_classes))
         random = np.random.Generator(np.random.Philox(key=seed,
                                                       counter=[1, EPOCH, 0, 0]))
@@ -292,14 +374,15 @@ class LabelData:
 
     def __len__(self): return len(self.labels)
 
-    def load(self, rows) -> tuple:
+    def load(self, rows, # row numbers [n]
+            ) -> tuple: # None, class ids
         "None, and class ids [n]"
         return None, self.labels[torch.as_tensor(rows)]
 
-# %% ../../nbs/04_data.ipynb #24d4aaa9
+# %% ../../nbs/04_data.ipynb #947d9dcc
 def batches(data, # has a length and `load(rows)`
             batch_size:int, # images per step, over all processes
-            seed:int,
+            seed:int, # of the run
             start:int, # first step
             stop:int, # one past the last step
             rank:int=0, # this process
@@ -311,11 +394,11 @@ def batches(data, # has a length and `load(rows)`
     def load(step):
         rows = step_rows(len(data), batch_size, step, seed)[mine]
         images, cond, *prompts = data.load(rows)
-        return Batch(cond, Streams.range(seed, step*batch_size, batch_size).take(mine),
-                     images, *prompts)
+        streams = Streams.range(seed, step*batch_size, batch_size).take(mine)
+        return Batch(cond, streams, images, *prompts)
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(load, start) if start < stop else None
         for step in range(start, stop):
-            batch, ahead = (ahead.result(), reader.submit(load, step+1)
-                            if step+1 < stop else None)
+            batch = ahead.result()
+            ahead = reader.submit(load, step+1) if step+1 < stop else None
             yield batch

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_FIELDS', 'SNAPSHOTS', 'tensors_in', 'not_finite', 'check_weights', 'plain_value', 'check_state', 'file_hash',
-           'write_manifest', 'Damaged', 'check_parts', 'read_run', 'save_networks', 'adapter_at', 'load_network',
-           'save_checkpoint', 'checkpoint_bytes', 'check_checkpoint', 'find_checkpoint', 'settle', 'load_checkpoint',
-           'keep_snapshot', 'snapshots', 'begin_at']
+           'write_manifest', 'Damaged', 'check_parts', 'read_run', 'adapter_at', 'save_networks', 'load_network',
+           'checkpoint_bytes', 'save_checkpoint', 'check_checkpoint', 'find_checkpoint', 'settle', 'load_checkpoint',
+           'snapshots', 'keep_snapshot', 'begin_at']
 
 # %% ../../nbs/48_saving.ipynb #7c66be64
 import hashlib
@@ -28,8 +28,10 @@ from .sharding import SHARDED, is_sharded, load_parts, save_parts
 from ..files import disk_of, in_words, need_space, sync, write_text
 from .run_folder import CHECKPOINTS, MARK, OTHER, is_ours
 
-# %% ../../nbs/48_saving.ipynb #216a404c
-def tensors_in(x, name:str='') -> list: # pairs of a name and a tensor or number
+# %% ../../nbs/48_saving.ipynb #8391a27a
+def tensors_in(x, # nested dicts, lists and tuples
+               name:str='', # of it
+              ) -> list: # pairs of a name and a tensor or number
     "All tensors and numbers of a nested value"
     if isinstance(x, dict):
         return [t for k, v in x.items()
@@ -38,7 +40,10 @@ def tensors_in(x, name:str='') -> list: # pairs of a name and a tensor or number
         return [t for i, v in enumerate(x) for t in tensors_in(v, f'{name}[{i}]')]
     return [(name, x)] if isinstance(x, (torch.Tensor, float)) else []
 
-def not_finite(x, name:str='') -> str|None: # the first bad one
+# %% ../../nbs/48_saving.ipynb #b59e4ad7
+def not_finite(x, # nested value
+               name:str='', # of it
+              ) -> str|None: # name of the first bad one
     "Where a nested value has a NaN or an infinity"
     found = tensors_in(x, name)
     if not found: return None
@@ -47,9 +52,12 @@ def not_finite(x, name:str='') -> str|None: # the first bad one
     homes = {s.device for s in seen}
     on = {d: torch.stack([s for s in seen if s.device == d]).tolist() for d in homes}
     answers = {d: iter(v) for d, v in on.items()}
-    return next((n for (n, _), s in zip(found, seen) if not next(answers[s.device])), None)
+    bad = (n for (n, _), s in zip(found, seen) if not next(answers[s.device]))
+    return next(bad, None)
 
-def check_weights(model:nn.Module, step:int):
+# %% ../../nbs/48_saving.ipynb #2bc53f5b
+def check_weights(model:nn.Module, # trained
+                  step:int): # made so far, for the message
     "Raise if a trained network is not finite"
     # of a sharded one
     part = lambda p: p.detach().to_local() if hasattr(p, 'to_local') else p.detach()
@@ -60,16 +68,18 @@ def check_weights(model:nn.Module, step:int):
         raise FloatingPointError(f"after {step} steps the weights are "
                                  f"not finite ({bad})")
 
-# %% ../../nbs/48_saving.ipynb #8c109461
-def plain_value(x):
+# %% ../../nbs/48_saving.ipynb #f42ca90e
+def plain_value(x): # nested value
     "Named tuples as tuples, so that a checkpoint loads without executing anything"
     if isinstance(x, dict): return {k: plain_value(v) for k, v in x.items()}
     if isinstance(x, list): return [plain_value(v) for v in x]
     return tuple(map(plain_value, x)) if isinstance(x, tuple) else x
 
-# look whether it can be stored, which takes as long as storing it
-def check_state(state,
-                storable:bool=True):
+def _first(e): return f'{type(e).__name__}: {str(e).strip()}'.splitlines()[0][:200]
+
+# %% ../../nbs/48_saving.ipynb #605c4de2
+def check_state(state, # of a reward
+                storable:bool=True): # try to store it, as slow as storing it
     "Raise if a reward's state is not finite, or could not be brought back"
     if bad := not_finite(state, 'state'):
         raise FloatingPointError(f"the reward's {bad} is not finite")
@@ -85,16 +95,23 @@ def check_state(state,
                         "Keep tensors, numbers, texts, lists, tuples "
                         "and dictionaries in it") from e
 
-def _first(e): return f'{type(e).__name__}: {str(e).strip()}'.splitlines()[0][:200]
-
-# %% ../../nbs/48_saving.ipynb #db3f2e03
-def file_hash(path:Path) -> str:
+# %% ../../nbs/48_saving.ipynb #6cef74de
+def file_hash(path:Path, # of a file
+             ) -> str: # hexadecimal
     "SHA-256 of a file"
     with path.open('rb') as f:
-        return (hashlib.file_digest(f, 'sha256').hexdigest()
-                if hasattr(hashlib, 'file_digest') else _by_blocks(f))
+        if not hasattr(hashlib, 'file_digest'): return _by_blocks(f) # Python 3.10
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def write_manifest(folder:Path, step:int, config:str):
+def _by_blocks(f):
+    sha = hashlib.sha256()
+    while block := f.read(2**20): sha.update(block)
+    return sha.hexdigest()
+
+# %% ../../nbs/48_saving.ipynb #5983d20f
+def write_manifest(folder:Path, # of a checkpoint
+                   step:int, # made so far
+                   config:str): # name of the configuration
     "List the parts of a checkpoint, all of them on the disk"
     parts = [p for p in sorted(folder.rglob('*')) if p.is_file()
              and p.name != 'manifest.json']
@@ -105,47 +122,52 @@ def write_manifest(folder:Path, step:int, config:str):
                 json.dumps(dict(format=MARK, step=step, config=config, files=listed),
                            indent=1))
 
-def _by_blocks(f):
-    sha = hashlib.sha256()
-    while block := f.read(2**20): sha.update(block)
-    return sha.hexdigest()
-
-# %% ../../nbs/48_saving.ipynb #b872672f
+# %% ../../nbs/48_saving.ipynb #81a5bd42
 class Damaged(ValueError):
     "A checkpoint with parts that are missing or changed"
 
-def check_parts(folder:Path,
+def _read_manifest(path):
+    try: manifest = json.loads(path.read_text()); files = dict(manifest['files'])
+    except (ValueError, KeyError, TypeError) as e:
+        raise Damaged(f"{path}: can't be read ({_first(e)})") from e
+    if 'run.pt' not in files: raise Damaged(f"{path}: was still being written")
+    return manifest, files
+
+def _check_part(part, want, verify):
+    if not part.is_file(): raise Damaged(f"{part}: is missing")
+    size = part.stat().st_size
+    if size != want.get('bytes'):
+        raise Damaged(f"{part}: has {size} bytes of {want.get('bytes')}")
+    if verify and file_hash(part) != want.get('sha256'):
+        raise Damaged(f"{part}: its content has changed (SHA-256)")
+
+# %% ../../nbs/48_saving.ipynb #58783de2
+def check_parts(folder:Path, # of a checkpoint
                 verify:bool=True, # compare the contents, not only sizes
                ) -> dict: # the manifest, {} of a checkpoint that an older version wrote
     "Raise `Damaged` unless all parts are there as they were written"
     path = folder/'manifest.json'
     if not path.is_file(): return {}
-    try: manifest = json.loads(path.read_text()); files = dict(manifest['files'])
-    except (ValueError, KeyError, TypeError) as e:
-        raise Damaged(f"{path}: can't be read ({_first(e)})") from e
-    if 'run.pt' not in files: raise Damaged(f"{path}: was still being written")
-    for name, want in files.items():
-        part = folder/name
-        if not part.is_file(): raise Damaged(f"{part}: is missing")
-        size = part.stat().st_size
-        if size != want.get('bytes'):
-            raise Damaged(f"{part}: has {size} bytes of {want.get('bytes')}")
-        if verify and file_hash(part) != want.get('sha256'):
-            raise Damaged(f"{part}: its content has changed (SHA-256)")
+    manifest, files = _read_manifest(path)
+    for name, want in files.items(): _check_part(folder/name, want, verify)
     return manifest
 
-# %% ../../nbs/48_saving.ipynb #fb25d68b
+# %% ../../nbs/48_saving.ipynb #fdf68315
 _is_int = lambda v: isinstance(v, int) and not isinstance(v, bool)
+_is_step = lambda v: _is_int(v) and v >= 0
+_is_steps = lambda v: isinstance(v, (list, tuple)) and v and all(map(_is_step, v))
+_is_number = lambda v: v is None or isinstance(v, float) and math.isfinite(v)
+
 RUN_FIELDS = dict( # what run.pt holds, how each is checked, and in words
-    step=(lambda v: _is_int(v) and v >= 0, 'a number of steps'),
-    position=(lambda v: isinstance(v, (list, tuple)) and v and all(
-        _is_int(i) and i >= 0
-        for i in v), 'a list of record numbers, one per process'),
-    entropy=(lambda v: v is None or isinstance(v, float) and math.isfinite(v),
-             'a finite number or nothing'),
+    step=(_is_step, 'a number of steps'),
+    position=(_is_steps, 'a list of record numbers, one per process'),
+    entropy=(_is_number, 'a finite number or nothing'),
     reward_state=(lambda v: not_finite(v) is None, 'finite tensors and numbers'))
 
-def read_run(folder:Path, device='cpu') -> dict:
+# %% ../../nbs/48_saving.ipynb #0add049a
+def read_run(folder:Path, # of a checkpoint
+             device='cpu', # for tensors
+            ) -> dict: # of RUN_FIELDS
     "What a run knew besides weights and optimiser"
     path = folder/'run.pt'
     try: run = torch.load(path, map_location=device, weights_only=True)
@@ -158,93 +180,50 @@ def read_run(folder:Path, device='cpu') -> dict:
             raise Damaged(f"{path}: {name}={str(run[name])[:60]}, expected {words}")
     return run
 
-# %% ../../nbs/48_saving.ipynb #b1f00d02
+# %% ../../nbs/48_saving.ipynb #60723ff0
+def adapter_at(folder:Path, # of a checkpoint
+               name:str, # of a network
+              ) -> Path:
+    "The folder of a network's adapter: the checkpoint's own is the policy's"
+    return folder if name in ('policy', 'model') else folder/name
+
 def save_networks(networks:dict, # name: module
-                  folder:Path):
-    "Write networks as NAME.safetensors, tensors under their own names; of adapters peft's files"
+                  folder:Path): # of a checkpoint
+    "Write networks as NAME.safetensors under their own names; of adapters peft's files"
     for name, module in networks.items():
         if is_adapted(module): save_adapter(module, adapter_at(folder, name))
         else: save_model(module, str(folder/f'{name}.safetensors'))
 
-def adapter_at(folder:Path, name:str) -> Path:
-    "The folder of a network's adapter: the checkpoint's own is the policy's"
-    return folder if name in ('policy', 'model') else folder/name
-
+# %% ../../nbs/48_saving.ipynb #800874dc
 def load_network(module:nn.Module, # filled in place
-                 folder:Path, name:str): # see `save_networks`
+                 folder:Path, # of a checkpoint
+                 name:str): # of the network, see `save_networks`
     "Read what `save_networks` wrote"
-    has, there = is_adapted(module), (adapter_at(folder, name)/SETTINGS).exists()
-    if has and there: return load_adapter(module, adapter_at(folder, name))
-    if has != there:
-        kind = 'an adapter' if there else 'whole weights'
-        raise Damaged(f"{folder}: has {kind}, and this run trains {'an adapter' if has else 'whole weights'}; start "
-                      "from it by weights=FOLDER in the place of a checkpoint")
-    return load_model(module, str(folder/f'{name}.safetensors'))
-
-# %% ../../nbs/48_saving.ipynb #d90a3fd1
-def save_checkpoint(acc:Accelerator, out:Path,
-                    run:dict, # the step and other plain values
-                    ref_policy=None, # a moving one
-                    # pair of the model and its optimiser, where it may be sharded
-                    trained=None,
-                    config:str='', # name of the configuration
-                    need:int=0, # bytes it takes, 0 for as many as the last one
-                    plain:dict|None=None): # networks to be kept by name as well
-    ("Write `out/checkpoint` so that an interrupted write, a full disk and a power cut"
-     " lose nothing")
-    new = out/'checkpoint.new'
-    if acc.is_main_process: _start(new, run, config, need)
-    acc.wait_for_everyone()
-    try:
-        sharded = trained is not None and is_sharded(trained[0])
-        if sharded: save_parts(acc, new, *trained, ref_policy)
-        else: acc.save_state(str(new))
-        position = acc.gather(torch.tensor([run.get('position', 0)],
-                                           device=acc.device)).tolist()
-        if acc.is_main_process:
-            torch.save(plain_value({**run, 'position': position}), new/'run.pt')
-            if ref_policy is not None and not sharded:
-                save_model(ref_policy, str(new/'reference.safetensors'))
-            if not sharded: save_networks(plain or {}, new)
-            write_manifest(new, run['step'], config)
-            _swap(new, out/'checkpoint', out/'checkpoint.old')
-    except Exception as e:
-        said = in_words(e, out, max(need, checkpoint_bytes(out)),
-                        full=disk_of(out)[1] < 2**20)
-        if acc.is_main_process: _remove(new) # makes room
-        raise said from e
-    acc.wait_for_everyone()
+    at = adapter_at(folder, name)
+    has, there = is_adapted(module), (at/SETTINGS).exists()
+    if has and there: return load_adapter(module, at)
+    if has == there: return load_model(module, str(folder/f'{name}.safetensors'))
+    kind, mine = 'an adapter', 'whole weights'
+    if has: kind, mine = mine, kind
+    raise Damaged(f"{folder}: has {kind}, and this run trains {mine}; start from it by "
+                  "weights=FOLDER in the place of a checkpoint")
 
 def _has(folder, name):
-    return (folder/f'{name}.safetensors').exists() or (adapter_at(folder, name)/SETTINGS).exists()
+    if (folder/f'{name}.safetensors').exists(): return True
+    return (adapter_at(folder, name)/SETTINGS).exists()
 
 def _same_kind(model, folder):
     "Raise where an adapter lies and whole weights are trained, or the other way round"
-    if is_adapted(model) != (folder/SETTINGS).exists() and _has(folder, 'policy'): load_network(model, folder, 'policy')
+    other = is_adapted(model) != (folder/SETTINGS).exists()
+    if other and _has(folder, 'policy'): load_network(model, folder, 'policy')
 
-def checkpoint_bytes(out:Path) -> int:
+# %% ../../nbs/48_saving.ipynb #0de28a6b
+def checkpoint_bytes(out:Path, # of a run
+                    ) -> int:
     "Size of the largest checkpoint in a folder, finished or not"
     sizes = [sum(p.stat().st_size for p in (out/name).rglob('*') if p.is_file())
              for name in CHECKPOINTS]
     return max(sizes)
-
-# %% ../../nbs/48_saving.ipynb #753674e4
-def _start(new, run, config, need):
-    _remove(new)
-    need_space(new.parent, need or checkpoint_bytes(new.parent), 'the next checkpoint', OTHER)
-    new.mkdir()
-    write_text(new/'manifest.json',
-                json.dumps(dict(format=MARK, step=run['step'], config=config,
-                                files={})))
-
-def _swap(new, now, old):
-    "Between any two of these lines there is a whole checkpoint"
-    if now.exists():
-        _remove(old)
-        now.rename(old)
-    new.rename(now)
-    sync(now.parent)
-    _remove(old)
 
 def _remove(folder):
     "Remove a checkpoint that a run wrote, and nothing else"
@@ -254,11 +233,67 @@ def _remove(folder):
                               "manifest.json); move it away")
     shutil.rmtree(folder)
 
-# %% ../../nbs/48_saving.ipynb #5705aded
-def check_checkpoint(folder:Path, verify:bool=True, config:str|tuple=''):
-    "Raise `Damaged` unless a checkpoint can be continued from"
-    manifest = check_parts(folder, verify)
-    run = read_run(folder)
+def _start(new, run, config, need):
+    _remove(new)
+    need = need or checkpoint_bytes(new.parent)
+    need_space(new.parent, need, 'the next checkpoint', OTHER)
+    new.mkdir()
+    empty = dict(format=MARK, step=run['step'], config=config, files={})
+    write_text(new/'manifest.json', json.dumps(empty))
+
+# %% ../../nbs/48_saving.ipynb #78838e46
+def _swap(new, now, old):
+    "Between any two of these lines there is a whole checkpoint"
+    if now.exists():
+        _remove(old)
+        now.rename(old)
+    new.rename(now)
+    sync(now.parent)
+    _remove(old)
+
+# %% ../../nbs/48_saving.ipynb #a47bcef7
+def _write_parts(acc, new, run, ref_policy, trained, plain):
+    "State, run.pt and networks of a checkpoint, by all processes together"
+    sharded = trained is not None and is_sharded(trained[0])
+    if sharded: save_parts(acc, new, *trained, ref_policy)
+    else: acc.save_state(str(new))
+    mine = torch.tensor([run.get('position', 0)], device=acc.device)
+    position = acc.gather(mine).tolist()
+    if not acc.is_main_process: return
+    torch.save(plain_value({**run, 'position': position}), new/'run.pt')
+    if sharded: return
+    if ref_policy is not None: save_model(ref_policy, str(new/'reference.safetensors'))
+    save_networks(plain or {}, new)
+
+# %% ../../nbs/48_saving.ipynb #5485a04f
+def save_checkpoint(acc:Accelerator, # that has prepared what is saved
+                    out:Path, # of the run
+                    run:dict, # the step and other plain values
+                    ref_policy=None, # a moving one
+                    trained=None, # model and its optimiser, where it may be sharded
+                    config:str='', # name of the configuration
+                    need:int=0, # bytes it takes, 0 for as many as the last one
+                    plain:dict|None=None): # networks to be kept by name as well
+    ("Write `out/checkpoint` so that an interrupted write, a full disk and a power cut"
+     " lose nothing")
+    new = out/'checkpoint.new'
+    if acc.is_main_process: _start(new, run, config, need)
+    acc.wait_for_everyone()
+    try:
+        _write_parts(acc, new, run, ref_policy, trained, plain)
+        if acc.is_main_process:
+            write_manifest(new, run['step'], config)
+            _swap(new, out/'checkpoint', out/'checkpoint.old')
+    except Exception as e:
+        said = in_words(e, out, max(need, checkpoint_bytes(out)),
+                        full=disk_of(out)[1] < 2**20)
+        if acc.is_main_process: _remove(new) # makes room
+        raise said from e
+    acc.wait_for_everyone()
+
+# %% ../../nbs/48_saving.ipynb #ecd29b96
+def _check_names(folder, manifest, run, config):
+    "The manifest belongs to this step and to this configuration"
     if manifest and manifest.get('step') != run['step']:
         raise Damaged(f"{folder}: the manifest says step {manifest.get('step')}, "
                       f"run.pt {run['step']}")
@@ -266,6 +301,13 @@ def check_checkpoint(folder:Path, verify:bool=True, config:str|tuple=''):
     if config and manifest.get('config') and manifest['config'] not in names:
         raise Damaged(f"{folder}: belongs to another configuration "
                       "than config.json beside it")
+
+def check_checkpoint(folder:Path, # of a checkpoint
+                     verify:bool=True, # compare contents with the manifest's hashes
+                     config:str|tuple=''): # name of the configuration, or several
+    "Raise `Damaged` unless a checkpoint can be continued from"
+    manifest = check_parts(folder, verify)
+    _check_names(folder, manifest, read_run(folder), config)
     for part in folder.glob('*.safetensors'): # an older version's have no manifest
         try:
             with safe_open(part, 'pt') as f: f.keys()
@@ -276,9 +318,10 @@ def check_checkpoint(folder:Path, verify:bool=True, config:str|tuple=''):
     if missing and not (folder/SHARDED).is_dir():
         raise Damaged(f"{folder/missing[0]}: is missing")
 
-def find_checkpoint(out:str|Path,
+# %% ../../nbs/48_saving.ipynb #f48ef02f
+def find_checkpoint(out:str|Path, # of a run
                     verify:bool=False, # compare contents with the manifest's hashes
-                    config:str|tuple='', # name of the configuration it must have, or several
+                    config:str|tuple='', # name of the configuration, or several
                    ) -> Path|None: # None if there is none at all
     "The newest whole checkpoint of a run's folder"
     out, wrong = Path(out).expanduser(), []
@@ -299,49 +342,69 @@ def find_checkpoint(out:str|Path,
                   "and nothing was touched. Bring the "
                   "damaged part back, or choose another out_dir to start again")
 
-# %% ../../nbs/48_saving.ipynb #37e8ba06
-def settle(out:Path, found:Path|None) -> Path|None: # the checkpoint to load
+# %% ../../nbs/48_saving.ipynb #a1f234e9
+def settle(out:Path, # of a run
+           found:Path|None, # by `find_checkpoint`
+          ) -> Path|None: # the checkpoint to load
     "Finish what a crash interrupted"
     new, now, old = out/'checkpoint.new', out/'checkpoint', out/'checkpoint.old'
     if found == new: _swap(new, now, old)
     elif found == old and not now.exists(): old.rename(now)
     _remove(new)
     if found != old and now.exists(): _remove(old)
-    return (now if found and found != old else old if found and old.exists()
-            else now if found else None)
+    if not found: return None
+    return old if found == old and old.exists() else now
 
-# %% ../../nbs/48_saving.ipynb #96005bc2
-def load_checkpoint(acc:Accelerator, folder:Path,
-                    ref_policy=None, trained=None, # see `save_checkpoint`
+# %% ../../nbs/48_saving.ipynb #b4119a86
+def _load_state(acc, folder, ref_policy, trained, average):
+    parts = trained is not None and (is_sharded(trained[0])
+                                     or (folder/SHARDED).exists())
+    if trained is not None and not parts: _same_kind(trained[0], folder)
+    if parts: load_parts(acc, folder, *trained, ref_policy)
+    else: acc.load_state(str(folder))
+    if ref_policy is not None and not parts:
+        load_model(ref_policy, str(folder/'reference.safetensors'))
+    if average is not None: load_network(average, folder, 'ema')
+
+def _home(acc):
+    "Of several processes it is cpu:0, unknown to torch.load"
+    return 'cpu' if acc.device.type == 'cpu' else acc.device
+
+def _my_position(acc, positions):
+    "Of this process; of another number of them all begin where the last one was"
+    if len(positions) == acc.num_processes: return positions[acc.process_index]
+    return min(positions)
+
+# %% ../../nbs/48_saving.ipynb #cfd9ff4d
+def load_checkpoint(acc:Accelerator, # that has prepared what is loaded
+                    folder:Path, # of a checkpoint
+                    ref_policy=None, # a moving one
+                    trained=None, # model and its optimiser, where it may be sharded
                     average=None, # the moving average of the weights
-                   ) -> dict: # what it got as `run`
+                   ) -> dict: # what `save_checkpoint` got as `run`
     "Continue from a checkpoint"
-    # of several processes it is cpu:0, unknown to torch.load
-    device = 'cpu' if acc.device.type == 'cpu' else acc.device
-    run = read_run(folder, device)
-    try:
-        parts = (trained is not None
-                 and (is_sharded(trained[0]) or (folder/SHARDED).exists()))
-        if trained is not None and not parts: _same_kind(trained[0], folder)
-        if parts: load_parts(acc, folder, *trained, ref_policy)
-        else: acc.load_state(str(folder))
-        if ref_policy is not None and not parts:
-            load_model(ref_policy, str(folder/'reference.safetensors'))
-        if average is not None: load_network(average, folder, 'ema')
+    run = read_run(folder, _home(acc))
+    try: _load_state(acc, folder, ref_policy, trained, average)
     except Damaged: raise
     except Exception as e:
         raise Damaged(f"{folder}: can't be loaded ({_first(e)}); it is damaged, "
                       "or of another model. Bring the right "
                       "one back, or choose another out_dir to start again") from e
-    positions = run['position']
-    run['position'] = (positions[acc.process_index]
-                       if len(positions) == acc.num_processes else min(positions))
+    run['position'] = _my_position(acc, run['position'])
     return run
 
-# %% ../../nbs/48_saving.ipynb #b1f00d05
+# %% ../../nbs/48_saving.ipynb #fcfb0ca8
 SNAPSHOTS = 'snapshots'
 
-def keep_snapshot(out:Path, run:dict, # see `save_checkpoint`, with a list of positions
+def snapshots(out:Path, # of a run
+             ) -> list: # folders, oldest first
+    "The weights that a run has kept"
+    return sorted((p for p in (Path(out)/SNAPSHOTS).glob('[0-9]*')
+                   if p.name.isdigit() and is_ours(p)), key=lambda p: int(p.name))
+
+# %% ../../nbs/48_saving.ipynb #05eef14f
+def keep_snapshot(out:Path, # of the run
+                  run:dict, # see `save_checkpoint`, with a list of positions
                   networks:dict, # name: module
                   config:str='', # name of the configuration
                   limit:int=0, # of snapshots, 0 for none
@@ -352,8 +415,8 @@ def keep_snapshot(out:Path, run:dict, # see `save_checkpoint`, with a list of po
     for old in (new, folder): _remove(old) # of a life that was killed
     new.mkdir(parents=True)
     try:
-        write_text(new/'manifest.json', json.dumps(dict(
-            format=MARK, step=run['step'], config=config, files={})))
+        empty = dict(format=MARK, step=run['step'], config=config, files={})
+        write_text(new/'manifest.json', json.dumps(empty))
         save_networks(networks, new)
         torch.save(plain_value(run), new/'run.pt')
         write_manifest(new, run['step'], config)
@@ -366,18 +429,38 @@ def keep_snapshot(out:Path, run:dict, # see `save_checkpoint`, with a list of po
         for old in snapshots(out)[:-limit]: _remove(old)
     return folder
 
-def snapshots(out:Path) -> list: # folders, oldest first
-    "The weights that a run has kept"
-    return sorted((p for p in (Path(out)/SNAPSHOTS).glob('[0-9]*')
-                   if p.name.isdigit() and is_ours(p)), key=lambda p: int(p.name))
+# %% ../../nbs/48_saving.ipynb #90a89714
+def _begin_whole(acc, folder, networks, average=None, **kwargs):
+    "From a checkpoint; an average that is not there begins at the weights"
+    kept = _has(folder, 'ema')
+    run = load_checkpoint(acc, folder, average=average if kept else None, **kwargs)
+    if average is not None and not kept:
+        average.load_state_dict(next(iter(networks.values())).state_dict())
+    return run
 
-# %% ../../nbs/48_saving.ipynb #b1f00d08
-def begin_at(
-        acc: Accelerator,
-        folder: str | Path, # checkpoint, kept weights, or the folder of a run
-        networks: dict, # name: module, filled in place
-        **kwargs, # of `load_checkpoint`
-) -> dict: # as `load_checkpoint`
+def _begin_weights(acc, folder, networks, ref_policy=None, **kwargs):
+    "From kept weights, where average and moving reference begin if they are not there"
+    for name, module in networks.items():
+        there = name if _has(folder, name) else next(iter(networks))
+        try: load_network(module, folder, there)
+        except Damaged: raise
+        except Exception as e:
+            raise Damaged(f"{folder}: {there} can't be loaded ({_first(e)}); it is of "
+                          "another model") from e
+    if ref_policy is not None:
+        ref_policy.load_state_dict(next(iter(networks.values())).state_dict())
+    run = read_run(folder, _home(acc))
+    if acc.is_main_process:
+        warnings.warn(f"{folder}: weights without an optimiser, "
+                      "whose moments start at zero")
+    return run | dict(position=min(run['position']))
+
+# %% ../../nbs/48_saving.ipynb #e518a42f
+def begin_at(acc:Accelerator, # that has prepared what is loaded
+             folder:str|Path, # checkpoint, kept weights, or the folder of a run
+             networks:dict, # name: module, filled in place
+             **kwargs, # of `load_checkpoint`
+            ) -> dict: # as `load_checkpoint`
     "Start from what another run left"
     folder = Path(folder).expanduser()
     if (folder/'run.pt').exists(): check_parts(folder)
@@ -386,27 +469,6 @@ def begin_at(
         raise FileNotFoundError(
             f"resume_from_checkpoint={str(folder)!r}: holds no run.pt; expected "
             f"RUN/checkpoint, RUN/{SNAPSHOTS}/STEP or RUN")
-    if (folder/'optimizer.bin').exists() or (folder/SHARDED).is_dir():
-        average = kwargs.pop('average', None)
-        kept = _has(folder, 'ema')
-        run = load_checkpoint(acc, folder, average=average if kept else None, **kwargs)
-        if average is not None and not kept:
-            average.load_state_dict(next(iter(networks.values())).state_dict())
-        return run
-    for name, module in networks.items():
-        # without an average, it begins at the weights
-        there = name if _has(folder, name) else next(iter(networks))
-        try: load_network(module, folder, there)
-        except Damaged: raise
-        except Exception as e:
-            raise Damaged(
-                f"{folder}: {there} can't be loaded ({_first(e)}); it is of another model"
-            ) from e
-    # a moving reference begins at the weights, as an average does
-    if kwargs.get('ref_policy') is not None:
-        kwargs['ref_policy'].load_state_dict(next(iter(networks.values())).state_dict())
-    run = read_run(folder, 'cpu' if acc.device.type == 'cpu' else acc.device)
-    if acc.is_main_process:
-        warnings.warn(
-            f"{folder}: weights without an optimiser, whose moments start at zero")
-    return run | dict(position=min(run['position']))
+    whole = (folder/'optimizer.bin').exists() or (folder/SHARDED).is_dir()
+    begin = _begin_whole if whole else _begin_weights
+    return begin(acc, folder, networks, **kwargs)
