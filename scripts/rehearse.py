@@ -80,7 +80,8 @@ def main():
     models = [m for m in known_models() if not find_model(m).shape] # the others have that of a file
     pairs = dict.fromkeys([*PAPERS, *((m, 'layouts') for m in models), *((m, h) for h, m in product(METHODS, models))])
     counts = {pair: tuple(sorted({*COUNTS, *PAPERS.get(pair, ())})) for pair in pairs}
-    wanted = [(*pair, counts[pair]) for pair in pairs if ' '.join(pair) not in found]
+    def left_of(pair): return tuple(n for n in counts[pair] if str(n) not in found.get(' '.join(pair), {}))
+    wanted = [(*pair, left_of(pair)) for pair in pairs if left_of(pair) and not (pair[1] == 'layouts' and ' '.join(pair) in found)]
     end, names = time.time() + 60*args.minutes, {}
     with ProcessPoolExecutor(args.workers) as pool:
         left = iter(wanted)
@@ -89,7 +90,8 @@ def main():
             if r: names[start(*r)] = r
         while names:
             done = next(as_completed(names))
-            found[' '.join(names.pop(done)[:2])] = done.result()
+            name = ' '.join(names.pop(done)[:2])
+            found[name] = found.get(name, {}) | done.result()
             args.out.write_text(json.dumps(found, indent=1) + '\n')
             if time.time() < end and (r := next(left, None)): names[start(*r)] = r
     print(f'{len(found)} rows, {len(wanted)} were to be done')
