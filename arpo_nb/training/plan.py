@@ -299,9 +299,13 @@ def _sizes(title, sizes, unit=1e9, word='GB', digits=2):
     return [f'  {title}: {total/unit:.{digits}f} {word}',
             *(f'    {k}: {v/unit:.{digits}f} {word}' for k, v in sizes.items())]
 
-def memory_words(plan:Plan # of `make_plan`
+def memory_words(plan:Plan, # of `make_plan`
+                 # rehearse in any case, and not only where the bounds leave it open
+                 exact:bool=True,
                 ) -> list: # of lines
     "What is held at the fullest moment, or why nobody knows"
+    if not exact and plan.bounds[1] <= device_memory()[0]:
+        return [f'  memory per device: at most {plan.bounds[1]/1e9:.2f} GB, which fits']
     try: held = plan.memory
     except MODEL_ERRORS as e:
         return [f'  memory per device: not known, as this could not be rehearsed '
@@ -333,7 +337,8 @@ def _peak_words(cfg, total):
     return [f'  at the peak of {n} × {k}: {total/speeds[single]/n:.2f} s a step'
             for k, speeds in PEAKS.items() if k in name]
 
-def describe(plan:Plan, cfg:Config # whose plan it is
+def describe(plan:Plan, cfg:Config, # whose plan it is
+             exact:bool=True, # see `memory_words`
             ) -> str:
     "The plan in words, for a terminal or a notebook"
     total = sum(plan.flops.values())
@@ -342,7 +347,7 @@ def describe(plan:Plan, cfg:Config # whose plan it is
     return '\n'.join([f'{cfg.model}, {cfg.method}',
                       *(f'  {k}: {v}' for k, v in plan.batch.items()),
                       *_file_words(plan), *_sizes('networks', plan.networks),
-                      *memory_words(plan), *_sizes('disk of the run', plan.disk),
+                      *memory_words(plan, exact), *_sizes('disk of the run', plan.disk),
                       *operations, *_peak_words(cfg, total)])
 
 # %% ../../nbs/43_plan.ipynb #pl_check1
