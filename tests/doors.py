@@ -13,7 +13,8 @@ from unittest.mock import patch
 import pytest
 from conftest import ROOT
 
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+OURS = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+ENV = {**os.environ, **OURS} # of a subprocess
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['arpo_nb.training.launch', 'arpo_nb.systems', 'arpo_nb.evaluation.evaluate',
                               'arpo_nb.evaluation.sample_writer', 'arpo_nb.evaluation.plots', 'matplotlib.pyplot'])
@@ -24,8 +25,8 @@ class Started:
     def __init__(self, target, *args, cwd=None, env=None):
         self.said = tempfile.TemporaryDirectory()
         files = [str(Path(self.said.name)/n) for n in ('stdout', 'stderr')]
-        self.process = FORKS.Process(target=_child, args=(target, args, str(cwd or Path.cwd()), {**os.environ, **ENV, **(env or {})}, *files))
-        with patch.dict(os.environ, ENV): self.process.start() # the first start begins the server, in this environment
+        self.process = FORKS.Process(target=_child, args=(target, args, str(cwd or Path.cwd()), {**os.environ, **OURS, **(env or {})}, *files))
+        with patch.dict(os.environ, OURS): self.process.start() # the first start begins the server, in this environment
         self.args, self.files, self.pid = args, files, self.process.pid
 
     def poll(self): return self.process.exitcode

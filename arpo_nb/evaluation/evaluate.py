@@ -204,7 +204,8 @@ def evaluate(policy, # see `Policy`
                 progress=progress, device=device, **sampling)]
     feats, logits, labels = (torch.cat(x).cpu() for x in zip(*outs))
     precision, recall = precision_recall(metric_net.features, feats)
-    return dict(fid=frechet_distance(*moments(feats), metric_net.mu, metric_net.sigma),
+    fid = frechet_distance(metric_net.mu, metric_net.sigma, *moments(feats))
+    return dict(fid=fid,
                 inception_score=inception_score(logits), precision=precision,
                 recall=recall,
                 accuracy=(logits.argmax(1) == labels).double().mean().item(), n=n)

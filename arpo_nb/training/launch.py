@@ -390,7 +390,7 @@ def arpo(argv=None): # words; None for those of the command line
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in DOORS:
         print('usage: arpo ' + '|'.join(DOORS) + ' ...\n'
-              + '\n'.join(f'  {k:8}{what}' for k, (_, what) in DOORS.items()))
+              + '\n'.join(f'  {k:10}{what}' for k, (_, what) in DOORS.items()))
         sys.exit(0 if argv and argv[0] in ('-h', '--help') else 2)
     door, rest = argv[0], argv[1:]
     if door == 'eval': return run_notebook('eval', rest)

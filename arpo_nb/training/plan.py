@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BACK', 'SOURCES', 'MODEL_ERRORS', 'PEAKS', 'CURES', 'DECODER', 'network_bytes', 'trained_parameters', 'disk_estimate',
            'flops_of_one', 'flop_estimate', 'memory_bounds', 'Plan', 'find_files', 'step_words', 'check_disk',
-           'make_plan', 'as_one', 'memory_words', 'describe', 'device_memory', 'refuse', 'check_memory', 'shards_of',
-           'fitted', 'eval_command', 'sampling_memory', 'check_sampling']
+           'make_plan', 'as_one', 'memory_words', 'describe', 'device_memory', 'copies_on', 'fits_surely', 'refuse',
+           'check_memory', 'shards_of', 'fitted', 'eval_command', 'sampling_memory', 'check_sampling']
 
 # %% ../../nbs/43_plan.ipynb #2c01a9b3
 import os
@@ -304,7 +304,7 @@ def memory_words(plan:Plan, # of `make_plan`
                  exact:bool=True,
                 ) -> list: # of lines
     "What is held at the fullest moment, or why nobody knows"
-    if not exact and plan.bounds[1] <= device_memory()[0]:
+    if not exact and fits_surely(plan):
         return [f'  memory per device: at most {plan.bounds[1]/1e9:.2f} GB, which fits']
     try: held = plan.memory
     except MODEL_ERRORS as e:
@@ -359,6 +359,19 @@ def device_memory() -> tuple: # bytes, whose
     kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return torch.cuda.mem_get_info()[0] + kept, 'the GPU'
 
+def copies_on(whose:str, # second of `device_memory`
+              cfg:Config # of the run
+             ) -> int:
+    "Processes that share that memory"
+    return cfg.num_processes if whose == 'this machine' else 1
+
+def fits_surely(plan:Plan, # of `make_plan`
+                memory:tuple|None=None, # None asks `device_memory`
+               ) -> bool:
+    "Whether even the upper bound fits"
+    room, whose = memory or device_memory()
+    return plan.bounds[1]*copies_on(whose, plan.cfg) <= room
+
 # %% ../../nbs/43_plan.ipynb #pl_check4
 # what is held most → what to turn; anything else is a matter of the model's size
 CURES = dict(decode='decode_batch_size', encode='decode_batch_size',
@@ -388,10 +401,10 @@ def check_memory(plan:Plan, cfg:Config, # whose plan it is
                 ):
     ("Raise if a step can't fit the device it will run on; without a GPU, all "
      "processes share the machine's memory")
-    room, whose = memory or device_memory()
-    copies = cfg.num_processes if whose == 'this machine' else 1
-    least, most = (n*copies for n in plan.bounds)
-    if most <= room: return
+    room, whose = memory = memory or device_memory()
+    if fits_surely(plan, memory): return
+    copies = copies_on(whose, cfg)
+    least = plan.bounds[0]*copies
     if least > room: refuse(cfg, least, plan.networks, room, whose)
     try: held = plan.memory
     except MODEL_ERRORS as e:
