@@ -28,7 +28,7 @@ from typing import get_args
 from .files import read_text, user_path
 from .specs import find_model, find_recipe, is_dotted, resolve
 
-# %% ../nbs/02_config.ipynb #25677872
+# %% ../nbs/02_config.ipynb #997c3fe3
 METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruction '
                'reward and a cross-entropy prior (VA-π Eq. 11)',
                mle='continued maximum likelihood: the prior term '
@@ -40,6 +40,8 @@ METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruc
                grpo='policy gradient on free-running samples with the rewards named '
                'in `rewards` (LOO-FID Alg. 1, AR-GRPO, VAR-GRPO)',
                mixed='both in one update: vapi on images, grpo on their labels (ours)')
+
+# %% ../nbs/02_config.ipynb #25677872
 # methods with a policy gradient; those of them that sample free-running
 SAMPLING, FREE = ('vapi', 'grpo', 'mixed'), ('grpo', 'mixed')
 
@@ -354,9 +356,10 @@ def field_type(f # a dataclass field that may also be None
     "int, float, str or bool, of a dataclass field that may also be None"
     return f.type if isinstance(f.type, type) else get_args(f.type)[0]
 
-# %% ../nbs/02_config.ipynb #48200109
+# %% ../nbs/02_config.ipynb #f20f328c
 _AT_MOST = dict(seed=2**63 - 1, batch_size=10**6, num_generations=10**6, num_processes=10**6)
 
+# %% ../nbs/02_config.ipynb #48200109
 def check_types(cfg:Config # whose floats become floats, in place
                ):
     "Numbers where numbers belong; integers may stand in for floats"
@@ -371,7 +374,7 @@ def check_types(cfg:Config # whose floats become floats, in place
         if kind is int and v > (top := _AT_MOST.get(f.name, 2**31 - 1)):
             raise ValueError(f"{f.name}={v}: expected at most {top}")
 
-# %% ../nbs/02_config.ipynb #3691613c
+# %% ../nbs/02_config.ipynb #554a10d8
 _ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'),
                method=tuple(METHODS), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'),
                captions=('whole', 'first', 'turn'),
@@ -383,9 +386,13 @@ _ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 's
                covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'),
                ref_policy=('frozen', 'ema'),
                entropy_control=('constant', 'schedule', 'adaptive'))
+
+# %% ../nbs/02_config.ipynb #61f32870
 # the names that transformers' Trainer has for them
 OPTIMS = dict(adamw='torch.optim:AdamW', adamw_torch='torch.optim:AdamW', adamw_torch_fused='torch.optim:AdamW',
               adamw_bnb_8bit='bitsandbytes.optim:AdamW8bit', paged_adamw_8bit='bitsandbytes.optim:PagedAdamW8bit')
+
+# %% ../nbs/02_config.ipynb #3691613c
 NOT_HERE = dict(luspo="; 'luspo' is T times 'grpo' with importance_sampling_level='sequence', as all images have T "
                       "tokens",
                 vespo="; 'vespo' weighs sequences by a gamma density with four parameters of its own, which is not "
@@ -414,12 +421,16 @@ _AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_im
                  advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0, entropy_coef_min=0,
                  entropy_coef_max=0)
 
-# %% ../nbs/02_config.ipynb #215ad8bf
+# %% ../nbs/02_config.ipynb #869eff47
 def _below_1(v): return 0 <= v < 1
+
 def _share(v): return 0 < v <= 1
+
 def _closed(v): return 0 <= v <= 1
+
 def _positive(v): return v > 0
 
+# %% ../nbs/02_config.ipynb #215ad8bf
 _RANGES = dict(
     noise_rate=(_closed, 'ξ is a probability, use a value from 0 to 1'),
     **dict.fromkeys(('adam_beta1', 'adam_beta2'), (_below_1, 'expected a value from 0 to below 1')),
@@ -444,11 +455,10 @@ def check_ranges(cfg:Config # of the right types
     for name, v in vars(cfg).items():
         if isinstance(v, float) and not math.isfinite(v): raise ValueError(f"{name}={v}: expected a finite number")
 
-# %% ../nbs/02_config.ipynb #1024b3b3
+# %% ../nbs/02_config.ipynb #c74384e7
 SCALES = {'true': 'group', 'false': 'none'} # TRL's booleans
 
-
-
+# %% ../nbs/02_config.ipynb #1024b3b3
 TRL_ONLY = dict(
     entropy_target='it is in nats in TRL; use normalized_entropy_target, a share of log K',
     use_adaptive_entropy="TRL's steps by entropy_coef_delta; use entropy_control='adaptive', LOO-FID's controller",
@@ -650,10 +660,11 @@ def no_field(name:str, # as it was given
     cure = TRL_ONLY.get(name) or near and f'did you mean {near}?'
     return f"{name!r}: no such field; {cure or 'choose from ' + ', '.join(names)}"
 
-# %% ../nbs/02_config.ipynb #5ecb8432
+# %% ../nbs/02_config.ipynb #b4020f40
 SWITCH = dict.fromkeys(('1', 'true', 'yes', 'on'),
                        True) | dict.fromkeys(('0', 'false', 'no', 'off'), False)
 
+# %% ../nbs/02_config.ipynb #5ecb8432
 def read(value:str, # as it was typed
          kind:type, # int, float, str or bool
          name:str='value', # for the message
@@ -668,11 +679,12 @@ def read(value:str, # as it was typed
                   int: 'a whole number', float: 'a number'}[kind]
         raise ValueError(f"{name}={value!r}: expected {wanted}") from None
 
-# %% ../nbs/02_config.ipynb #c9b80647
+# %% ../nbs/02_config.ipynb #3b4dca13
 # fields that are pairs themselves; names after them that are no fields belong to them
 PAIRS = 'files', 'model_args', 'sampler_args', 'optim_args'
 LONGER = dict(optimizer='optim') # names that fields had, with the same meaning
 
+# %% ../nbs/02_config.ipynb #c9b80647
 def override(cfg:Config, # to start from
              text:str='', # 'name=value,name=value'
              **kwargs, # fields to set; None keeps the value
@@ -699,7 +711,7 @@ def to_json(cfg:Config, # to look at
     "The configuration as JSON"
     return json.dumps(asdict(cfg), indent=1)
 
-# %% ../nbs/02_config.ipynb #fa3c2b11
+# %% ../nbs/02_config.ipynb #0a752610
 def _once(pairs):
     "A dict of names that occur once each"
     names = [name for name, _ in pairs]
@@ -707,6 +719,7 @@ def _once(pairs):
         raise ValueError(f"{', '.join(sorted(twice))}: given twice")
     return dict(pairs)
 
+# %% ../nbs/02_config.ipynb #fa3c2b11
 def _settings(text):
     "The dict that a JSON text holds"
     try: values = json.loads(text, object_pairs_hook=_once)
@@ -716,12 +729,13 @@ def _settings(text):
     raise ValueError(f"configuration: a {type(values).__name__}; expected "
                      "names of fields with their values")
 
-# %% ../nbs/02_config.ipynb #fe2405f0
+# %% ../nbs/02_config.ipynb #a67036c9
 BEFORE_TRL = dict(entropy_target='normalized_entropy_target',
                   entropy_min='entropy_coef_min', entropy_max='entropy_coef_max')
 RENAMED = BEFORE_TRL | LONGER | dict(
     vllm_importance_sampling_cap='vllm_importance_sampling_clip_max')
 
+# %% ../nbs/02_config.ipynb #fe2405f0
 def migrate(values:dict, # as a file has them
            ) -> dict: # under today's names
     "A configuration's values as written before fields took TRL's meanings"
@@ -905,11 +919,12 @@ def var_toy(**kwargs, # fields that differ
                               mixed_precision='no', decode_batch_size=256,
                               save_steps=20), **kwargs})
 
-# %% ../nbs/02_config.ipynb #5f27d5ab
+# %% ../nbs/02_config.ipynb #17afafdb
 RECIPES = (*METHODS, 'loofid', 'ar_grpo', 'var_grpo', 'vapi_loofid')
 # what VA-π takes from LOO-FID where they share an update
 SHARED = 'rewards', 'normalize_rewards', 'ema_weight', 'covariance', 'rollout_cfg_scale'
 
+# %% ../nbs/02_config.ipynb #5f27d5ab
 def preset(model:str, # name of the system, see specs
            method:str='vapi', # name in RECIPES; what 'grpo' and 'mixed' stand for is in the model's record
            variant:str='paper', # 'paper' or 'released_code'
@@ -945,9 +960,10 @@ def _value(value, field, name, path):
     if may_be_none and value in ('', '~', 'null', 'None', 'none'): return None
     return read(value, field_type(field), name) if isinstance(value, str) else value
 
-# %% ../nbs/02_config.ipynb #5484f608
+# %% ../nbs/02_config.ipynb #69af1eb9
 BESIDE = 'variant', 'out_dir', 'launcher' # what a file may say besides fields
 
+# %% ../nbs/02_config.ipynb #5484f608
 def read_settings(path # .yaml, .yml or .json
                  ) -> dict: # field, or name in BESIDE: value
     "What a file says about a run"
@@ -1049,11 +1065,12 @@ TOY_ARMS = dict(instance_only=dict(rewards='class_score'), fid_only=dict(rewards
                 full=dict(covariance='full'),
                 raw_sum=dict(normalize_rewards=False), kl=dict(beta=3.), entropy=dict(entropy_coef=2.2e-3))
 
-# %% ../nbs/02_config.ipynb #d5f3e04f
+# %% ../nbs/02_config.ipynb #68fad10e
 # a paper's own, and the toy's versions of them
 ARMS = dict(loofid=dict(paper=LOOFID_ABLATIONS, toy=TOY_ARMS),
             var_grpo=dict(paper=VAR_EXPERIMENTS, toy=TOY_VAR_ARMS))
 
+# %% ../nbs/02_config.ipynb #d5f3e04f
 def choose_arms(names:str, # 'all', 'none', or names joined by commas
                 cfg:Config, # what they change
                 paper:str='loofid', # key of ARMS

@@ -33,7 +33,7 @@ from .rollout import (Clock, _slices, encode_images, free_running, rollout_logps
                                       sampling_gap, score_groups, teacher_forced)
 from .sharding import is_sharded
 
-# %% ../../nbs/46_steps.ipynb #05e0ec30
+# %% ../../nbs/46_steps.ipynb #9a159ea5
 def make_reward(system:System, # its perceptual network and its grid of tokens
                 cfg:Config, # weights of the two parts, and `credit`
                ) -> ReconstructionReward:
@@ -42,6 +42,7 @@ def make_reward(system:System, # its perceptual network and its grid of tokens
     return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef,
                                 grid, cfg.clamp_reward)
 
+# %% ../../nbs/46_steps.ipynb #05e0ec30
 def reward_parts(reward, # `Reward`, or None
                 ) -> list: # pairs of the prefix of its metrics and the reward
     "A reward and, if it is a sum, its terms"
@@ -106,6 +107,14 @@ def forced_samples(system:System, # policy and tokenizer
                            entropy=cfg.top_entropy_quantile < 1)
     return undecided(r, cfg, here)
 
+# %% ../../nbs/46_steps.ipynb #83aa021c
+def _corrected(r, cfg):
+    "With weights for a sampler whose probabilities are not the scorer's"
+    if not cfg.vllm_importance_sampling_correction: return r
+    return replace(r, sampling_ratio=sampling_weights(
+        r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_mode,
+        cfg.vllm_importance_sampling_clip_min, cfg.vllm_importance_sampling_clip_max))
+
 # %% ../../nbs/46_steps.ipynb #5941611e
 def free_samples(system:System, # policy, and what turns prompts into conditions
                  cfg:Config, # of the run
@@ -129,13 +138,6 @@ def free_samples(system:System, # policy, and what turns prompts into conditions
                          micro_batch_size=cfg.micro_batch_size, clock=here.clock,
                          sampler=sampler, **options)
     return undecided(_corrected(r, cfg), cfg, here)
-
-def _corrected(r, cfg):
-    "With weights for a sampler whose probabilities are not the scorer's"
-    if not cfg.vllm_importance_sampling_correction: return r
-    return replace(r, sampling_ratio=sampling_weights(
-        r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_mode,
-        cfg.vllm_importance_sampling_clip_min, cfg.vllm_importance_sampling_clip_max))
 
 # %% ../../nbs/46_steps.ipynb #a1913c13
 def compare(rewards:Tensor, # [B, G] or [B, G, T] of this process
@@ -183,6 +185,16 @@ def reward_stats(r:Rollout, # judged
     if r.targets is None: stats['policy/rollout_entropy'] = r.entropy.mean()
     return stats
 
+# %% ../../nbs/46_steps.ipynb #850fb59d
+def _sampler_stats(r, here):
+    "How far a sampler of its own is from the scorer"
+    stats = {}
+    if r.sampler_logps is not None: stats |= sampling_gap(r, here.gather)
+    if r.sampling_ratio is None: return stats
+    w = here.gather(r.sampling_ratio.contiguous())
+    return stats | {f'sampling/importance_sampling_ratio/{k}': getattr(w, k)()
+                    for k in ('min', 'mean', 'max')}
+
 # %% ../../nbs/46_steps.ipynb #2db25e4d
 def judge(r:Rollout, # samples
           reward, # `Reward`
@@ -201,15 +213,6 @@ def judge(r:Rollout, # samples
     with here.clock('reference'):
         ref = reference_logps(ref_policy, r, cfg, here.autocast)
     return replace(judged, ref_logps=ref), state, stats
-
-def _sampler_stats(r, here):
-    "How far a sampler of its own is from the scorer"
-    stats = {}
-    if r.sampler_logps is not None: stats |= sampling_gap(r, here.gather)
-    if r.sampling_ratio is None: return stats
-    w = here.gather(r.sampling_ratio.contiguous())
-    return stats | {f'sampling/importance_sampling_ratio/{k}': getattr(w, k)()
-                    for k in ('min', 'mean', 'max')}
 
 # %% ../../nbs/46_steps.ipynb #91a23c40
 class RollOut:
@@ -239,6 +242,10 @@ class RollOut:
 
 # %% ../../nbs/46_steps.ipynb #d22f2a99
 @patch
+def _judge(self:RollOut, r, reward, state):
+    return judge(r, reward, state, self.system, self.cfg, self.here, self.ref_policy)
+
+@patch
 def __call__(self:RollOut, batch:Batch, # of this process
              state=None, # of the reward
             ) -> tuple: # {prefix of its metrics: rollout}, new reward state, metrics
@@ -246,10 +253,6 @@ def __call__(self:RollOut, batch:Batch, # of this process
     ways = dict(mixed=self.both, grpo=self.free)
     with steady_draws(self.cfg.steady_draws):
         return ways.get(self.cfg.method, self.forced)(batch, state)
-
-@patch
-def _judge(self:RollOut, r, reward, state):
-    return judge(r, reward, state, self.system, self.cfg, self.here, self.ref_policy)
 
 # %% ../../nbs/46_steps.ipynb #c77da95e
 @patch
@@ -363,13 +366,14 @@ def mean_over_processes(acc:Accelerator, # this process among the others
                           for v in stats.values()])
     return dict(zip(stats, acc.reduce(values, 'mean').tolist()))
 
-# %% ../../nbs/46_steps.ipynb #8798d765
+# %% ../../nbs/46_steps.ipynb #a2364aca
 def _check_finite(stats):
     "Raise unless every loss is a number"
     for name, value in stats.items():
         if name.endswith('loss') and not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
 
+# %% ../../nbs/46_steps.ipynb #8798d765
 def _gradient_norm(acc, objective, cfg):
     "Clip the gradient; its norm before that"
     limit = cfg.max_grad_norm or math.inf

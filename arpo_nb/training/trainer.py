@@ -69,12 +69,13 @@ class Stopped(SystemExit):
 
     def __str__(self): return self.message
 
-# %% ../../nbs/41_trainer.ipynb #e15ec62e
+# %% ../../nbs/41_trainer.ipynb #e631451b
 FOREIGN = dict( # neutral values, and the fields that mean the same
     ACCELERATE_GRADIENT_ACCUMULATION_STEPS=('1', 'micro_batch_size'),
     ACCELERATE_DYNAMO_BACKEND=('no', 'compile'),
     ACCELERATE_MIXED_PRECISION=('no', 'mixed_precision'))
 
+# %% ../../nbs/41_trainer.ipynb #e15ec62e
 def ignore_foreign(cfg:Config): # whose fields win
     "Take what accelerate would read past the configuration out of the environment"
     for name, (neutral, field) in FOREIGN.items():
@@ -138,13 +139,14 @@ def as_used(cfg:Config, # as it was asked for
     if parse_rewards(used) == parse_rewards(cfg.rewards): return cfg
     return replace(cfg, rewards=used)
 
-# %% ../../nbs/41_trainer.ipynb #7a5d7822
+# %% ../../nbs/41_trainer.ipynb #c8bff223
 GUIDED = (
     "rollout_cfg_scale={} with logprob_cfg='off': samples are drawn from the guided "
     "distribution, but scored and moved under the conditional policy, as LOO-FID and "
     "AR-GRPO do; logprob_cfg='guided' scores what was sampled, at twice the cost of "
     "the update")
 
+# %% ../../nbs/41_trainer.ipynb #7a5d7822
 def warn_of(cfg:Config): # of the run
     "Settings without effect, and samples scored under another distribution than theirs"
     for vain in in_vain(cfg): warnings.warn(vain)
@@ -365,11 +367,12 @@ def open_files(self:Training, found): # this run's checkpoint, or None
     self.watch = Watch(acc, self.system, self.data, c, out, self.average, self.evaluate)
     self.early = EarlyStopping(c, **self.state.get('early', {}))
 
-# %% ../../nbs/41_trainer.ipynb #53a5dbfe
+# %% ../../nbs/41_trainer.ipynb #a42c6dc2
 TIED = (
     "step {}: all rewards are equal within every group, so this step teaches nothing; "
     "check the reward. Said once: reward/tied_groups counts the later ones")
 
+# %% ../../nbs/41_trainer.ipynb #53a5dbfe
 @patch
 def collect(self:Training, step:int, # from 0
             batch, # `Batch` on this process's device
@@ -436,6 +439,15 @@ def save(self:Training):
 
 # %% ../../nbs/41_trainer.ipynb #7b2d0cbd
 @patch
+def _saved(self:Training) -> bool:
+    "Save after an error; one of saving must not hide the first"
+    try: check_weights(self.raw.model, self.state['step']); self.save()
+    except Exception as e:
+        warnings.warn(f"after the error the state could not be saved either: {e}")
+        return False
+    return True
+
+@patch
 def after(self:Training, e:Exception, # what was raised
           step:int, # from 0
           updates:list, # optimiser steps that were made in it
@@ -445,21 +457,13 @@ def after(self:Training, e:Exception, # what was raised
     whole = whole and not isinstance(e, FloatingPointError) and step > self.start
     return failure(e, step, self.out, whole and self._saved())
 
-@patch
-def _saved(self:Training) -> bool:
-    "Save after an error; one of saving must not hide the first"
-    try: check_weights(self.raw.model, self.state['step']); self.save()
-    except Exception as e:
-        warnings.warn(f"after the error the state could not be saved either: {e}")
-        return False
-    return True
-
-# %% ../../nbs/41_trainer.ipynb #7f49e920
+# %% ../../nbs/41_trainer.ipynb #2196e4b7
 def _seed(cfg, step, acc):
     "Of dropout; everything else has its own stream"
     mixed = cfg.seed*1_000_003 + step*acc.num_processes + acc.process_index
     torch.manual_seed(mixed % 2**63)
 
+# %% ../../nbs/41_trainer.ipynb #7f49e920
 @patch
 def advance(self:Training, step:int, # from 0
             batch, # `Batch` of the step
@@ -537,6 +541,12 @@ def _snapshot(self:Training):
     on_first(acc, lambda: keep_snapshot(self.out, state, self.networks, run_hash(c),
                                         c.save_total_limit))
 
+# %% ../../nbs/41_trainer.ipynb #175c3603
+def _shown(stats):
+    "What the bar says"
+    shown = [k for k in ('reward/mean', 'policy/prior_ce') if k in stats]
+    return {k.split('/')[-1]: f'{stats[k]:.4f}' for k in shown}
+
 # %% ../../nbs/41_trainer.ipynb #fed23ac9
 @patch
 def loop(self:Training, progress:bool=True): # show a bar, on the main process
@@ -560,11 +570,6 @@ def loop(self:Training, progress:bool=True): # show a bar, on the main process
             raise Stopped(f"stopped by SIGTERM after step {step}; resume=True "
                           f"continues from {self.out/'checkpoint'}")
     bar.close()
-
-def _shown(stats):
-    "What the bar says"
-    shown = [k for k in ('reward/mean', 'policy/prior_ce') if k in stats]
-    return {k.split('/')[-1]: f'{stats[k]:.4f}' for k in shown}
 
 # %% ../../nbs/41_trainer.ipynb #8bc47b05
 @patch
