@@ -249,6 +249,7 @@ def keep(self:Ledger, x:Tensor, kind:str):
 @patch
 def _gone(self:Ledger, entry): self.now[entry[0]] -= entry[1]
 
+# %% ../../nbs/44_ledger.ipynb #14f06b89
 @patch
 def resized(self:Ledger, home):
     "A storage that is known has another size now"

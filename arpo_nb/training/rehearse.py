@@ -329,6 +329,7 @@ def _optimiser_watched(ledger):
     finally:
         for h in hooks: h.remove()
 
+# %% ../../nbs/44_rehearse.ipynb #1e1bc1c8
 def _in_the_way(stage): # (object, name, what stands there meanwhile)
     "What a rehearsal replaces, of the trainer and of torch"
     ledger, clear = stage.ledger, torch.clear_autocast_cache
