@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['METHODS', 'SAMPLING', 'FREE', 'OPTIMS', 'NOT_HERE', 'SCALES', 'TRL_ONLY', 'SWITCH', 'PAIRS', 'LONGER', 'BEFORE_TRL',
            'RENAMED', 'VARIANTS', 'RELEASED_VAPI', 'RELEASED_JANUS', 'RECIPES', 'SHARED', 'BESIDE', 'BASELINES',
-           'LOOFID_ABLATIONS', 'VAR_EXPERIMENTS', 'TOY_VAR_ARMS', 'TOY_ARMS', 'ARMS', 'Config', 'field_type',
-           'check_types', 'check_choices', 'check_ranges', 'check_loss', 'check_life', 'parse_rewards', 'check_method',
-           'contexts', 'check_batches', 'check_config', 'uses_perceptual', 'trained_part', 'clip_is_inert', 'in_vain',
-           'no_field', 'read', 'override', 'to_json', 'migrate', 'from_json', 'field_help', 'add_options',
-           'given_options', 'vapi_llamagen', 'vapi_janus', 'vapi_toy', 'loofid', 'ar_grpo', 'var_grpo', 'loofid_toy',
-           'var_toy', 'preset', 'read_settings', 'from_settings', 'choose_baselines', 'choose_arms']
+           'LOOFID_ABLATIONS', 'VAR_EXPERIMENTS', 'TOY_VAR_ARMS', 'TOY_ARMS', 'ARMS', 'RunFields', 'SizeFields',
+           'TeacherFields', 'ReconstructionFields', 'RewardFields', 'MomentFields', 'DrawFields', 'EngineFields',
+           'PromptFields', 'RatioFields', 'LossFields', 'KLFields', 'EntropyFields', 'STEFields', 'AdapterFields',
+           'OptimFields', 'SavingFields', 'WatchFields', 'Config', 'field_type', 'check_types', 'check_choices',
+           'check_ranges', 'check_loss', 'check_life', 'parse_rewards', 'check_method', 'contexts', 'check_batches',
+           'check_config', 'uses_perceptual', 'trained_part', 'clip_is_inert', 'in_vain', 'no_field', 'read',
+           'override', 'to_json', 'migrate', 'from_json', 'field_help', 'add_options', 'given_options', 'vapi_llamagen',
+           'vapi_janus', 'vapi_toy', 'loofid', 'ar_grpo', 'var_grpo', 'loofid_toy', 'var_toy', 'preset',
+           'read_settings', 'from_settings', 'choose_baselines', 'choose_arms']
 
 # %% ../nbs/02_config.ipynb #8d732f08
 import difflib
@@ -40,12 +43,10 @@ METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruc
 # methods with a policy gradient; those of them that sample free-running
 SAMPLING, FREE = ('vapi', 'grpo', 'mixed'), ('grpo', 'mixed')
 
-# %% ../nbs/02_config.ipynb #021eb399
+# %% ../nbs/02_config.ipynb #4fce20ed
 @dataclass(frozen=True)
-class Config:
-    ("Everything that defines a run; sizes are per step over all processes unless they"
-     " say otherwise")
-    # --- The run
+class RunFields:
+    "The run"
     model: str = 'toy' # name of a record (specs), or your own package.module:function
     method: str = 'vapi' # name in METHODS
     weights: str = 'default' # 'default' (shipped or published), 'random', or a file
@@ -65,7 +66,10 @@ class Config:
     # of processes, seldom changes one; slower, and other samples from the same seed
     steady_draws: bool = False
 
-    # --- Sizes
+# %% ../nbs/02_config.ipynb #b7d280bb
+@dataclass(frozen=True)
+class SizeFields:
+    "Sizes"
     steps: int = 100 # rollouts
     # images (teacher forcing) or prompts (free running) per rollout
     batch_size: int = 128
@@ -83,7 +87,10 @@ class Config:
     decode_batch_size: int = 256 # images decoded and scored at a time, per process
     logps_chunk: int = 4096 # tokens whose [tokens, V] logits exist at a time
 
-    # --- Teacher forcing and the reconstruction reward (VA-π)
+# %% ../nbs/02_config.ipynb #f963f580
+@dataclass(frozen=True)
+class TeacherFields:
+    "Teacher forcing (VA-π)"
     noise_rate: float = 0. # ξ, chance that a context token is corrupted, in [0, 1]
     # 'others': uniform over the K-1 other codes (Eq. 28); 'all': over all K (released
     # code)
@@ -92,6 +99,11 @@ class Config:
     # seen context token t, and prompts are padded on the right
     teacher_forcing: str = 'causal'
     prior_coef: float = .1 # VA-π's β: weight of the cross-entropy on the true tokens
+
+# %% ../nbs/02_config.ipynb #37eebfa1
+@dataclass(frozen=True)
+class ReconstructionFields:
+    "The reconstruction reward (VA-π)"
     mse_coef: float = 1. # weight of the mean squared error on [-1, 1]
     perceptual_coef: float = 1. # λ_p, weight of the perceptual distance
     # trunk of LPIPS: 'vgg', 'alex' (the released Janus code) or 'squeeze'; or
@@ -112,14 +124,20 @@ class Config:
     credit: str = 'image'
     temperature: float = 1. # of the policy, in rollouts and in log-probabilities
 
-    # --- Rewards of free-running samples
+# %% ../nbs/02_config.ipynb #a844209c
+@dataclass(frozen=True)
+class RewardFields:
+    "Rewards of free-running samples"
     # of free-running samples: names of `reward_factory` with weights, as in
     # 'clip+hps+0.5*loo_fid'
     rewards: str = ''
     # divide each by its std over the step before they are added
     normalize_rewards: bool = False
 
-    # --- The moments of LOO-FID
+# %% ../nbs/02_config.ipynb #f931450c
+@dataclass(frozen=True)
+class MomentFields:
+    "The moments of LOO-FID"
     ema_weight: float = .5 # α of LOO-FID's moments, weight of the new batch
     covariance: str = 'diag' # of LOO-FID: 'diag' or 'full'
     # real images for LOO-FID: 'default' (comes with the model), or a file of moments or
@@ -128,7 +146,10 @@ class Config:
     # LOO-FID on that many principal components of the features; 0 for all features
     pca_dim: int = 0
 
-    # --- How free-running samples are drawn
+# %% ../nbs/02_config.ipynb #0629818b
+@dataclass(frozen=True)
+class DrawFields:
+    "How free-running samples are drawn"
     rollout_cfg_scale: float = 1. # guidance of free-running samples
     # their truncation, 0 for none; log-probabilities are never truncated
     rollout_top_k: int = 0
@@ -140,7 +161,10 @@ class Config:
     # guided one ('guided')
     logprob_cfg: str = 'off'
 
-    # --- Samples from another engine
+# %% ../nbs/02_config.ipynb #9a1ba4d2
+@dataclass(frozen=True)
+class EngineFields:
+    "Samples from another engine"
     # free-running samples from another engine, 'module.Class' (see engines); '' for
     # the policy itself
     sampler: str = ''
@@ -153,7 +177,10 @@ class Config:
     vllm_importance_sampling_clip_min: float|None = None # None for no bound
     vllm_importance_sampling_clip_max: float|None = 3. # None for no bound
 
-    # --- Thresholds, prompts and classes; the mixed method
+# %% ../nbs/02_config.ipynb #c08fa7b3
+@dataclass(frozen=True)
+class PromptFields:
+    "Thresholds, prompts and classes; the mixed method"
     # of the brightness and darkness rewards; 0 for the paper's 0.8 and 0.2 (toy: 0.3
     # and 0.15)
     brightness_threshold: float = 0.
@@ -165,7 +192,10 @@ class Config:
     free_generations: int = 0
     free_coef: float = 1. # method mixed: weight of the free-running part
 
-    # --- Ratio, advantage and loss
+# %% ../nbs/02_config.ipynb #9cc59b17
+@dataclass(frozen=True)
+class RatioFields:
+    "The ratio and its clip"
     epsilon: float = .2 # clip range of the ratio below 1
     # clip range above 1, None for the same as below; with 'cispo' the largest ratio
     # itself
@@ -176,6 +206,11 @@ class Config:
     # sharpness of SAPO's gate where the advantage is positive
     sapo_temperature_pos: float = 1.
     sapo_temperature_neg: float = 1.05 # and where it is not
+
+# %% ../nbs/02_config.ipynb #8d057ba4
+@dataclass(frozen=True)
+class LossFields:
+    "Advantage and loss"
     advantage_clip: float = 5. # largest |advantage|; 0 for none
     # divide by the std of the 'group' (or True), of the 'batch', or by 'none' (or
     # False)
@@ -191,7 +226,10 @@ class Config:
     # by all
     top_entropy_quantile: float = 1.
 
-    # --- The KL to a reference policy
+# %% ../nbs/02_config.ipynb #f921e9ee
+@dataclass(frozen=True)
+class KLFields:
+    "The KL to a reference policy"
     beta: float = 0. # weight of the KL to the reference policy; > 0 keeps a copy of it
     # multiply each token's KL by its ratio, TRL's default; the papers don't
     use_bias_correction_kl: bool = False
@@ -201,7 +239,10 @@ class Config:
     ref_decay: float = .99 # of that average, per rollout
     ref_offload: bool = False # keep the reference on the CPU between uses
 
-    # --- The entropy bonus
+# %% ../nbs/02_config.ipynb #5c649aba
+@dataclass(frozen=True)
+class EntropyFields:
+    "The entropy bonus"
     # weight of the mean entropy of the tokens that count, per nat; the peak, where it
     # is controlled
     entropy_coef: float = 0.
@@ -216,13 +257,19 @@ class Config:
     entropy_coef_min: float = 7e-5 # c_min, the smallest coefficient
     entropy_coef_max: float = 4e-3 # c_max, the largest
 
-    # --- The straight-through baseline
+# %% ../nbs/02_config.ipynb #2b5ce409
+@dataclass(frozen=True)
+class STEFields:
+    "The straight-through baseline"
     # forward token of the straight-through baseline: 'argmax' (App. C.1) or 'gumbel'
     # (released code)
     ste_mode: str = 'argmax'
     ste_temperature: float = 1. # of its softmax
 
-    # --- Adapters (LoRA, through peft)
+# %% ../nbs/02_config.ipynb #1ad784e9
+@dataclass(frozen=True)
+class AdapterFields:
+    "Adapters (LoRA, through peft)"
     # r of adapters beside the policy's linear layers, which alone are trained; 0 for none
     lora_rank: int = 0
     lora_alpha: int = 32 # what they add is multiplied by lora_alpha/lora_rank
@@ -232,7 +279,10 @@ class Config:
     # for all inside of the blocks
     lora_target: str = ''
 
-    # --- The optimiser
+# %% ../nbs/02_config.ipynb #ef895a80
+@dataclass(frozen=True)
+class OptimFields:
+    "The optimiser"
     # 'adamw' (fused on CUDA), another name in OPTIMS, or package.module:Class
     optim: str = 'adamw'
     optim_args: str = '' # further ones of its class, as in 'momentum=0.9,nesterov=on'
@@ -250,7 +300,10 @@ class Config:
     # compute activations again in the backward pass: less memory, more time
     gradient_checkpointing: bool = False
 
-    # --- The life of a run: kept, watched, stopped
+# %% ../nbs/02_config.ipynb #3c3d2001
+@dataclass(frozen=True)
+class SavingFields:
+    "What a run keeps"
     save_steps: int = 25 # a checkpoint every so many rollouts
     # weights alone, kept under their step's name every so many rollouts; 0 for none
     keep_every: int = 0
@@ -260,6 +313,11 @@ class Config:
     # a checkpoint, or kept weights, of any run with this model to start from: its step,
     # its place in the data, its reward's state
     resume_from_checkpoint: str = ''
+
+# %% ../nbs/02_config.ipynb #45763f70
+@dataclass(frozen=True)
+class WatchFields:
+    "What a run shows, and what stops it"
     # trackers that accelerate knows, joined by commas, as in 'tensorboard,wandb', or
     # package.module:Class of your own
     log_with: str = ''
@@ -276,6 +334,14 @@ class Config:
     # that returns True ends the run
     callbacks: str = ''
 
+# %% ../nbs/02_config.ipynb #021eb399
+@dataclass(frozen=True)
+class Config(WatchFields, SavingFields, OptimFields, AdapterFields, STEFields,
+             EntropyFields, KLFields, LossFields, RatioFields, PromptFields,
+             EngineFields, DrawFields, MomentFields, RewardFields,
+             ReconstructionFields, TeacherFields, SizeFields, RunFields):
+    ("Everything that defines a run; sizes are per step over all processes unless they"
+     " say otherwise")
     def __post_init__(self):
         scale = SCALES.get(str(self.scale_rewards).lower(), self.scale_rewards)
         object.__setattr__(self, 'scale_rewards', scale)
@@ -679,17 +745,19 @@ def from_json(text:str, # of `to_json`, of this version or an earlier one
     return Config(**values)
 
 # %% ../nbs/02_config.ipynb #f9b8d376
+def _comments(source):
+    "What the lines of a class say of its fields, above or beside them"
+    found, said = {}, []
+    for line in source.splitlines():
+        field = re.match(r' {4}(\w+): [^#=]+=[^#]*(?:#\s*(.*))?$', line)
+        if field: found[field[1]], said = ' '.join([*said, field[2] or '']).strip(), []
+        elif line.startswith('    # '): said.append(line.strip('# ').strip())
+    return found
+
+# %% ../nbs/02_config.ipynb #f855ae6d
 def field_help() -> dict: # group: {field: comment}
     "The comments of the configuration, group by group"
-    groups, said = {}, []
-    for line in getsource(Config).splitlines():
-        head = re.match(r' {4}# --- (.*)$', line)
-        found = re.match(r' {4}(\w+): [^#=]+=[^#]*(?:#\s*(.*))?$', line)
-        if head: group, said = groups.setdefault(head[1], {}), []
-        elif found: group[found[1]], said = ' '.join([*said, found[2] or '']).strip(), []
-        elif line.startswith('    # '): said.append(line.strip('# ').strip())
-        elif line.startswith('    def '): break
-    return groups
+    return {group.__doc__: _comments(getsource(group)) for group in Config.__bases__[::-1]}
 
 # %% ../nbs/02_config.ipynb #6ece4067
 def add_options(parser, # of argparse; changed in place

@@ -12,7 +12,7 @@ PAGES = {n: nb for n, nb in book.exporting(sorted((ROOT/'nbs').glob('*.ipynb')))
 CHAPTERS = ['01_protocols', '03_enumerable', '06_sampling', '14_entropy', '16_scalewise', '30_tokenizers', '31_llamagen', '32_multiscale_vq', '33_var',
             '34_var_toy', '34_vqgan'] # the list grows
 # pages whose exports are explained and used, one thought a cell; what they lack is a picture or some checks
-SHOWN = ['02_specs', '05_plots', '08_weights', '09_adapters', '09_text_data', '10_elbo', '11_noisy_context', '12_ste', '13_grpo', '15_moments',
+SHOWN = ['02_config', '02_specs', '05_plots', '08_weights', '09_adapters', '09_text_data', '10_elbo', '11_noisy_context', '12_ste', '13_grpo', '15_moments',
          '19_own_rewards', '20_rewards', '21_loo_fid', '22_features', '23_clip', '24_maniqa', '25_reward_factory', '26_inception',
          '35_toy', '36_pretrain', '37_models', '38_layouts', '39_janus', '41_trainer', '42_launch', '43_plan', '44_ledger', '44_processes', '44_rehearse', '48_sharding', '45_objectives',
          '46_steps', '47_run_folder', '47_watching', '49_export', '49_notebooks', '50_evaluate', '51_sample_writer', '52_bench',
