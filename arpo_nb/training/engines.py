@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from concurrent.futures import Future, wait as first_of
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from itertools import chain
 
@@ -89,16 +89,19 @@ class Line:
         buffer = io.BytesIO()
         torch.save(x, buffer)
         data = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
-        for t in (torch.tensor([len(data)]), data):
-            self.group.send([t], self.other, 0).wait()
+        for t in (torch.tensor([len(data)]), data): self._pass(self.group.send, t)
 
     def receive(self):
         "Wait for what the other one sends"
         size = torch.zeros(1, dtype=torch.long)
-        self.group.recv([size], self.other, 0).wait()
+        self._pass(self.group.recv, size)
         data = torch.empty(int(size), dtype=torch.uint8)
-        self.group.recv([data], self.other, 0).wait()
+        self._pass(self.group.recv, data)
         return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=False)
+
+    def _pass(self, way, t):
+        try: way([t], self.other, 0).wait()
+        except RuntimeError as e: raise ConnectionError("the other process has gone") from e
 
 # %% ../../nbs/49_engines.ipynb #en_s1
 def hollow(policy:nn.Module # left as it is
@@ -114,7 +117,9 @@ def hollow(policy:nn.Module # left as it is
 def serve(line:Line):
     "Sample for another process until it says that it is done"
     policy, options = line.receive()
-    engine = PolicyCopy(policy, **options)
+    try: engine = PolicyCopy(policy, **options)
+    except Exception as e: return line.send((None, f'{type(e).__name__}: {e}'))
+    line.send((None, ''))
     while (asked := line.receive()) is not None:
         try:
             if asked == 'sync': answer = engine.sync(iter(line.receive, None))
@@ -134,7 +139,7 @@ def come(at:str, # 'HOST:PORT' of a process that trains
     "Sample for that process"
     store = dist.TCPStore(*_place(at), 2, False, timedelta(seconds=wait))
     store.set('here', '')
-    serve(Line(store, 1))
+    with suppress(ConnectionError): serve(Line(store, 1)) # until the run has gone
 
 def _start(engine, at, wait):
     "A process on this machine, which ends with the engine"
@@ -161,6 +166,7 @@ class OtherProcess:
                                f"python -m arpo_nb.training.engines {place} where samples are to be drawn") from e
         self.line = Line(store, 0)
         self.line.send((hollow(policy), dict(dtype=dtype, device=device, compile=compile)))
+        self._answer()
 
     def sync(self, tensors): # names and tensors
         "Send the policy's weights"

@@ -436,7 +436,7 @@ def _ahead(self:Training):
     ahead, acc = self.roll_out.ahead, self.acc
     if ahead is None: return {}
     try: ahead.settle()
-    except Exception: pass # the next step asks again, and says what is wrong
+    except Exception as e: warnings.warn(f"drawn ahead: {type(e).__name__}: {e}; asked again by the next step")
     there = torch.tensor([float(bool(ahead.kept))], device=acc.device)
     if not acc.gather(there).all(): return {}
     share = lambda x: x if x is None else acc.gather(x.to(acc.device).contiguous())
