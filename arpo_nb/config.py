@@ -9,11 +9,11 @@ __all__ = ['METHODS', 'SAMPLING', 'FREE', 'OPTIMS', 'NOT_HERE', 'SCALES', 'TRL_O
            'TeacherFields', 'ReconstructionFields', 'RewardFields', 'MomentFields', 'DrawFields', 'EngineFields',
            'PromptFields', 'RatioFields', 'LossFields', 'KLFields', 'EntropyFields', 'STEFields', 'AdapterFields',
            'OptimFields', 'SavingFields', 'WatchFields', 'Config', 'field_type', 'check_types', 'check_choices',
-           'check_ranges', 'check_loss', 'check_life', 'parse_rewards', 'check_method', 'contexts', 'check_batches',
-           'check_config', 'uses_perceptual', 'trained_part', 'clip_is_inert', 'in_vain', 'no_field', 'read',
-           'override', 'to_json', 'migrate', 'from_json', 'field_help', 'add_options', 'given_options', 'vapi_llamagen',
-           'vapi_janus', 'vapi_toy', 'loofid', 'ar_grpo', 'var_grpo', 'loofid_toy', 'var_toy', 'preset',
-           'read_settings', 'from_settings', 'choose_baselines', 'choose_arms']
+           'check_ranges', 'check_loss', 'check_life', 'check_engine', 'parse_rewards', 'check_method', 'contexts',
+           'check_batches', 'check_config', 'uses_perceptual', 'trained_part', 'clip_is_inert', 'in_vain', 'no_field',
+           'read', 'override', 'to_json', 'migrate', 'from_json', 'field_help', 'add_options', 'given_options',
+           'vapi_llamagen', 'vapi_janus', 'vapi_toy', 'loofid', 'ar_grpo', 'var_grpo', 'loofid_toy', 'var_toy',
+           'preset', 'read_settings', 'from_settings', 'choose_baselines', 'choose_arms']
 
 # %% ../nbs/02_config.ipynb #8d732f08
 import difflib
@@ -172,6 +172,9 @@ class EngineFields:
     sampler: str = ''
     sampler_args: str = '' # of its class, as in 'dtype=float32,device=cuda:1'
     sampler_timeout: float = 600. # seconds that it may take; 0 for ever
+    # updates that its samples may be older than the policy: with 1 it draws a step's
+    # samples while the one before it learns
+    max_staleness: int = 0
     # weigh an engine's samples by policy over sampler (TRL's names, for any engine)
     vllm_importance_sampling_correction: bool = False
     # per 'token' or 'sequence', outside the range cut ('truncate') or left out ('mask')
@@ -411,7 +414,7 @@ def check_choices(cfg:Config # of any values
 
 # %% ../nbs/02_config.ipynb #da7e3c2a
 _AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_importance_sampling_clip_max=0,
-                 seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0,
+                 max_staleness=0, seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0,
                  micro_batch_size=0, generate_batch_size=0, decode_batch_size=1, logps_chunk=1, prior_coef=0,
                  mse_coef=0, perceptual_coef=0, epsilon=0, advantage_clip=0, beta=0, learning_rate=0,
                  warmup_steps=0, schedule_start=0, lora_rank=0, lora_alpha=1, weight_decay=0, max_grad_norm=0,
@@ -512,6 +515,19 @@ def check_life(cfg:'Config', # to look at
         raise ValueError(f"metric_for_best_model={cfg.metric_for_best_model!r}: is measured every eval_every steps, "
                          "which is 0")
 
+# %% ../nbs/02_config.ipynb #edd057fa
+def check_engine(cfg:'Config' # to look at
+                ):
+    "What the engine of a run can't do"
+    if cfg.max_staleness > 1:
+        raise ValueError(f"max_staleness={cfg.max_staleness}: an engine is one step ahead at most; use 0 or 1")
+    if cfg.max_staleness and not cfg.sampler:
+        raise ValueError("max_staleness=1: the policy itself can't draw while it learns; name an engine, as in "
+                         "sampler='OtherProcess'")
+    if cfg.steady_draws and (cfg.max_staleness or cfg.sampler not in ('', 'PolicyCopy')):
+        raise ValueError(f"steady_draws=True: sampler={cfg.sampler!r} draws in its own way"
+                         f"{' and time' if cfg.max_staleness else ''}; use steady_draws=False")
+
 # %% ../nbs/02_config.ipynb #46706668
 def parse_rewards(text:str, # 'clip+hps+0.5*loo_fid'; spaces don't matter
                  ) -> dict: # name: weight
@@ -581,6 +597,7 @@ def check_config(cfg:Config # of the right types
     check_choices(cfg)
     check_ranges(cfg)
     check_life(cfg)
+    check_engine(cfg)
     check_loss(cfg)
     check_method(cfg)
     check_batches(cfg)
@@ -625,7 +642,7 @@ def _unread_samples(cfg):
     if cfg.method in ('mle', 'ste'): yield ('steady_draws',), f'method {cfg.method!r} draws no tokens'
     if cfg.method not in FREE:
         yield (('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg',
-                'sampler', 'vllm_importance_sampling_correction', 'compile'),
+                'sampler', 'max_staleness', 'vllm_importance_sampling_correction', 'compile'),
                f'method {cfg.method!r} has no free-running samples')
     if cfg.method not in ('vapi', 'mixed'):
         yield ('clamp_reward',), f'method {cfg.method!r} has no reconstruction reward'

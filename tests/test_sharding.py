@@ -3,17 +3,27 @@ import json
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from conftest import once
 from sharding_worker import RESUMED, ROOT, SETTINGS, environment, run
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from arpo_nb.config import Config
 from arpo_nb.models.checkpoints import read_state_dict
+from arpo_nb.training.ledger import DEVICE, Ledger, tensors
 from arpo_nb.training.processes import free_port, read_launcher
-from arpo_nb.training.sharding import shard_count
+from arpo_nb.training.rehearse import _processes
+from arpo_nb.training.sharding import Sharded, shard, shard_count
 
 TIMES = ('time/', 'sampling/')
 
@@ -91,3 +101,87 @@ def test_refused_on_every_process(found):
     for f in found[1]:
         assert 'start it without FSDP' in f['tokenizer']
         assert 'process 1 on' in f['seeds'] and 'seed 1 instead of 0' in f['seeds']
+
+
+class Held(TorchDispatchMode):
+    "Bytes of all storages that are alive, at their most since `most` was asked for"
+    def __init__(self):
+        super().__init__()
+        self.homes, self.peak = weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tensors(args, kwargs, out): self.homes.add(getattr(x, '_local_tensor', x).untyped_storage())
+        self.peak = max(self.peak, sum(h.nbytes() for h in self.homes))
+        return out
+
+    def most(self):
+        peak, self.peak = self.peak, 0
+        return peak
+
+
+class Deep(nn.Module):
+    "A policy of sixteen equal units, and little besides"
+    num_tokens = 2
+    def __init__(self, dim=128):
+        super().__init__()
+        self.embed, self.output = nn.Embedding(8, dim), nn.Linear(dim, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Linear(4*dim, dim)) for _ in range(16))
+
+    def hidden(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks: x = x + checkpoint(block, x, use_reentrant=False)
+        return x
+
+    def head(self, x): return self.output(x)
+    def generate(self, tokens): return self.head(self.hidden(tokens)).argmax(-1)
+
+
+class Mean(nn.Module):
+    def __init__(self, policy):
+        super().__init__()
+        self.model = policy
+
+    def forward(self, tokens): return self.model.head(self.model.hidden(tokens)).mean()
+
+
+def peaks(policy, device, autocast, most):
+    "Bytes at the most: sampling, scoring, and the second of two micro-batches"
+    objective, tokens = Sharded(Mean(policy), autocast), torch.zeros(1, 2, dtype=torch.long, device=device)
+    with autocast(), torch.no_grad():
+        policy.generate(tokens)
+        found = dict(generate=most())
+        policy.head(policy.hidden(tokens))
+        found['score'] = most()
+    for last in (False, True):
+        objective.set_requires_gradient_sync(last) # as accelerate's no_sync does
+        objective(tokens).backward()
+        found['update'] = most()
+    return found
+
+
+def half(): return torch.autocast('cpu', torch.bfloat16)
+
+
+@pytest.mark.parametrize('autocast', [nullcontext, half])
+def test_what_a_process_holds(monkeypatch, autocast):
+    "Its part and a few units beside sampling; weights that are let go leave no copy behind; the rehearsal says the same"
+    n = 8
+    with _processes(n):
+        mesh = init_device_mesh('cpu', (n,))
+        monkeypatch.setattr(_fully_shard, '_get_device_from_mesh', lambda mesh: torch.device('cpu'))
+        policy, held = shard(Deep(), 'cpu', mesh=mesh), Held()
+        full, unit = (4*sum(p.numel() for p in m.parameters()) for m in (policy, policy.blocks[0]))
+        with held:
+            for p in policy.parameters(): held.homes.add(p.to_local().untyped_storage())
+            real = peaks(policy, 'cpu', autocast, held.most)
+        monkeypatch.setattr(_fully_shard, '_get_device_from_mesh', lambda mesh: DEVICE)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            with torch.device(DEVICE): policy, ledger = shard(Deep(), DEVICE, mesh=mesh), Ledger(n)
+            for p in policy.parameters(): ledger.keep(p, 'parameters')
+            with ledger: said = peaks(policy, DEVICE, autocast, lambda: ledger.phases.pop('start').peak)
+    assert full < real['generate'] < 1.8*full # gathered whole; a copy in half precision beside it
+    # two units are whole at a time, and what is gathered is copied once; then gradients of two units, and of a part
+    assert real['score'] < full/n + 4*unit
+    assert real['update'] < 2*full/n + 5*unit
+    for k, size in real.items(): assert said[k] == pytest.approx(size, rel=.1), k

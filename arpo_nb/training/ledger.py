@@ -10,13 +10,15 @@ __all__ = ['DEVICE', 'SMALL', 'TRAINED', 'tensors', 'Places', 'flops_of', 'nbyte
 import sys
 import weakref
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
@@ -71,7 +73,8 @@ def flops_of(func, args, kwargs, out) -> int: # multiply and add counted as two
 # %% ../../nbs/44_ledger.ipynb #b91b0226
 def nbytes(x:Tensor # of any kind, perhaps without content
           ) -> int:
-    "Bytes of a tensor's elements"
+    "Bytes of a tensor's elements, or of this process's part of them"
+    x = getattr(x, '_local_tensor', x)
     return x.numel()*x.element_size()
 
 def bytes_moved(ins:list, # tensors
@@ -126,7 +129,8 @@ class Shadows:
         return known or x in self.sure
 
 # %% ../../nbs/44_ledger.ipynb #1115a998
-def _follow(self, func, args, kwargs, ins, outs):
+@patch
+def follow(self:Shadows, func, args, kwargs, ins, outs):
     "Repeat a call on shadows, if all it touches is small"
     if not ins or any(x.numel() > SMALL for x in outs): return
     if func.namespace not in ('aten', 'prims'): return
@@ -138,9 +142,9 @@ def _follow(self, func, args, kwargs, ins, outs):
         with no_dispatch(): self.values[outs[0]] = make(outs[0].shape).bool()
     elif sure or small and _harmless(func):
         self.repeat(func, args, kwargs, outs, sure)
-Shadows.follow = _follow
 
-def _repeat_on_shadows(self, func, args, kwargs, outs, sure):
+@patch
+def repeat(self:Shadows, func, args, kwargs, outs, sure):
     with no_dispatch():
         a, k = tree_map_only(Tensor, self.of, (args, kwargs))
         if 'device' in k: k['device'] = 'cpu'
@@ -148,7 +152,6 @@ def _repeat_on_shadows(self, func, args, kwargs, outs, sure):
             self.values[x] = value
             if sure: self.sure[x] = True
             else: self.sure.pop(x, None)
-Shadows.repeat = _repeat_on_shadows
 
 # %% ../../nbs/44_ledger.ipynb #a349f641
 @dataclass
@@ -210,6 +213,7 @@ class Ledger(TorchDispatchMode):
         self.records = {} if records is None else records
         self.waiting, self.casts, self.cast_units = defaultdict(list), [], set()
         self.blocks = 0 # watched so far, of which `cast_units` has the numbers
+        self.resizes = ExitStack() # while entered: storages that get another size
 
 # %% ../../nbs/44_ledger.ipynb #33f0e9e4
 _OURS = 'arpo_nb/', 'accelerate/', 'torch/optim'
@@ -226,25 +230,37 @@ def _asker() -> str: # 'file.py:line'
     return 'elsewhere'
 
 # %% ../../nbs/44_ledger.ipynb #14f06b86
-def _keep(self, x:Tensor, kind:str):
+@patch
+def keep(self:Ledger, x:Tensor, kind:str):
     "Enter a storage of the device, or move it to another kind"
     if hasattr(x, '_local_tensor'): x = x._local_tensor # of a sharded one
     if x.device != DEVICE: return
     home = x.untyped_storage()
-    size, old = home.nbytes(), self.kind_of.get(home)
-    if old == [kind]: return
-    if old: self.now[old[0]] -= size; old[0] = kind
-    else:
-        self.kind_of[home] = entry = [kind]
-        weakref.finalize(home, self._gone, entry, size)
-    self.now[kind] += size
+    new, entry = [kind, home.nbytes()], self.kind_of.get(home)
+    if entry == new: return
+    if entry is None:
+        self.kind_of[home] = entry = [kind, 0]
+        weakref.finalize(home, self._gone, entry)
+    self._gone(entry)
+    entry[:] = new
+    self.now[kind] += entry[1]
     self.mark()
-Ledger.keep = _keep
 
-def _gone(self, entry, size): self.now[entry[0]] -= size
-Ledger._gone = _gone
+@patch
+def _gone(self:Ledger, entry): self.now[entry[0]] -= entry[1]
 
-def _mark(self, phase:str='', now:Counter|None=None):
+# %% ../../nbs/44_ledger.ipynb #14f06b89
+@patch
+def resized(self:Ledger, home):
+    "A storage that is known has another size now"
+    if entry := self.kind_of.get(home):
+        self._gone(entry)
+        entry[1] = home.nbytes()
+        self.now[entry[0]] += entry[1]
+        self.mark()
+
+@patch
+def mark(self:Ledger, phase:str='', now:Counter|None=None):
     "Remember the fullest moment of a phase, and the curve where it bends"
     phase, now = phase or self.stack[-1], self.now if now is None else now
     book, total = self.phases[phase], now.total()
@@ -252,13 +268,30 @@ def _mark(self, phase:str='', now:Counter|None=None):
     for f in self.frames: f.mark(phase, now)
     last = self.curve[-1][1].total() if self.curve else -1
     if abs(total - last) > .01*max(total, 1): self.curve.append((phase, +now))
-Ledger.mark = _mark
+
+# %% ../../nbs/44_ledger.ipynb #14f06b88
+@patch
+def __enter__(self:Ledger):
+    "Beside operations, see storages that are resized"
+    resize = torch.UntypedStorage.resize_
+    def seen(home, *args):
+        out = resize(home, *args)
+        self.resized(home)
+        return out
+    self.resizes.enter_context(mock.patch.object(torch.UntypedStorage, 'resize_', seen))
+    return TorchDispatchMode.__enter__(self)
+
+@patch
+def __exit__(self:Ledger, *error):
+    self.resizes.close()
+    return TorchDispatchMode.__exit__(self, *error)
 
 # %% ../../nbs/44_ledger.ipynb #43c7b087
 _ASKS = torch.ops.aten._local_scalar_dense.default
 _SAME = torch.ops.aten.allclose.default, torch.ops.aten.equal.default # always, here
 
-def _dispatch(self, func, types, args=(), kwargs=None):
+@patch
+def __torch_dispatch__(self:Ledger, func, types, args=(), kwargs=None):
     "Every operation of the loop comes by here"
     kwargs = kwargs or {}
     if func is _ASKS:
@@ -272,17 +305,17 @@ def _dispatch(self, func, types, args=(), kwargs=None):
     self.shadows.follow(func, args, kwargs, ins, outs)
     self.enter(func, args, kwargs, out, ins, outs)
     return out
-Ledger.__torch_dispatch__ = _dispatch
 
-def _ask(self):
+@patch
+def ask(self:Ledger):
     "The host waits here for the device"
     line = _asker()
     self.syncs[line] += 1
     for f in self.frames: f.syncs[line] += 1
-Ledger.ask = _ask
 
 # %% ../../nbs/44_ledger.ipynb #257b284e
-def _enter(self, func, args, kwargs, out, ins, outs):
+@patch
+def enter(self:Ledger, func, args, kwargs, out, ins, outs):
     "Write one call down"
     if not any(x.device == DEVICE for x in ins + outs): return
     for x in outs:
@@ -295,7 +328,6 @@ def _enter(self, func, args, kwargs, out, ins, outs):
     if not moved and not sent: return
     dtype = next((x.dtype for x in outs or ins if x.is_floating_point()), torch.int64)
     self.add(self.stack[-1], (dtype, flops_of(func, args, kwargs, out), moved, sent))
-Ledger.enter = _enter
 
 def _waits(func, args, kwargs, ins, outs) -> bool:
     ("Whether the host waits for a call: it does for copies either way that may not be "
@@ -305,30 +337,30 @@ def _waits(func, args, kwargs, ins, outs) -> bool:
     here, there = ([x.device == DEVICE for x in xs] for xs in (outs, ins))
     return any(there) and not all(here) or not all(there) and any(here) and not late
 
-def _kind(self, func, ins, x):
+@patch
+def _kind(self:Ledger, func, ins, x):
     "What a new storage is for"
     known = self.kind_of.get(ins[0].untyped_storage(), ('',)) if ins else ('',)
     if self.stack[-1] == 'optimiser' and 'zeros' in func._opname: return 'optimiser state'
     cast = func._opname == '_to_copy' and ins[0].dtype != x.dtype
     return f'{known[0]} in half' if cast and known[0] in TRAINED else self.stack[-1]
-Ledger._kind = _kind
-TRAINED = 'parameters', 'frozen networks'
+TRAINED = 'parameters', 'frozen networks', 'gathered'
 
 # %% ../../nbs/44_ledger.ipynb #257b284f
-def _add(self, phase:str, call:tuple, n:int=1):
+@patch
+def add(self:Ledger, phase:str, call:tuple, n:int=1):
     "A call, or several of a kind"
     self.phases[phase].work[call] += n
     for f in self.frames: f.work[phase, call] += n
-Ledger.add = _add
 
+@patch
 @contextmanager
-def _during(self, name:str):
+def during(self:Ledger, name:str):
     "What happens in the block belongs to phase `name`"
     self.stack.append(name)
     self.mark()
     try: yield
     finally: self.stack.pop()
-Ledger.during = _during
 
 # %% ../../nbs/44_ledger.ipynb #1b45309c
 def _state(x):
@@ -356,19 +388,21 @@ def seen(x # an argument: tensors, numbers, records, objects
 def mood() -> tuple:
     "What a call depends on besides its arguments"
     half = torch.is_autocast_enabled('cpu')
-    return torch.is_grad_enabled(), half and torch.get_autocast_dtype('cpu')
+    kept = half and torch.is_autocast_cache_enabled()
+    return torch.is_grad_enabled(), half and torch.get_autocast_dtype('cpu'), kept
 
 # %% ../../nbs/44_ledger.ipynb #7d25f509
+@patch
 @contextmanager
-def _frame(self):
+def frame(self:Ledger):
     "Remember a stretch"
     f = Frame(self.now)
     self.frames.append(f)
     try: yield f
     finally: self.frames.remove(f)
-Ledger.frame = _frame
 
-def _again(self, f:Frame, base:Counter|None=None):
+@patch
+def again(self:Ledger, f:Frame, base:Counter|None=None):
     "Enter a stretch once more, on top of what is held now or was held then"
     base = self.now if base is None else base
     for phase, (_, more) in f.peaks.items(): self.mark(phase, base + more)
@@ -376,7 +410,6 @@ def _again(self, f:Frame, base:Counter|None=None):
     for line, n in f.syncs.items():
         self.syncs[line] += n
         for outer in self.frames: outer.syncs[line] += n
-Ledger.again = _again
 
 # %% ../../nbs/44_ledger.ipynb #7d25f50a
 @dataclass(frozen=True)
@@ -396,7 +429,8 @@ def blank(out # of `likes`
     return tree_map(lambda x: new(x.like) if isinstance(x, _Like) else x, out)
 
 # %% ../../nbs/44_ledger.ipynb #6d985861
-def _once(self, f, name):
+@patch
+def once(self:Ledger, f, name):
     "`f`, run once for each kind of call without gradients"
     @wraps(f)
     def call(*args, **kwargs):
@@ -415,34 +449,34 @@ def _once(self, f, name):
             self.records[key] = frame
         return out
     return call
-Ledger.once = _once
 
-def _halves(self, frame) -> list:
+@patch
+def _halves(self:Ledger, frame) -> list:
     "Sizes of the casts that a stretch leaves behind"
     kinds = {h: self.kind_of[h][0] for h in frame.born if h in self.kind_of}
     return [h.nbytes() for h, k in kinds.items() if k.endswith('in half')]
-Ledger._halves = _halves
 
-def _hold_casts(self, sizes):
+@patch
+def _hold_casts(self:Ledger, sizes):
     "As many bytes until the autocast context ends"
     new = [torch.empty(n, dtype=torch.uint8, device=DEVICE) for n in sizes]
     for x in new: self.keep(x, 'parameters in half')
     self.casts += new
     return new
-Ledger._hold_casts = _hold_casts
 
-def _repeat(self, frame):
+@patch
+def _repeat(self:Ledger, frame):
     self.again(frame)
     if torch.is_autocast_enabled('cpu'):
         self._hold_casts(frame.cast)
         self.cast_units |= frame.units
     return blank(frame.out)
-Ledger._repeat = _repeat
 
 # %% ../../nbs/44_ledger.ipynb #6450b12c
 def _one_token(x, *_, **__): return x.ndim == 1 or x.shape[1] == 1
 
-def _thin(self, f, every:int=32):
+@patch
+def thin(self:Ledger, f, every:int=32):
     "`f`, of which one call in `every` is run when it goes on token by token"
     state = dict(last=None, left=0, calls=0)
     def settle(new=None):
@@ -470,15 +504,14 @@ def _thin(self, f, every:int=32):
         state.update(last=None, calls=0)
     call.settle = end
     return call
-Ledger.thin = _thin
 
-def _many(self, f:Frame, n:int):
+@patch
+def _many(self:Ledger, f:Frame, n:int):
     "Enter a stretch n times, without a look at memory"
     for (phase, call), m in f.work.items(): self.add(phase, call, n*m)
     for line, m in f.syncs.items():
         self.syncs[line] += n*m
         for outer in self.frames: outer.syncs[line] += n*m
-Ledger._many = _many
 
 # %% ../../nbs/44_ledger.ipynb #c2f2cabc
 class _Doors:
@@ -547,14 +580,16 @@ class _StandIn(torch.autograd.Function):
 # %% ../../nbs/44_ledger.ipynb #77016aa5
 def _is_back(): return torch._C._current_graph_task_id() != -1
 
-def _block(self, unit:nn.Module):
+@patch
+def block(self:Ledger, unit:nn.Module):
     "Let equal units of a policy be run once"
     run, mode, me = unit.forward, {}, self.blocks
     shape = repr(unit), tuple(p.shape for p in unit.parameters())
     self.blocks += 1
     def forward(*args, **kwargs):
         fresh, mine = me not in self.cast_units, list(unit.parameters())
-        if torch.is_autocast_enabled('cpu'): self.cast_units.add(me)
+        if torch.is_autocast_enabled('cpu') and torch.is_autocast_cache_enabled():
+            self.cast_units.add(me)
         if not torch.is_grad_enabled(): return bare(shape, fresh, *args, **kwargs)
         grads = any(p.grad is not None for p in mine)
         key = (shape, seen(args), seen(kwargs), mood(), fresh, unit.training,
@@ -571,13 +606,13 @@ def _block(self, unit:nn.Module):
     def bare(shape, fresh, *args, **kwargs): return run(*args, **kwargs)
     unit.forward = forward
     bare = self.once(bare, 'unit')
-Ledger.block = _block
 
 def _like(form, flat):
     return tree_map(lambda x: flat.pop(0) if isinstance(x, _Like) else x, form)
 
 # %% ../../nbs/44_ledger.ipynb #77016aa6
-def _watch(self, run, key, back, args, kwargs):
+@patch
+def _watch(self:Ledger, run, key, back, args, kwargs):
     "Run a block between two gates, and remember both ways"
     doors = _Doors(self, back)
     args, kwargs = self._gated(doors.leave, (args, kwargs))
@@ -590,19 +625,18 @@ def _watch(self, run, key, back, args, kwargs):
     frame.out = likes(out)
     self.records[key] = frame
     return self._gated(doors.enter, out)
-Ledger._watch = _watch
 
-def _gated(self, back, things):
+@patch
+def _gated(self:Ledger, back, things):
     "The same things, their tensors through a gate"
     through = [x for x in tensors(things) if x.requires_grad]
     if not through: return things
     new = {id(x): y for x, y in zip(through, _Gate.apply(back, *through))}
     return tree_map_only(Tensor, lambda x: new.get(id(x), x), things)
-Ledger._gated = _gated
 
 # %% ../../nbs/44_ledger.ipynb #eea5a9ef
-def _forget_casts(self):
+@patch
+def forget_casts(self:Ledger):
     "The end of an autocast context"
     self.casts.clear()
     self.cast_units.clear()
-Ledger.forget_casts = _forget_casts

@@ -22,16 +22,18 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from unittest.mock import patch
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -87,7 +89,7 @@ def build_reward(cfg:Config, system:System # on the meta device
     if small and any(p.is_meta for p in system.policy.parameters()):
         system = system_of(replace(cfg, weights='random')) # a reference needs numbers
     with (nullcontext() if small else init_empty_weights(),
-          patch.object(systems, 'own_reference', _moments)):
+          mock.patch.object(systems, 'own_reference', _moments)):
         reward = load_reward(replace(cfg, weights='random'), system)
     if hasattr(reward, 'rewards'): reward.allow_constant = set(reward.rewards)
     return reward
@@ -171,7 +173,8 @@ class _Stage:
         self.nets, self.trained, self.opt = [], [], None # what was prepared
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbe4
-def _prepare(self, acc, raw, make_optimizer, ref_policy=None, ref_offload=False):
+@patch
+def prepare(self:_Stage, acc, raw, make_optimizer, ref_policy=None, ref_offload=False):
     "The trainer's, around networks that are watched"
     ledger, policy = self.ledger, self.system.policy
     for net in (policy, ref_policy):
@@ -184,13 +187,12 @@ def _prepare(self, acc, raw, make_optimizer, ref_policy=None, ref_offload=False)
     ledger.phases.clear(), ledger.curve.clear(), ledger.syncs.clear()
     self.watch_doors(ref_policy)
     opt.step = partial(self.step, opt.step)
-    if not acc.is_fsdp2:
-        objective.forward = self.micro_batch(objective.forward)
-        opt.zero_grad = partial(self.zero_grad, opt)
+    objective.forward = self.micro_batch(objective.forward)
+    opt.zero_grad = partial(self.zero_grad, opt)
     return objective, opt
-_Stage.prepare = _prepare
 
-def _account(self, ref_policy):
+@patch
+def account(self:_Stage, ref_policy):
     "What parameters, their gradients and the reference's are for"
     ledger = self.ledger
     for p in self.trained:
@@ -199,10 +201,10 @@ def _account(self, ref_policy):
     if ref_policy is None: return
     for x in [*ref_policy.parameters(), *ref_policy.buffers()]:
         ledger.keep(x, 'frozen networks')
-_Stage.account = _account
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbe6
-def _watch_doors(self, ref_policy):
+@patch
+def watch_doors(self:_Stage, ref_policy):
     "Let what is called over and over be run once"
     ledger, policy = self.ledger, self.system.policy
     generate, self.settle = policy.generate, lambda: None
@@ -220,21 +222,21 @@ def _watch_doors(self, ref_policy):
     name = next((n for n in ('step', 'trunk') if hasattr(policy, n)), None)
     if name: setattr(policy, name, thin := ledger.thin(getattr(policy, name)))
     if name: self.settle = thin.settle
-_Stage.watch_doors = _watch_doors
 
 # what judges of pictures are entered by
 JUDGES = 'forward', 'features', 'encode_image', 'encode_text'
 
-def _watch_judges(self, nets):
+@patch
+def watch_judges(self:_Stage, nets):
     "Let equal pieces of pictures, and equal blocks, be judged once"
     for i, net in enumerate(nets):
         for unit in shard_units(net): self.ledger.block(unit)
         for door in [d for d in JUDGES if hasattr(net, d)]:
             setattr(net, door, self.ledger.once(getattr(net, door), f'{door} {i}'))
-_Stage.watch_judges = _watch_judges
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbe8
-def _update(self, *args, **kwargs):
+@patch
+def update(self:_Stage, *args, **kwargs):
     "The second update costs what the first did"
     key = 'update', seen(args[3]), self.cfg.mini_batch_size, self.cfg.micro_batch_size
     with self.ledger.during('update'):
@@ -247,10 +249,10 @@ def _update(self, *args, **kwargs):
     for _, more in frame.peaks.values(): more.pop('optimiser state', None)
     self.ledger.records[key] = frame, stats
     return stats
-_Stage.update = _update
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbe9
-def _micro_batch(self, run):
+@patch
+def micro_batch(self:_Stage, run):
     "A forward pass whose like has gone both ways is entered again"
     def forward(part):
         key = 'micro-batch', seen(part), self.held, mood(), self.ledger.stack[-1]
@@ -263,12 +265,18 @@ def _micro_batch(self, run):
         self.opened, open_.out = open_, likes(out)
         return out
     return forward
-_Stage.micro_batch = _micro_batch
 
-def _backward(self, acc, loss, *args, **kwargs):
+@patch
+def again(self:_Stage):
+    "A micro-batch both ways, after which parts are left of a policy in parts"
+    self.ledger.again(self.frame)
+    sharding.give_back(self.system.policy)
+
+@patch
+def backward(self:_Stage, acc, loss, *args, **kwargs):
     "The way back of either"
     with self.ledger.during('backward'):
-        if self.frame: self.ledger.again(self.frame)
+        if self.frame: self.again()
         else: self._back(acc, loss, *args, **kwargs)
     if self.frame and not self.held: self.ledger.now['gradients'] = self.gradients
     self.held = True
@@ -276,35 +284,34 @@ def _backward(self, acc, loss, *args, **kwargs):
     self.running.__exit__(None, None, None)
     self.ledger.records[self.frame_key], self.running = self.opened, None
     self.gradients = self.ledger.now['gradients']
-_Stage.backward = _backward
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbea
-def _step(self, run, *args):
+@patch
+def step(self:_Stage, run, *args):
     "The first step makes the optimiser's state, the third costs what the second did"
     self.steps += 1
     if self.steps > 1 and 'step' in self.ledger.records:
         return self.ledger.again(self.ledger.records['step'])
     with self.ledger.frame() as frame: run(*args)
     if self.steps > 1: self.ledger.records['step'] = frame
-_Stage.step = _step
 
-def _zero_grad(self, opt, *_, **__):
+@patch
+def zero_grad(self:_Stage, opt, *_, **__):
     ("Gradients that are gone; their tensors stay for the next ones to be entered "
      "in their place")
     self.held, self.ledger.now['gradients'] = False, 0
-_Stage.zero_grad = _zero_grad
 
-def _drop(self):
+@patch
+def drop(self:_Stage):
     "Really gone"
     self.ledger.now['gradients'] += sum(nbytes(p.grad) for p in self.trained
                                         if p.grad is not None)
     for p in self.trained: p.grad = None
-_Stage.drop = _drop
 
-def _saved(self, acc, *_, **__):
+@patch
+def saved(self:_Stage, acc, *_, **__):
     held = self.ledger.now
     self.checkpoint = held['parameters'] + held['optimiser state']
-_Stage.saved = _saved
 
 # %% ../../nbs/44_rehearse.ipynb #1e1bc1c6
 @contextmanager
@@ -322,14 +329,19 @@ def _optimiser_watched(ledger):
     finally:
         for h in hooks: h.remove()
 
+# %% ../../nbs/44_rehearse.ipynb #1e1bc1c8
 def _in_the_way(stage): # (object, name, what stands there meanwhile)
     "What a rehearsal replaces, of the trainer and of torch"
     ledger, clear = stage.ledger, torch.clear_autocast_cache
+    gather = FSDPParam.alloc_all_gather_outputs
     once = ledger.once(ask_reward, 'reward')
     named = _within(ledger, lambda name, *_: f'reward {name}', rewards._rows)
     def forget():
         clear()
         ledger.forget_casts()
+    def gathered(param):
+        gather(param)
+        for x in param.all_gather_outputs: ledger.keep(x, 'gathered')
     for module in [m for n, m in sys.modules.items() if n.startswith('arpo_nb.models.')]:
         if hasattr(module, 'sample_token'):
             yield module, 'sample_token', ledger.once(module.sample_token, 'sample')
@@ -343,6 +355,7 @@ def _in_the_way(stage): # (object, name, what stands there meanwhile)
                 (Accelerator, 'backward', lambda *a, **k: stage.backward(*a, **k)),
                 (clip, 'tokenize', lambda texts: torch.zeros(len(texts), 77).long()),
                 (torch, 'clear_autocast_cache', forget),
+                (FSDPParam, 'alloc_all_gather_outputs', gathered),
                 # as GPUs have; and CPUs would pack weights
                 (clip_grad, '_has_foreach_support', lambda *_, **__: True),
                 (torch.backends.mkl, 'is_available', lambda: False))
@@ -354,7 +367,7 @@ def _watched(stage:_Stage):
     stage._back, stage._update = Accelerator.backward, trainer.update
     with _optimiser_watched(stage.ledger), ExitStack() as way:
         for where, name, new in _in_the_way(stage):
-            way.enter_context(patch.object(where, name, new))
+            way.enter_context(mock.patch.object(where, name, new))
         yield
 
 # %% ../../nbs/44_rehearse.ipynb #821c4e21
@@ -379,13 +392,13 @@ def _processes(n:int):
                       LOCAL_WORLD_SIZE=str(n),
                       MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')
     try:
-        with (patch.dict(os.environ, env),
-              patch.object(AcceleratorState, '__init__', with_plugin),
-              patch.object(_fully_shard, '_get_device_from_mesh', lambda mesh: DEVICE),
-              patch.object(sharding, 'fill', lambda policy, state: None),
-              patch.object(sharding, 'shard_options', options),
-              patch.object(trainer, 'broadcast_object_list', lambda box: box),
-              patch.object(trainer, 'agree', lambda acc, cfg: None)): yield
+        with (mock.patch.dict(os.environ, env),
+              mock.patch.object(AcceleratorState, '__init__', with_plugin),
+              mock.patch.object(_fully_shard, '_get_device_from_mesh', lambda mesh: DEVICE),
+              mock.patch.object(sharding, 'fill', lambda policy, state: None),
+              mock.patch.object(sharding, 'shard_options', options),
+              mock.patch.object(trainer, 'broadcast_object_list', lambda box: box),
+              mock.patch.object(trainer, 'agree', lambda acc, cfg: None)): yield
     finally:
         dist.destroy_process_group()
         AcceleratorState._reset_state(True)
@@ -466,7 +479,7 @@ def _let_go(stage):
 def _without_content(shards):
     "Where a rehearsal happens: no numbers, no memories, no files that stay"
     with ((_processes(shards) if shards > 1 else nullcontext()),
-          patch.dict(os.environ, ACCELERATE_TORCH_DEVICE=str(DEVICE)),
+          mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE=str(DEVICE)),
           FakeTensorMode(allow_non_fake_inputs=True), Places(), _no_memories(),
           tempfile.TemporaryDirectory() as folder, warnings.catch_warnings()):
         warnings.simplefilter('ignore')
@@ -508,9 +521,8 @@ def rehearse(cfg:Config, # any run
     one = _two_steps(cfg, steps, shards)
     # what is watched is not given back
     system, reward = copy.deepcopy(parts or build(cfg))
-    # parts of a policy are gathered and let go by what came before
-    known = {} if records is None or shards > 1 else records
-    ledger = Ledger(shards, known.setdefault(_kind(one), {}))
+    known = {} if records is None else records
+    ledger = Ledger(shards, known.setdefault((shards, _kind(one)), {}))
     stage, judges = _Stage(ledger, system, one), networks_in(reward)
     nets = list(dict.fromkeys([*system.modules(), *judges]))
     with _without_content(shards) as folder:
