@@ -220,9 +220,10 @@ def usual_guidance(model, # name, dotted path, or `ModelSpec`
     "The guidance weight that a model's own sampler has; 1 is none"
     return find_model(model).guidance
 
-# %% ../nbs/37_models.ipynb #b5132995
+# %% ../nbs/37_models.ipynb #67c4d5c5
 STARTED = 'model', 'weights', 'tokenizer_weights', 'files', 'model_args'
 
+# %% ../nbs/37_models.ipynb #b5132995
 def started_from(checkpoint, # of a run: its folder `checkpoint`, a file in that, or the run's own folder
                 ) -> dict: # names in STARTED and seed; {} where no run of ours lies
     "What the run of a checkpoint started from"
@@ -272,14 +273,15 @@ def own_images(spec:ModelSpec): # a data set
     data = resolve(spec.data)()
     return ArrayData(*data) if isinstance(data, tuple) else data
 
-# %% ../nbs/37_models.ipynb #b69a70fe
-_SEEN = {} # moments of the pictures that come with a model, by these and the weights of what saw them
-
+# %% ../nbs/37_models.ipynb #a8f89abc
 def _sum_of(net):
     "SHA-256 of a network's weights"
     total = hashlib.sha256()
     for v in net.state_dict().values(): total.update(v.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
+
+# %% ../nbs/37_models.ipynb #b69a70fe
+_SEEN = {} # moments of the pictures that come with a model, by these and the weights of what saw them
 
 def own_reference(spec:ModelSpec, # the model's record
                   net, # images to features and logits

@@ -495,13 +495,14 @@ def _check_batch(policy, cond, n):
         raise ValueError(f"streams: {n} random streams for {describe_value(cond)}, "
                          "expected one per condition")
 
-# %% ../../nbs/31_llamagen.ipynb #5bae4f3c
+# %% ../../nbs/31_llamagen.ipynb #d7560d69
 def _prefix_logits(policy, x, mask, cache):
     "Logits of the first token, from prefix tokens that go through the blocks together"
     n = x.shape[1]
     seen = None if mask is None else mask[:, :, :n, :n]
     return policy.head(policy.trunk(x, policy.rope[:n], seen, cache)[:, -1])
 
+# %% ../../nbs/31_llamagen.ipynb #5bae4f3c
 def _step_logits(step, tokens, pos, mask, cache, end):
     ("Logits of the token after `tokens`, which stand at `pos`; an `end` fixes all "
      "shapes")

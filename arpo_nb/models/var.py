@@ -316,7 +316,7 @@ def randomise(policy:VAR, # changed in place
                             and 'emb.' not in name else 1.)
     return policy
 
-# %% ../../nbs/33_var.ipynb #6ed62887
+# %% ../../nbs/33_var.ipynb #a3ffb09a
 @patch
 def check_cond(self:VAR, cond, # what should be [N] class ids
                null:bool=False, # whether the null class is allowed
@@ -326,6 +326,7 @@ def check_cond(self:VAR, cond, # what should be [N] class ids
     more = f', null class {n}' if null else '; the null class is for guidance alone'
     check_classes(cond, n + null, f'num_classes={n}{more}')
 
+# %% ../../nbs/33_var.ipynb #6ed62887
 @patch
 def null_cond(self:VAR, cond:Tensor, # [N] class ids
              ) -> Tensor:
@@ -342,12 +343,13 @@ def modulations(self:VAR, cond:Tensor, # [N, C] embedded labels
     return [b.modulate(cond, shared)
             for b in self.blocks], self.head_nm.modulate(cond)
 
-# %% ../../nbs/33_var.ipynb #84d244f3
+# %% ../../nbs/33_var.ipynb #03270385
 @patch
 def positions(self:VAR) -> Tensor:
     "Position plus level embedding, [1, T, C]"
     return self.pos_1LC + self.lvl_embed(self.lvl_1L)
 
+# %% ../../nbs/33_var.ipynb #84d244f3
 @patch
 @torch.no_grad()
 def seen(self:VAR, context:Tensor, # [N, T] codes
@@ -557,7 +559,7 @@ def load_var(policy:VAR, # filled in place
                          "the old model with VARConfig(attn_l2_norm=False)")
     return load_strict(policy, state, path)
 
-# %% ../../nbs/33_var.ipynb #0e11f00d
+# %% ../../nbs/33_var.ipynb #d706053b
 def own_tokenizer(weights # None, 'random', or a path
                  ) -> str|None: # FILE#vae_local
     "The tokenizer in a transformer's file, as VAR's training script keeps it there"
@@ -565,6 +567,7 @@ def own_tokenizer(weights # None, 'random', or a path
     if part is not None or not path.is_file() or path.name.endswith('.json'): return None
     return f'{path}#vae_local' if 'vae_local' in _states(_read_file(path)) else None
 
+# %% ../../nbs/33_var.ipynb #0e11f00d
 def load_tokenizer(vq:MultiScaleVQ, # filled in place
                    path, # published file, or a checkpoint of VAR's training script
                   ) -> MultiScaleVQ: # the same

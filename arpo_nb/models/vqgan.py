@@ -242,7 +242,7 @@ def decode(self:VQGAN, tokens:Tensor, # ids, row by row
     check_ids('tokens', tokens, self.codebook_size, 'codebook_size')
     return self._decode_rows(self.quantize.embedding(tokens), clamp, grid)
 
-# %% ../../nbs/34_vqgan.ipynb #dca0aa3f
+# %% ../../nbs/34_vqgan.ipynb #0c0bb1e4
 @patch
 def decode_probs(self:VQGAN, probs:Tensor, # rows that sum to 1
                  clamp:bool=True, # to [0, 1]
@@ -250,6 +250,7 @@ def decode_probs(self:VQGAN, probs:Tensor, # rows that sum to 1
     "(Relaxed) one-hot rows [B, T, K] to pixels, differentiable in `probs`"
     return self._decode_rows(probs @ self.quantize.embedding.weight, clamp)
 
+# %% ../../nbs/34_vqgan.ipynb #dca0aa3f
 @patch
 def decoder_parameters(self:VQGAN): # list of parameters
     "What tokenizer post-training moves: everything after the codebook (VA-π App. C.2)"
@@ -406,7 +407,7 @@ def forward(self:CINTransformer, context:Tensor, # [N, T] codes
     "Teacher-forced logits [N, T, V]"
     return self.head(self.hidden(context, cond))
 
-# %% ../../nbs/34_vqgan.ipynb #3bac23ce
+# %% ../../nbs/34_vqgan.ipynb #5a416d7d
 @patch
 def null_cond(self:CINTransformer, cond, # [N] class ids
              ):
@@ -417,6 +418,7 @@ def null_cond(self:CINTransformer, cond, # [N] class ids
                      "cfg_scale=1 (guidance 1 in run_eval, rollout_cfg_scale=1 "
                      "in a configuration)")
 
+# %% ../../nbs/34_vqgan.ipynb #3bac23ce
 @patch
 def example_cond(self:CINTransformer, n:int, # how many
                 ) -> Tensor:
