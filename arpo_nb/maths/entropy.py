@@ -30,8 +30,7 @@ def normalized_entropy(entropy:Tensor, # [...] nats
 C_MIN, C_MAX = 7e-5, 4e-3  # bounds of appendix C
 
 def check_unit(name, # 'entropy' or 'progress'
-               value, # of it
-              ):
+               value): # of it
     "Raise unless `value` is in [0, 1]"
     if not -1e-6 <= value <= 1 + 1e-6:
         hint = ("divide entropies in nats by log K, see normalized_entropy"

@@ -86,8 +86,7 @@ class ToyNet(nn.Module):
     def __init__(self,
                  # channels at 32², 16² and 8² pixels; the last is the feature length D
                  widths:tuple,
-                 num_classes:int=10, # length of the logits
-                ):
+                 num_classes:int=10): # length of the logits
         super().__init__()
         conv = lambda a, b, stride: nn.Sequential(
             nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())

@@ -238,8 +238,7 @@ class CLIPScorer(nn.Module):
                  # 'auto': float16 autocast on a GPU, float32 elsewhere; or 'float16',
                  # 'bfloat16', 'float32'
                  precision:str='auto',
-                 max_cached:int=20_000, # prompts remembered
-                ):
+                 max_cached:int=20_000): # prompts remembered
         super().__init__()
         check_precision(precision)
         self.model, self.preprocess = model, preprocess
@@ -328,8 +327,7 @@ def cosine_scores(image_features:Tensor, # [..., D], any length
 # %% ../../nbs/23_clip.ipynb #eea42356
 class AestheticHead(nn.Module):
     "LAION's aesthetic predictor V2: five linear layers on a unit embedding"
-    def __init__(self, dim:int=768, # length of an embedding
-                ):
+    def __init__(self, dim:int=768): # length of an embedding
         super().__init__()
         sizes, drops = (dim, 1024, 128, 64, 16, 1), (.2, .2, .1, 0, 0)
         layers = [m for i, d in enumerate(drops)
@@ -368,8 +366,7 @@ def affine_score(embeddings:Tensor, # [N, D], any length
 # %% ../../nbs/23_clip.ipynb #1b01ef67
 class CLIPReward:
     "Cosine of image and prompt: CLIPScore, or HPSv2 with its weights and preprocessing"
-    def __init__(self, scorer:CLIPScorer # with a network and its preprocessing
-                ):
+    def __init__(self, scorer:CLIPScorer): # with a network and its preprocessing
         self.scorer = scorer
 
 # %% ../../nbs/23_clip.ipynb #f73ec3c9
@@ -394,8 +391,7 @@ def __call__(self:CLIPReward, images:Tensor, batch:Batch, state=None,
 class AestheticReward:
     "LAION's aesthetic score V2 of every image"
     def __init__(self, scorer:CLIPScorer, # of ViT-L/14
-                 head:AestheticHead, # LAION's, or one of its shape
-                ):
+                 head:AestheticHead): # LAION's, or one of its shape
         self.scorer, self.head = scorer, head.eval().requires_grad_(False)
 
 # %% ../../nbs/23_clip.ipynb #8c2f6e17

@@ -64,8 +64,7 @@ class Place:
 # %% ../../nbs/46_steps.ipynb #32417632
 def check_needs(system:System, # that rolls out
                 cfg:Config, # its method, weights and guidance
-                reward=None, # `Reward` that was given
-               ):
+                reward=None): # `Reward` that was given
     "Raise if a rollout lacks its perceptual network, its reward or its null class"
     own = reward is None or cfg.method != 'vapi'
     if uses_perceptual(cfg) and system.perceptual is None and own:
@@ -233,8 +232,7 @@ class RollOut:
                  reward=None,
                  ref_policy=None, # for the KL
                  here:Place|None=None, # where; None for one process
-                 sampler=None, # engine of `load_sampler`, for free-running samples
-                ):
+                 sampler=None): # engine of `load_sampler`, for free-running samples
         self.sampler = sampler or load_sampler(cfg, system.policy)
         check_needs(system, cfg, reward)
         self.system, self.cfg, self.ref_policy = system, cfg, ref_policy
