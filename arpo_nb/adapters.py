@@ -43,12 +43,13 @@ def block_layers(policy:nn.Module, # of which the longest list of modules is its
              if isinstance(m, nn.ModuleList)]
     return max(lists, key=len, default=[]) or inside(policy, '')
 
-# %% ../nbs/09_adapters.ipynb #b42399f7
+# %% ../nbs/09_adapters.ipynb #662d63ad
 def is_adapted(policy, # any
               ) -> bool:
     "Whether peft's adapters are in a policy"
     return bool(getattr(policy, 'peft_config', None))
 
+# %% ../nbs/09_adapters.ipynb #77aa236d
 def _only_kept(policy, state, prefix, _):
     "Leave of a state what is the adapter's"
     if not is_adapted(policy): return
@@ -56,6 +57,7 @@ def _only_kept(policy, state, prefix, _):
     for k in mine:
         if k.removeprefix(prefix) not in policy.kept_names: del state[k]
 
+# %% ../nbs/09_adapters.ipynb #b42399f7
 def _others_lie_elsewhere(policy, incompatible):
     "What is not the adapter's is not missing"
     if not is_adapted(policy): return
@@ -167,7 +169,7 @@ def whole_tensors(policy:nn.Module, # adapted or not
             yield f'{layer}.{rest}', t.detach() + more
         elif name not in getattr(policy, 'kept_names', ()): yield name, t.detach()
 
-# %% ../nbs/09_adapters.ipynb #b8af14d3
+# %% ../nbs/09_adapters.ipynb #46faf9ab
 FILE, SETTINGS = 'adapter_model.safetensors', 'adapter_config.json'
 PREFIX = 'base_model.model.'
 
@@ -178,6 +180,7 @@ def adapter_tensors(policy:nn.Module, # adapted
     state = import_peft().get_peft_model_state_dict(policy, save_embedding_layers=False)
     return {k.removeprefix(PREFIX): v for k, v in state.items()}
 
+# %% ../nbs/09_adapters.ipynb #b8af14d3
 def save_adapter(policy:nn.Module, # adapted
                  folder:Path, # made if missing
                 ):
@@ -284,6 +287,12 @@ def unstack(weights, # as a person gives them
         weights = _base(folder)
     return weights, found
 
+# %% ../nbs/09_adapters.ipynb #438befbb
+def _where(weights): # that the adapter's file can be moved without
+    if weights in ('default', 'random') or weights.startswith('hf://'): return weights
+    path, part = split_part(weights)
+    return f"{path.absolute()}{f'#{part}' if part else ''}"
+
 # %% ../nbs/09_adapters.ipynb #c9655e74
 def adapt(policy:nn.Module, # changed in place
           cfg, # `Config`, its `lora_…` fields and `weights`
@@ -299,11 +308,6 @@ def adapt(policy:nn.Module, # changed in place
     raise ValueError(f"lora_rank={cfg.lora_rank}: the policy has adapters already, of "
                      f"rank {rank}; use lora_rank=0 to train those, or load the system "
                      "again")
-
-def _where(weights): # that the adapter's file can be moved without
-    if weights in ('default', 'random') or weights.startswith('hf://'): return weights
-    path, part = split_part(weights)
-    return f"{path.absolute()}{f'#{part}' if part else ''}"
 
 # %% ../nbs/09_adapters.ipynb #25cfd5c4
 def adapter_dropout(policy:nn.Module): # adapted, in evaluation mode

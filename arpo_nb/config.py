@@ -9,11 +9,11 @@ __all__ = ['METHODS', 'SAMPLING', 'FREE', 'OPTIMS', 'NOT_HERE', 'SCALES', 'TRL_O
            'TeacherFields', 'ReconstructionFields', 'RewardFields', 'MomentFields', 'DrawFields', 'EngineFields',
            'PromptFields', 'RatioFields', 'LossFields', 'KLFields', 'EntropyFields', 'STEFields', 'AdapterFields',
            'OptimFields', 'SavingFields', 'WatchFields', 'Config', 'field_type', 'check_types', 'check_choices',
-           'check_ranges', 'check_loss', 'check_life', 'parse_rewards', 'check_method', 'contexts', 'check_batches',
-           'check_config', 'uses_perceptual', 'trained_part', 'clip_is_inert', 'in_vain', 'no_field', 'read',
-           'override', 'to_json', 'migrate', 'from_json', 'field_help', 'add_options', 'given_options', 'vapi_llamagen',
-           'vapi_janus', 'vapi_toy', 'loofid', 'ar_grpo', 'var_grpo', 'loofid_toy', 'var_toy', 'preset',
-           'read_settings', 'from_settings', 'choose_baselines', 'choose_arms']
+           'check_ranges', 'check_loss', 'check_life', 'check_engine', 'parse_rewards', 'check_method', 'contexts',
+           'check_batches', 'check_config', 'uses_perceptual', 'trained_part', 'clip_is_inert', 'in_vain', 'no_field',
+           'read', 'override', 'to_json', 'migrate', 'from_json', 'field_help', 'add_options', 'given_options',
+           'vapi_llamagen', 'vapi_janus', 'vapi_toy', 'loofid', 'ar_grpo', 'var_grpo', 'loofid_toy', 'var_toy',
+           'preset', 'read_settings', 'from_settings', 'choose_baselines', 'choose_arms']
 
 # %% ../nbs/02_config.ipynb #8d732f08
 import difflib
@@ -28,7 +28,7 @@ from typing import get_args
 from .files import read_text, user_path
 from .specs import find_model, find_recipe, is_dotted, resolve
 
-# %% ../nbs/02_config.ipynb #25677872
+# %% ../nbs/02_config.ipynb #997c3fe3
 METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruction '
                'reward and a cross-entropy prior (VA-π Eq. 11)',
                mle='continued maximum likelihood: the prior term '
@@ -40,6 +40,8 @@ METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruc
                grpo='policy gradient on free-running samples with the rewards named '
                'in `rewards` (LOO-FID Alg. 1, AR-GRPO, VAR-GRPO)',
                mixed='both in one update: vapi on images, grpo on their labels (ours)')
+
+# %% ../nbs/02_config.ipynb #25677872
 # methods with a policy gradient; those of them that sample free-running
 SAMPLING, FREE = ('vapi', 'grpo', 'mixed'), ('grpo', 'mixed')
 
@@ -170,6 +172,9 @@ class EngineFields:
     sampler: str = ''
     sampler_args: str = '' # of its class, as in 'dtype=float32,device=cuda:1'
     sampler_timeout: float = 600. # seconds that it may take; 0 for ever
+    # updates that its samples may be older than the policy: with 1 it draws a step's
+    # samples while the one before it learns
+    max_staleness: int = 0
     # weigh an engine's samples by policy over sampler (TRL's names, for any engine)
     vllm_importance_sampling_correction: bool = False
     # per 'token' or 'sequence', outside the range cut ('truncate') or left out ('mask')
@@ -354,9 +359,10 @@ def field_type(f # a dataclass field that may also be None
     "int, float, str or bool, of a dataclass field that may also be None"
     return f.type if isinstance(f.type, type) else get_args(f.type)[0]
 
-# %% ../nbs/02_config.ipynb #48200109
+# %% ../nbs/02_config.ipynb #f20f328c
 _AT_MOST = dict(seed=2**63 - 1, batch_size=10**6, num_generations=10**6, num_processes=10**6)
 
+# %% ../nbs/02_config.ipynb #48200109
 def check_types(cfg:Config # whose floats become floats, in place
                ):
     "Numbers where numbers belong; integers may stand in for floats"
@@ -371,7 +377,7 @@ def check_types(cfg:Config # whose floats become floats, in place
         if kind is int and v > (top := _AT_MOST.get(f.name, 2**31 - 1)):
             raise ValueError(f"{f.name}={v}: expected at most {top}")
 
-# %% ../nbs/02_config.ipynb #3691613c
+# %% ../nbs/02_config.ipynb #554a10d8
 _ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'),
                method=tuple(METHODS), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'),
                captions=('whole', 'first', 'turn'),
@@ -383,9 +389,13 @@ _ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 's
                covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'),
                ref_policy=('frozen', 'ema'),
                entropy_control=('constant', 'schedule', 'adaptive'))
+
+# %% ../nbs/02_config.ipynb #61f32870
 # the names that transformers' Trainer has for them
 OPTIMS = dict(adamw='torch.optim:AdamW', adamw_torch='torch.optim:AdamW', adamw_torch_fused='torch.optim:AdamW',
               adamw_bnb_8bit='bitsandbytes.optim:AdamW8bit', paged_adamw_8bit='bitsandbytes.optim:PagedAdamW8bit')
+
+# %% ../nbs/02_config.ipynb #3691613c
 NOT_HERE = dict(luspo="; 'luspo' is T times 'grpo' with importance_sampling_level='sequence', as all images have T "
                       "tokens",
                 vespo="; 'vespo' weighs sequences by a gamma density with four parameters of its own, which is not "
@@ -404,7 +414,7 @@ def check_choices(cfg:Config # of any values
 
 # %% ../nbs/02_config.ipynb #da7e3c2a
 _AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_importance_sampling_clip_max=0,
-                 seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0,
+                 max_staleness=0, seed=0, num_processes=1, steps=1, batch_size=1, num_iterations=1, mini_batch_size=0,
                  micro_batch_size=0, generate_batch_size=0, decode_batch_size=1, logps_chunk=1, prior_coef=0,
                  mse_coef=0, perceptual_coef=0, epsilon=0, advantage_clip=0, beta=0, learning_rate=0,
                  warmup_steps=0, schedule_start=0, lora_rank=0, lora_alpha=1, weight_decay=0, max_grad_norm=0,
@@ -414,12 +424,16 @@ _AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_im
                  advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0, entropy_coef_min=0,
                  entropy_coef_max=0)
 
-# %% ../nbs/02_config.ipynb #215ad8bf
+# %% ../nbs/02_config.ipynb #869eff47
 def _below_1(v): return 0 <= v < 1
+
 def _share(v): return 0 < v <= 1
+
 def _closed(v): return 0 <= v <= 1
+
 def _positive(v): return v > 0
 
+# %% ../nbs/02_config.ipynb #215ad8bf
 _RANGES = dict(
     noise_rate=(_closed, 'ξ is a probability, use a value from 0 to 1'),
     **dict.fromkeys(('adam_beta1', 'adam_beta2'), (_below_1, 'expected a value from 0 to below 1')),
@@ -444,11 +458,10 @@ def check_ranges(cfg:Config # of the right types
     for name, v in vars(cfg).items():
         if isinstance(v, float) and not math.isfinite(v): raise ValueError(f"{name}={v}: expected a finite number")
 
-# %% ../nbs/02_config.ipynb #1024b3b3
+# %% ../nbs/02_config.ipynb #c74384e7
 SCALES = {'true': 'group', 'false': 'none'} # TRL's booleans
 
-
-
+# %% ../nbs/02_config.ipynb #1024b3b3
 TRL_ONLY = dict(
     entropy_target='it is in nats in TRL; use normalized_entropy_target, a share of log K',
     use_adaptive_entropy="TRL's steps by entropy_coef_delta; use entropy_control='adaptive', LOO-FID's controller",
@@ -501,6 +514,19 @@ def check_life(cfg:'Config', # to look at
     if cfg.metric_for_best_model.startswith('eval/') and cfg.early_stopping_patience and not cfg.eval_every:
         raise ValueError(f"metric_for_best_model={cfg.metric_for_best_model!r}: is measured every eval_every steps, "
                          "which is 0")
+
+# %% ../nbs/02_config.ipynb #edd057fa
+def check_engine(cfg:'Config' # to look at
+                ):
+    "What the engine of a run can't do"
+    if cfg.max_staleness > 1:
+        raise ValueError(f"max_staleness={cfg.max_staleness}: an engine is one step ahead at most; use 0 or 1")
+    if cfg.max_staleness and not cfg.sampler:
+        raise ValueError("max_staleness=1: the policy itself can't draw while it learns; name an engine, as in "
+                         "sampler='OtherProcess'")
+    if cfg.steady_draws and (cfg.max_staleness or cfg.sampler not in ('', 'PolicyCopy')):
+        raise ValueError(f"steady_draws=True: sampler={cfg.sampler!r} draws in its own way"
+                         f"{' and time' if cfg.max_staleness else ''}; use steady_draws=False")
 
 # %% ../nbs/02_config.ipynb #46706668
 def parse_rewards(text:str, # 'clip+hps+0.5*loo_fid'; spaces don't matter
@@ -571,6 +597,7 @@ def check_config(cfg:Config # of the right types
     check_choices(cfg)
     check_ranges(cfg)
     check_life(cfg)
+    check_engine(cfg)
     check_loss(cfg)
     check_method(cfg)
     check_batches(cfg)
@@ -615,7 +642,7 @@ def _unread_samples(cfg):
     if cfg.method in ('mle', 'ste'): yield ('steady_draws',), f'method {cfg.method!r} draws no tokens'
     if cfg.method not in FREE:
         yield (('rewards', 'rollout_cfg_scale', 'rollout_top_k', 'rollout_top_p', 'logprob_cfg',
-                'sampler', 'vllm_importance_sampling_correction', 'compile'),
+                'sampler', 'max_staleness', 'vllm_importance_sampling_correction', 'compile'),
                f'method {cfg.method!r} has no free-running samples')
     if cfg.method not in ('vapi', 'mixed'):
         yield ('clamp_reward',), f'method {cfg.method!r} has no reconstruction reward'
@@ -650,10 +677,11 @@ def no_field(name:str, # as it was given
     cure = TRL_ONLY.get(name) or near and f'did you mean {near}?'
     return f"{name!r}: no such field; {cure or 'choose from ' + ', '.join(names)}"
 
-# %% ../nbs/02_config.ipynb #5ecb8432
+# %% ../nbs/02_config.ipynb #b4020f40
 SWITCH = dict.fromkeys(('1', 'true', 'yes', 'on'),
                        True) | dict.fromkeys(('0', 'false', 'no', 'off'), False)
 
+# %% ../nbs/02_config.ipynb #5ecb8432
 def read(value:str, # as it was typed
          kind:type, # int, float, str or bool
          name:str='value', # for the message
@@ -668,11 +696,12 @@ def read(value:str, # as it was typed
                   int: 'a whole number', float: 'a number'}[kind]
         raise ValueError(f"{name}={value!r}: expected {wanted}") from None
 
-# %% ../nbs/02_config.ipynb #c9b80647
+# %% ../nbs/02_config.ipynb #3b4dca13
 # fields that are pairs themselves; names after them that are no fields belong to them
 PAIRS = 'files', 'model_args', 'sampler_args', 'optim_args'
 LONGER = dict(optimizer='optim') # names that fields had, with the same meaning
 
+# %% ../nbs/02_config.ipynb #c9b80647
 def override(cfg:Config, # to start from
              text:str='', # 'name=value,name=value'
              **kwargs, # fields to set; None keeps the value
@@ -699,7 +728,7 @@ def to_json(cfg:Config, # to look at
     "The configuration as JSON"
     return json.dumps(asdict(cfg), indent=1)
 
-# %% ../nbs/02_config.ipynb #fa3c2b11
+# %% ../nbs/02_config.ipynb #0a752610
 def _once(pairs):
     "A dict of names that occur once each"
     names = [name for name, _ in pairs]
@@ -707,6 +736,7 @@ def _once(pairs):
         raise ValueError(f"{', '.join(sorted(twice))}: given twice")
     return dict(pairs)
 
+# %% ../nbs/02_config.ipynb #fa3c2b11
 def _settings(text):
     "The dict that a JSON text holds"
     try: values = json.loads(text, object_pairs_hook=_once)
@@ -716,12 +746,13 @@ def _settings(text):
     raise ValueError(f"configuration: a {type(values).__name__}; expected "
                      "names of fields with their values")
 
-# %% ../nbs/02_config.ipynb #fe2405f0
+# %% ../nbs/02_config.ipynb #a67036c9
 BEFORE_TRL = dict(entropy_target='normalized_entropy_target',
                   entropy_min='entropy_coef_min', entropy_max='entropy_coef_max')
 RENAMED = BEFORE_TRL | LONGER | dict(
     vllm_importance_sampling_cap='vllm_importance_sampling_clip_max')
 
+# %% ../nbs/02_config.ipynb #fe2405f0
 def migrate(values:dict, # as a file has them
            ) -> dict: # under today's names
     "A configuration's values as written before fields took TRL's meanings"
@@ -905,11 +936,12 @@ def var_toy(**kwargs, # fields that differ
                               mixed_precision='no', decode_batch_size=256,
                               save_steps=20), **kwargs})
 
-# %% ../nbs/02_config.ipynb #5f27d5ab
+# %% ../nbs/02_config.ipynb #17afafdb
 RECIPES = (*METHODS, 'loofid', 'ar_grpo', 'var_grpo', 'vapi_loofid')
 # what VA-π takes from LOO-FID where they share an update
 SHARED = 'rewards', 'normalize_rewards', 'ema_weight', 'covariance', 'rollout_cfg_scale'
 
+# %% ../nbs/02_config.ipynb #5f27d5ab
 def preset(model:str, # name of the system, see specs
            method:str='vapi', # name in RECIPES; what 'grpo' and 'mixed' stand for is in the model's record
            variant:str='paper', # 'paper' or 'released_code'
@@ -945,9 +977,10 @@ def _value(value, field, name, path):
     if may_be_none and value in ('', '~', 'null', 'None', 'none'): return None
     return read(value, field_type(field), name) if isinstance(value, str) else value
 
-# %% ../nbs/02_config.ipynb #5484f608
+# %% ../nbs/02_config.ipynb #69af1eb9
 BESIDE = 'variant', 'out_dir', 'launcher' # what a file may say besides fields
 
+# %% ../nbs/02_config.ipynb #5484f608
 def read_settings(path # .yaml, .yml or .json
                  ) -> dict: # field, or name in BESIDE: value
     "What a file says about a run"
@@ -1049,11 +1082,12 @@ TOY_ARMS = dict(instance_only=dict(rewards='class_score'), fid_only=dict(rewards
                 full=dict(covariance='full'),
                 raw_sum=dict(normalize_rewards=False), kl=dict(beta=3.), entropy=dict(entropy_coef=2.2e-3))
 
-# %% ../nbs/02_config.ipynb #d5f3e04f
+# %% ../nbs/02_config.ipynb #68fad10e
 # a paper's own, and the toy's versions of them
 ARMS = dict(loofid=dict(paper=LOOFID_ABLATIONS, toy=TOY_ARMS),
             var_grpo=dict(paper=VAR_EXPERIMENTS, toy=TOY_VAR_ARMS))
 
+# %% ../nbs/02_config.ipynb #d5f3e04f
 def choose_arms(names:str, # 'all', 'none', or names joined by commas
                 cfg:Config, # what they change
                 paper:str='loofid', # key of ARMS

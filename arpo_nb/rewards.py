@@ -208,9 +208,10 @@ def _check_terms(rewards, allowed):
                          f"{', '.join(sorted(unknown))}; "
                          f"there is {', '.join(rewards)}")
 
-# %% ../nbs/20_rewards.ipynb #7ece53b7
+# %% ../nbs/20_rewards.ipynb #5449fec5
 DROWNED = .95 # share of the say of one term, from which the others are drowned
 
+# %% ../nbs/20_rewards.ipynb #7ece53b7
 class WeightedSum:
     "Weighted sum of rewards, keeping the state of each (LOO-FID Eq. 4)"
     together = True # its checks and statistics are those of a whole step

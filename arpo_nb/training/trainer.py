@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'GUIDED', 'CURE', 'TIED', 'StopSignal', 'Stopped', 'ignore_foreign', 'accelerator', 'on_first', 'all_see',
-           'as_used', 'warn_of', 'failure', 'state_bytes', 'Watch', 'Training', 'train']
+           'as_used', 'warn_of', 'failure', 'state_bytes', 'Watch', 'Training', 'with_next', 'train']
 
 # %% ../../nbs/41_trainer.ipynb #d27cf186
 import copy
@@ -69,12 +69,13 @@ class Stopped(SystemExit):
 
     def __str__(self): return self.message
 
-# %% ../../nbs/41_trainer.ipynb #e15ec62e
+# %% ../../nbs/41_trainer.ipynb #e631451b
 FOREIGN = dict( # neutral values, and the fields that mean the same
     ACCELERATE_GRADIENT_ACCUMULATION_STEPS=('1', 'micro_batch_size'),
     ACCELERATE_DYNAMO_BACKEND=('no', 'compile'),
     ACCELERATE_MIXED_PRECISION=('no', 'mixed_precision'))
 
+# %% ../../nbs/41_trainer.ipynb #e15ec62e
 def ignore_foreign(cfg:Config): # whose fields win
     "Take what accelerate would read past the configuration out of the environment"
     for name, (neutral, field) in FOREIGN.items():
@@ -138,13 +139,14 @@ def as_used(cfg:Config, # as it was asked for
     if parse_rewards(used) == parse_rewards(cfg.rewards): return cfg
     return replace(cfg, rewards=used)
 
-# %% ../../nbs/41_trainer.ipynb #7a5d7822
+# %% ../../nbs/41_trainer.ipynb #c8bff223
 GUIDED = (
     "rollout_cfg_scale={} with logprob_cfg='off': samples are drawn from the guided "
     "distribution, but scored and moved under the conditional policy, as LOO-FID and "
     "AR-GRPO do; logprob_cfg='guided' scores what was sampled, at twice the cost of "
     "the update")
 
+# %% ../../nbs/41_trainer.ipynb #7a5d7822
 def warn_of(cfg:Config): # of the run
     "Settings without effect, and samples scored under another distribution than theirs"
     for vain in in_vain(cfg): warnings.warn(vain)
@@ -324,6 +326,7 @@ def find_start(self:Training) -> Path|None: # this run's checkpoint, if there is
     if found:
         all_see(acc, found/'run.pt')
         self.state = load_checkpoint(acc, found, self.moving, trained, self.average)
+        if self.roll_out.ahead: self.roll_out.ahead.kept = self.state.get('ahead', {})
         self.diary.say(f"continues at step {self.state['step']} from {found}")
     elif c.resume_from_checkpoint: self._begin_elsewhere()
     if self.state['step'] < c.schedule_start:
@@ -342,7 +345,7 @@ def _begin_elsewhere(self:Training):
     self.state |= begin_at(acc, c.resume_from_checkpoint, self.networks,
                            ref_policy=self.moving, trained=(self.raw.model, self.opt),
                            average=self.average)
-    self.state |= dict(early={}, ended='')
+    self.state |= dict(early={}, ended='', ahead={})
     at = self.state['step']
     self.diary.say(f"begins at step {at} of {c.resume_from_checkpoint}")
     if at < c.steps: return
@@ -365,17 +368,20 @@ def open_files(self:Training, found): # this run's checkpoint, or None
     self.watch = Watch(acc, self.system, self.data, c, out, self.average, self.evaluate)
     self.early = EarlyStopping(c, **self.state.get('early', {}))
 
-# %% ../../nbs/41_trainer.ipynb #53a5dbfe
+# %% ../../nbs/41_trainer.ipynb #a42c6dc2
 TIED = (
     "step {}: all rewards are equal within every group, so this step teaches nothing; "
     "check the reward. Said once: reward/tied_groups counts the later ones")
 
+# %% ../../nbs/41_trainer.ipynb #53a5dbfe
 @patch
 def collect(self:Training, step:int, # from 0
             batch, # `Batch` on this process's device
+            following=None, # that of the next step, see `max_staleness`
            ) -> tuple: # rollouts, the reward's new state, metrics of all processes
     "Roll out and score; what a step may go on with"
-    rollouts, reward_state, stats = self.roll_out(batch, self.state['reward_state'])
+    rollouts, reward_state, stats = self.roll_out(batch, self.state['reward_state'],
+                                                   following)
     check_state(reward_state, storable=step == self.start)
     counts = getattr(self.data, 'counts', dict)()
     # of which the mean is the sum
@@ -426,25 +432,29 @@ def move(self:Training, step:int, # from 0
     if step == self.start: check_reached(self.raw.model, self.opt)
     return made
 
+# %% ../../nbs/41_trainer.ipynb #4e8cca6d
+@patch
+def _ahead(self:Training):
+    "What an engine has drawn ahead, of all processes; nothing where one of them failed"
+    ahead, acc = self.roll_out.ahead, self.acc
+    if ahead is None: return {}
+    try: ahead.settle()
+    except Exception as e: warnings.warn(f"drawn ahead: {type(e).__name__}: {e}; asked again by the next step")
+    there = torch.tensor([float(bool(ahead.kept))], device=acc.device)
+    if not acc.gather(there).all(): return {}
+    share = lambda x: x if x is None else acc.gather(x.to(acc.device).contiguous())
+    return {k: share(v) for k, v in ahead.kept.items()}
+
 # %% ../../nbs/41_trainer.ipynb #b54dbf73
 @patch
 def save(self:Training):
     "Write a checkpoint of the state as it stands"
+    self.state['ahead'] = self._ahead()
     save_checkpoint(self.acc, self.out, self.state, ref_policy=self.moving,
                     trained=(self.raw.model, self.opt), config=run_hash(self.cfg),
                     need=self.need, plain=self.networks)
 
 # %% ../../nbs/41_trainer.ipynb #7b2d0cbd
-@patch
-def after(self:Training, e:Exception, # what was raised
-          step:int, # from 0
-          updates:list, # optimiser steps that were made in it
-         ) -> Exception: # to be raised
-    "Save what is whole, and say what is left"
-    whole = self.acc.num_processes == 1 and not updates
-    whole = whole and not isinstance(e, FloatingPointError) and step > self.start
-    return failure(e, step, self.out, whole and self._saved())
-
 @patch
 def _saved(self:Training) -> bool:
     "Save after an error; one of saving must not hide the first"
@@ -454,23 +464,37 @@ def _saved(self:Training) -> bool:
         return False
     return True
 
-# %% ../../nbs/41_trainer.ipynb #7f49e920
+@patch
+def after(self:Training, e:Exception, # what was raised
+          step:int, # from 0
+          updates:list, # optimiser steps that were made in it
+         ) -> Exception: # to be raised
+    "Save what is whole, and say what is left"
+    if self.roll_out.ahead: self.roll_out.ahead.begun = None # of a step that won't be
+    whole = self.acc.num_processes == 1 and not updates
+    whole = whole and not isinstance(e, FloatingPointError) and step > self.start
+    return failure(e, step, self.out, whole and self._saved())
+
+# %% ../../nbs/41_trainer.ipynb #2196e4b7
 def _seed(cfg, step, acc):
     "Of dropout; everything else has its own stream"
     mixed = cfg.seed*1_000_003 + step*acc.num_processes + acc.process_index
     torch.manual_seed(mixed % 2**63)
 
+# %% ../../nbs/41_trainer.ipynb #7f49e920
 @patch
 def advance(self:Training, step:int, # from 0
             batch, # `Batch` of the step
+            following=None, # that of the next one, see `max_staleness`
            ) -> dict: # metrics
     "One step: roll out, update, follow, look"
     _seed(self.cfg, step, self.acc)
     t0, updates, self.clock.seconds = time.perf_counter(), [], {}
     batch = batch.to(self.acc.device)
+    if following is not None: following = following.to(self.acc.device)
     self.raw.model.eval()
     try:
-        rollouts, reward_state, stats = self.collect(step, batch)
+        rollouts, reward_state, stats = self.collect(step, batch, following)
         t1 = time.perf_counter()
         stats |= self.hold_entropy(step, stats)
         stats |= self.move(step, rollouts, updates)
@@ -533,9 +557,25 @@ def _snapshot(self:Training):
         raise ValueError(f"keep_every={c.keep_every}: not with a policy that is "
                          "sharded; use keep_every=0")
     position = torch.tensor([self.state['position']], device=acc.device)
-    state = self.state | dict(position=acc.gather(position).tolist())
+    state = self.state | dict(position=acc.gather(position).tolist(), ahead={})
     on_first(acc, lambda: keep_snapshot(self.out, state, self.networks, run_hash(c),
                                         c.save_total_limit))
+
+# %% ../../nbs/41_trainer.ipynb #560d128f
+def with_next(items):
+    "Each item and the one after it, None after the last"
+    items = iter(items)
+    now = next(items, None)
+    while now is not None:
+        then = next(items, None)
+        yield now, then
+        now = then
+
+# %% ../../nbs/41_trainer.ipynb #175c3603
+def _shown(stats):
+    "What the bar says"
+    shown = [k for k in ('reward/mean', 'policy/prior_ce') if k in stats]
+    return {k.split('/')[-1]: f'{stats[k]:.4f}' for k in shown}
 
 # %% ../../nbs/41_trainer.ipynb #fed23ac9
 @patch
@@ -547,8 +587,9 @@ def loop(self:Training, progress:bool=True): # show a bar, on the main process
     left = _stream(self.data)(c.batch_size, c.seed, self.start, c.steps,
                               acc.process_index, acc.num_processes,
                               position=self.state['position'])
-    for step, batch in enumerate(left, self.start):
-        stats = self.advance(step, batch)
+    pairs = with_next(left) if c.max_staleness else ((batch, None) for batch in left)
+    for step, (batch, following) in enumerate(pairs, self.start):
+        stats = self.advance(step, batch, following)
         ended = self.note(step, stats)
         bar.update(); bar.set_postfix(_shown(stats))
         last = step + 1 == c.steps or bool(ended)
@@ -560,11 +601,6 @@ def loop(self:Training, progress:bool=True): # show a bar, on the main process
             raise Stopped(f"stopped by SIGTERM after step {step}; resume=True "
                           f"continues from {self.out/'checkpoint'}")
     bar.close()
-
-def _shown(stats):
-    "What the bar says"
-    shown = [k for k in ('reward/mean', 'policy/prior_ce') if k in stats]
-    return {k.split('/')[-1]: f'{stats[k]:.4f}' for k in shown}
 
 # %% ../../nbs/41_trainer.ipynb #8bc47b05
 @patch
