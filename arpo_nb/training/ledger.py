@@ -327,7 +327,7 @@ def ask(self:Ledger):
     for f in self.frames: f.syncs[line] += 1
 
 # %% ../../nbs/44_ledger.ipynb #257b284e
-# what is asked about a tensor's shape alone
+# what reads nothing of its argument but the shape
 _FRESH = {'zeros_like', 'ones_like', 'full_like', 'new_zeros', 'new_ones', 'new_full'}
 
 @patch
@@ -351,6 +351,7 @@ def enter(self:Ledger, func, # of torch.ops
     self.add(self.stack[-1], (dtype, flops_of(func, args, kwargs, out), moved, sent),
              sums=bool(added) and added[0] == 'gradients')
 
+# %% ../../nbs/44_ledger.ipynb #257b284d
 def _waits(func, args, kwargs, ins, outs) -> bool:
     ("Whether the host waits for a call: it does for copies either way that may not be "
      "late")
