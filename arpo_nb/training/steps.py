@@ -115,7 +115,7 @@ def _corrected(r, cfg):
         r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_mode,
         cfg.vllm_importance_sampling_clip_min, cfg.vllm_importance_sampling_clip_max))
 
-# %% ../../nbs/46_steps.ipynb #5941611e
+# %% ../../nbs/46_steps.ipynb #d0cc5d48
 def how_to_sample(cfg:Config # of the run
                  ) -> dict: # arguments that `free_running` and `draw_samples` share
     "How many samples, from which distribution, in pieces of which size"
@@ -125,6 +125,7 @@ def how_to_sample(cfg:Config # of the run
                 top_p=cfg.rollout_top_p, logprob_cfg=cfg.logprob_cfg,
                 generate_batch_size=cfg.generate_batch_size)
 
+# %% ../../nbs/46_steps.ipynb #5941611e
 def asked(system:System, # turns prompts into conditions
           cfg:Config, # its `prompt` stands for those of the data
           batch:Batch, # conditions or prompts
@@ -267,6 +268,13 @@ def __call__(self:RollOut, batch:Batch, # of this process
     with steady_draws(self.cfg.steady_draws):
         return ways.get(self.cfg.method, self.forced)(batch, state, following)
 
+# %% ../../nbs/46_steps.ipynb #c2bb309e
+@patch
+def _request(self:RollOut, batch):
+    "Streams and conditions of a step's samples"
+    cond = asked(self.system, self.cfg, batch).cond
+    return batch.streams.repeat(self.g), repeat_cond(cond, self.g)
+
 # %% ../../nbs/46_steps.ipynb #bda16758
 @patch
 def drawn(self:RollOut, batch:Batch, # of this step
@@ -284,13 +292,7 @@ def drawn(self:RollOut, batch:Batch, # of this step
     if following is not None: ahead.begin(*self._request(following))
     return got
 
-@patch
-def _request(self:RollOut, batch):
-    "Streams and conditions of a step's samples"
-    cond = asked(self.system, self.cfg, batch).cond
-    return batch.streams.repeat(self.g), repeat_cond(cond, self.g)
-
-# %% ../../nbs/46_steps.ipynb #c77da95e
+# %% ../../nbs/46_steps.ipynb #5006842a
 @patch
 def forced(self:RollOut, batch:Batch, # with images
            state, # of the reward
@@ -303,6 +305,7 @@ def forced(self:RollOut, batch:Batch, # with images
     r, state, stats = self._judge(r, self.reward, state)
     return {'': r}, state, stats
 
+# %% ../../nbs/46_steps.ipynb #c77da95e
 @patch
 def free(self:RollOut, batch:Batch, # conditions or prompts
          state, # of the reward
