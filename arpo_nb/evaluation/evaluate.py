@@ -135,27 +135,35 @@ def radii(x:Tensor, # [N, D]
           tile:int=5000, # rows at a time
           half:bool=False, # float16 distances, as the ADM evaluator has them
          ) -> Tensor: # [N] squared distance to the k-th nearest other point
-    "Squared radius of every point's ball"
-    def nearest(u):
-        return torch.cat([
-            squared_distances(u, v, half).topk(min(k+1, len(v)), largest=False).values
-            for v in x.split(tile)], 1)
-    return torch.cat([nearest(u).float().topk(k+1, largest=False).values[:, k]
-                      for u in x.split(tile)])
+    "Squared radius of every point's ball; a tile serves its rows and its columns"
+    parts = x.split(tile)
+    near = [u.new_empty(len(u), 0) for u in parts] # distances to the nearest so far
+    def look(i, d):
+        least = lambda d: d.topk(min(k+1, d.shape[1]), largest=False).values
+        near[i] = least(torch.cat([near[i], least(d).float()], 1))
+    for i, u in enumerate(parts):
+        for j, v in enumerate(parts[i:], i):
+            d = squared_distances(u, v, half)
+            look(i, d)
+            if j > i: look(j, d.T.contiguous())
+    return torch.cat(near)[:, k]
 
 # %% ../../nbs/50_evaluate.ipynb #7e54668a
-def coverage(x:Tensor, # [N, D] centres
-             r:Tensor, # [N, D] centres and [N] squared radii
-             y:Tensor, # [M, D]
+def coverage(x:Tensor, rx:Tensor, # [N, D] centres and [N] squared radii
+             y:Tensor, ry:Tensor, # [M, D] and [M]
              tile:int=5000, # rows at a time
-             half:bool=False, # in [0, 1]
-            ) -> float: # in [0, 1]
-    "Share of `y` inside at least one ball"
-    inside = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    for i in range(0, len(y), tile):
-        for u, ru in zip(x.split(tile), r.split(tile)):
-            inside[i:i+tile] |= (squared_distances(y[i:i+tile], u, half) <= ru).any(1)
-    return inside.double().mean().item()
+             half:bool=False, # float16 distances, as the ADM evaluator has them
+            ) -> tuple: # shares in [0, 1]: of y in a ball around x, of x in one around y
+    "Who lies in the balls of the others, both ways from one pass over the distances"
+    has = lambda n: torch.zeros(n, dtype=torch.bool, device=x.device)
+    in_x, in_y = has(len(y)), has(len(x))
+    for i in range(0, len(x), tile):
+        for j in range(0, len(y), tile):
+            rows, cols = slice(i, i+tile), slice(j, j+tile)
+            d = squared_distances(x[rows], y[cols], half)
+            in_x[cols] |= (d <= rx[rows, None]).any(0)
+            in_y[rows] |= (d <= ry[cols]).any(1)
+    return in_x.double().mean().item(), in_y.double().mean().item()
 
 # %% ../../nbs/50_evaluate.ipynb #6e9f51df
 def precision_recall(real:Tensor, # [N, D]
@@ -173,8 +181,7 @@ def precision_recall(real:Tensor, # [N, D]
     tile = tile or (10_000 if half else 5000)
     x, y = real.float(), fake.float()
     known = kept(radii, x, k, tile, half)
-    return (coverage(x, known, y, tile, half),
-            coverage(y, radii(y, k, tile, half), x, tile, half))
+    return coverage(x, known, y, radii(y, k, tile, half), tile, half)
 
 # %% ../../nbs/50_evaluate.ipynb #382f176e
 @torch.no_grad()
