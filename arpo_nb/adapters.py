@@ -43,12 +43,13 @@ def block_layers(policy:nn.Module, # of which the longest list of modules is its
              if isinstance(m, nn.ModuleList)]
     return max(lists, key=len, default=[]) or inside(policy, '')
 
-# %% ../nbs/09_adapters.ipynb #b42399f7
+# %% ../nbs/09_adapters.ipynb #662d63ad
 def is_adapted(policy, # any
               ) -> bool:
     "Whether peft's adapters are in a policy"
     return bool(getattr(policy, 'peft_config', None))
 
+# %% ../nbs/09_adapters.ipynb #77aa236d
 def _only_kept(policy, state, prefix, _):
     "Leave of a state what is the adapter's"
     if not is_adapted(policy): return
@@ -56,6 +57,7 @@ def _only_kept(policy, state, prefix, _):
     for k in mine:
         if k.removeprefix(prefix) not in policy.kept_names: del state[k]
 
+# %% ../nbs/09_adapters.ipynb #b42399f7
 def _others_lie_elsewhere(policy, incompatible):
     "What is not the adapter's is not missing"
     if not is_adapted(policy): return
@@ -123,8 +125,7 @@ class BasePolicy:
         return (p for p in self.policy.parameters() if not p.requires_grad)
 
     def to(self, *_, # device or dtype
-           **__, # further ones
-          ):
+           **__): # further ones
         "Itself: it is where the policy is"
         return self
 
@@ -167,7 +168,7 @@ def whole_tensors(policy:nn.Module, # adapted or not
             yield f'{layer}.{rest}', t.detach() + more
         elif name not in getattr(policy, 'kept_names', ()): yield name, t.detach()
 
-# %% ../nbs/09_adapters.ipynb #b8af14d3
+# %% ../nbs/09_adapters.ipynb #46faf9ab
 FILE, SETTINGS = 'adapter_model.safetensors', 'adapter_config.json'
 PREFIX = 'base_model.model.'
 
@@ -178,9 +179,9 @@ def adapter_tensors(policy:nn.Module, # adapted
     state = import_peft().get_peft_model_state_dict(policy, save_embedding_layers=False)
     return {k.removeprefix(PREFIX): v for k, v in state.items()}
 
+# %% ../nbs/09_adapters.ipynb #b8af14d3
 def save_adapter(policy:nn.Module, # adapted
-                 folder:Path, # made if missing
-                ):
+                 folder:Path): # made if missing
     "Write an adapter as peft does"
     state = {PREFIX + k: v.detach().cpu().contiguous().clone()
              for k, v in adapter_tensors(policy).items()}
@@ -284,6 +285,12 @@ def unstack(weights, # as a person gives them
         weights = _base(folder)
     return weights, found
 
+# %% ../nbs/09_adapters.ipynb #438befbb
+def _where(weights): # that the adapter's file can be moved without
+    if weights in ('default', 'random') or weights.startswith('hf://'): return weights
+    path, part = split_part(weights)
+    return f"{path.absolute()}{f'#{part}' if part else ''}"
+
 # %% ../nbs/09_adapters.ipynb #c9655e74
 def adapt(policy:nn.Module, # changed in place
           cfg, # `Config`, its `lora_…` fields and `weights`
@@ -300,11 +307,6 @@ def adapt(policy:nn.Module, # changed in place
                      f"rank {rank}; use lora_rank=0 to train those, or load the system "
                      "again")
 
-def _where(weights): # that the adapter's file can be moved without
-    if weights in ('default', 'random') or weights.startswith('hf://'): return weights
-    path, part = split_part(weights)
-    return f"{path.absolute()}{f'#{part}' if part else ''}"
-
 # %% ../nbs/09_adapters.ipynb #25cfd5c4
 def adapter_dropout(policy:nn.Module): # adapted, in evaluation mode
     "Let adapters drop inputs until the next `eval()`"
@@ -314,8 +316,7 @@ def adapter_dropout(policy:nn.Module): # adapted, in evaluation mode
 
 # %% ../nbs/09_adapters.ipynb #4e6184f5
 def check_reached(policy:nn.Module, # after the first update
-                  opt, # its optimiser, perhaps as accelerate prepared it
-                 ):
+                  opt): # its optimiser, perhaps as accelerate prepared it
     "Raise if an adapter has had no gradient"
     if not is_adapted(policy): return
     # made for what has a gradient, by optimisers that have a state

@@ -28,7 +28,7 @@ from typing import get_args
 from .files import read_text, user_path
 from .specs import find_model, find_recipe, is_dotted, resolve
 
-# %% ../nbs/02_config.ipynb #25677872
+# %% ../nbs/02_config.ipynb #997c3fe3
 METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruction '
                'reward and a cross-entropy prior (VA-π Eq. 11)',
                mle='continued maximum likelihood: the prior term '
@@ -40,6 +40,8 @@ METHODS = dict(vapi='policy gradient on teacher-forced samples with a reconstruc
                grpo='policy gradient on free-running samples with the rewards named '
                'in `rewards` (LOO-FID Alg. 1, AR-GRPO, VAR-GRPO)',
                mixed='both in one update: vapi on images, grpo on their labels (ours)')
+
+# %% ../nbs/02_config.ipynb #25677872
 # methods with a policy gradient; those of them that sample free-running
 SAMPLING, FREE = ('vapi', 'grpo', 'mixed'), ('grpo', 'mixed')
 
@@ -357,11 +359,11 @@ def field_type(f # a dataclass field that may also be None
     "int, float, str or bool, of a dataclass field that may also be None"
     return f.type if isinstance(f.type, type) else get_args(f.type)[0]
 
-# %% ../nbs/02_config.ipynb #48200109
+# %% ../nbs/02_config.ipynb #f20f328c
 _AT_MOST = dict(seed=2**63 - 1, batch_size=10**6, num_generations=10**6, num_processes=10**6)
 
-def check_types(cfg:Config # whose floats become floats, in place
-               ):
+# %% ../nbs/02_config.ipynb #48200109
+def check_types(cfg:Config): # whose floats become floats, in place
     "Numbers where numbers belong; integers may stand in for floats"
     for f in fields(cfg):
         v, kind = getattr(cfg, f.name), field_type(f)
@@ -374,7 +376,7 @@ def check_types(cfg:Config # whose floats become floats, in place
         if kind is int and v > (top := _AT_MOST.get(f.name, 2**31 - 1)):
             raise ValueError(f"{f.name}={v}: expected at most {top}")
 
-# %% ../nbs/02_config.ipynb #3691613c
+# %% ../nbs/02_config.ipynb #554a10d8
 _ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'),
                method=tuple(METHODS), teacher_forcing=('causal', 'released_code'), image_crop=('adm', 'bicubic'),
                captions=('whole', 'first', 'turn'),
@@ -386,17 +388,20 @@ _ONE_OF = dict(vllm_importance_sampling_mode=('token_truncate', 'token_mask', 's
                covariance=('diag', 'full'), logprob_cfg=('off', 'guided'), kl_level=('token', 'sequence'),
                ref_policy=('frozen', 'ema'),
                entropy_control=('constant', 'schedule', 'adaptive'))
+
+# %% ../nbs/02_config.ipynb #61f32870
 # the names that transformers' Trainer has for them
 OPTIMS = dict(adamw='torch.optim:AdamW', adamw_torch='torch.optim:AdamW', adamw_torch_fused='torch.optim:AdamW',
               adamw_bnb_8bit='bitsandbytes.optim:AdamW8bit', paged_adamw_8bit='bitsandbytes.optim:PagedAdamW8bit')
+
+# %% ../nbs/02_config.ipynb #3691613c
 NOT_HERE = dict(luspo="; 'luspo' is T times 'grpo' with importance_sampling_level='sequence', as all images have T "
                       "tokens",
                 vespo="; 'vespo' weighs sequences by a gamma density with four parameters of its own, which is not "
                       "implemented")
 
 # %% ../nbs/02_config.ipynb #fb72f878
-def check_choices(cfg:Config # of any values
-                 ):
+def check_choices(cfg:Config): # of any values
     "Words that are one of a few"
     for name, choices in _ONE_OF.items():
         if (v := getattr(cfg, name)) not in choices:
@@ -417,12 +422,16 @@ _AT_LEAST = dict(sampler_timeout=0, vllm_importance_sampling_clip_min=0, vllm_im
                  advantage_eps=0, entropy_coef=0, entropy_gain=0, entropy_deadband=0, entropy_coef_min=0,
                  entropy_coef_max=0)
 
-# %% ../nbs/02_config.ipynb #215ad8bf
+# %% ../nbs/02_config.ipynb #869eff47
 def _below_1(v): return 0 <= v < 1
+
 def _share(v): return 0 < v <= 1
+
 def _closed(v): return 0 <= v <= 1
+
 def _positive(v): return v > 0
 
+# %% ../nbs/02_config.ipynb #215ad8bf
 _RANGES = dict(
     noise_rate=(_closed, 'ξ is a probability, use a value from 0 to 1'),
     **dict.fromkeys(('adam_beta1', 'adam_beta2'), (_below_1, 'expected a value from 0 to below 1')),
@@ -436,8 +445,7 @@ _RANGES = dict(
     top_entropy_quantile=(_closed, 'a share of tokens, use a value from 0 to 1'))
 
 # %% ../nbs/02_config.ipynb #9d1feab0
-def check_ranges(cfg:Config # of the right types
-                ):
+def check_ranges(cfg:Config): # of the right types
     "Numbers that are too small, too large, or none"
     for name, low in _AT_LEAST.items():
         if (v := getattr(cfg, name)) is not None and not v >= low:
@@ -447,11 +455,10 @@ def check_ranges(cfg:Config # of the right types
     for name, v in vars(cfg).items():
         if isinstance(v, float) and not math.isfinite(v): raise ValueError(f"{name}={v}: expected a finite number")
 
-# %% ../nbs/02_config.ipynb #1024b3b3
+# %% ../nbs/02_config.ipynb #c74384e7
 SCALES = {'true': 'group', 'false': 'none'} # TRL's booleans
 
-
-
+# %% ../nbs/02_config.ipynb #1024b3b3
 TRL_ONLY = dict(
     entropy_target='it is in nats in TRL; use normalized_entropy_target, a share of log K',
     use_adaptive_entropy="TRL's steps by entropy_coef_delta; use entropy_control='adaptive', LOO-FID's controller",
@@ -472,8 +479,7 @@ TRL_ONLY = dict(
     bf16="use mixed_precision='bf16'", off_policy_mask_threshold='not implemented')
 
 # %% ../nbs/02_config.ipynb #50575a1c
-def check_loss(cfg:'Config', # to look at
-              ):
+def check_loss(cfg:'Config'): # to look at
     "What TRL would ignore or read in another way"
     high, soft = cfg.epsilon_high, cfg.loss_type in ('cispo', 'sapo')
     if cfg.loss_type == 'cispo' and not (high or 0) >= 1:
@@ -493,8 +499,7 @@ def check_loss(cfg:'Config', # to look at
                          "one per sequence")
 
 # %% ../nbs/02_config.ipynb #1b4c94a6
-def check_life(cfg:'Config', # to look at
-              ):
+def check_life(cfg:'Config'): # to look at
     "What is kept, watched and stopped"
     if cfg.schedule_start >= cfg.steps:
         raise ValueError(f"schedule_start={cfg.schedule_start}: expected fewer rollouts than steps={cfg.steps}")
@@ -506,8 +511,7 @@ def check_life(cfg:'Config', # to look at
                          "which is 0")
 
 # %% ../nbs/02_config.ipynb #edd057fa
-def check_engine(cfg:'Config' # to look at
-                ):
+def check_engine(cfg:'Config'): # to look at
     "What the engine of a run can't do"
     if cfg.max_staleness > 1:
         raise ValueError(f"max_staleness={cfg.max_staleness}: an engine is one step ahead at most; use 0 or 1")
@@ -535,8 +539,7 @@ def parse_rewards(text:str, # 'clip+hps+0.5*loo_fid'; spaces don't matter
     return out
 
 # %% ../nbs/02_config.ipynb #61bd31cf
-def check_method(cfg:Config # of values within their ranges
-                ):
+def check_method(cfg:Config): # of values within their ranges
     "What a method needs, and what it cannot use"
     if cfg.teacher_forcing != 'causal' and cfg.method in FREE:
         raise ValueError(f"teacher_forcing={cfg.teacher_forcing!r}: method {cfg.method!r} scores free-running samples, "
@@ -563,8 +566,7 @@ def contexts(cfg:Config # its method and sizes
     return cfg.batch_size*(cfg.num_generations if cfg.method == 'grpo' else 1)
 
 # %% ../nbs/02_config.ipynb #c55e5cad
-def check_batches(cfg:Config # whose sizes must divide one another
-                 ):
+def check_batches(cfg:Config): # whose sizes must divide one another
     "Whole groups per process, whole contexts per update"
     total = contexts(cfg)
     step, fits = cfg.mini_batch_size or total, [n for n in range(1, cfg.batch_size+1) if cfg.batch_size % n == 0]
@@ -581,8 +583,7 @@ def check_batches(cfg:Config # whose sizes must divide one another
                          "mini_batch_size")
 
 # %% ../nbs/02_config.ipynb #a0f7a016
-def check_config(cfg:Config # of the right types
-                ):
+def check_config(cfg:Config): # of the right types
     "Choices, ranges, what belongs together, and the batch arithmetic"
     check_choices(cfg)
     check_ranges(cfg)
@@ -667,14 +668,14 @@ def no_field(name:str, # as it was given
     cure = TRL_ONLY.get(name) or near and f'did you mean {near}?'
     return f"{name!r}: no such field; {cure or 'choose from ' + ', '.join(names)}"
 
-# %% ../nbs/02_config.ipynb #5ecb8432
+# %% ../nbs/02_config.ipynb #b4020f40
 SWITCH = dict.fromkeys(('1', 'true', 'yes', 'on'),
                        True) | dict.fromkeys(('0', 'false', 'no', 'off'), False)
 
+# %% ../nbs/02_config.ipynb #5ecb8432
 def read(value:str, # as it was typed
          kind:type, # int, float, str or bool
-         name:str='value', # for the message
-        ):
+         name:str='value'): # for the message
     "A field's value from its text"
     word = value.strip().lower()
     if kind is str: return value
@@ -685,11 +686,12 @@ def read(value:str, # as it was typed
                   int: 'a whole number', float: 'a number'}[kind]
         raise ValueError(f"{name}={value!r}: expected {wanted}") from None
 
-# %% ../nbs/02_config.ipynb #c9b80647
+# %% ../nbs/02_config.ipynb #3b4dca13
 # fields that are pairs themselves; names after them that are no fields belong to them
 PAIRS = 'files', 'model_args', 'sampler_args', 'optim_args'
 LONGER = dict(optimizer='optim') # names that fields had, with the same meaning
 
+# %% ../nbs/02_config.ipynb #c9b80647
 def override(cfg:Config, # to start from
              text:str='', # 'name=value,name=value'
              **kwargs, # fields to set; None keeps the value
@@ -716,7 +718,7 @@ def to_json(cfg:Config, # to look at
     "The configuration as JSON"
     return json.dumps(asdict(cfg), indent=1)
 
-# %% ../nbs/02_config.ipynb #fa3c2b11
+# %% ../nbs/02_config.ipynb #0a752610
 def _once(pairs):
     "A dict of names that occur once each"
     names = [name for name, _ in pairs]
@@ -724,6 +726,7 @@ def _once(pairs):
         raise ValueError(f"{', '.join(sorted(twice))}: given twice")
     return dict(pairs)
 
+# %% ../nbs/02_config.ipynb #fa3c2b11
 def _settings(text):
     "The dict that a JSON text holds"
     try: values = json.loads(text, object_pairs_hook=_once)
@@ -733,12 +736,13 @@ def _settings(text):
     raise ValueError(f"configuration: a {type(values).__name__}; expected "
                      "names of fields with their values")
 
-# %% ../nbs/02_config.ipynb #fe2405f0
+# %% ../nbs/02_config.ipynb #a67036c9
 BEFORE_TRL = dict(entropy_target='normalized_entropy_target',
                   entropy_min='entropy_coef_min', entropy_max='entropy_coef_max')
 RENAMED = BEFORE_TRL | LONGER | dict(
     vllm_importance_sampling_cap='vllm_importance_sampling_clip_max')
 
+# %% ../nbs/02_config.ipynb #fe2405f0
 def migrate(values:dict, # as a file has them
            ) -> dict: # under today's names
     "A configuration's values as written before fields took TRL's meanings"
@@ -778,8 +782,7 @@ def field_help() -> dict: # group: {field: comment}
 
 # %% ../nbs/02_config.ipynb #6ece4067
 def add_options(parser, # of argparse; changed in place
-                skip=(), # names that get none
-               ):
+                skip=()): # names that get none
     "An option for every field, in groups, with default and comment"
     default, kinds = Config(), {f.name: field_type(f) for f in fields(Config)}
     for title, names in field_help().items():
@@ -811,8 +814,7 @@ def _code(variant, **more):
 # %% ../nbs/02_config.ipynb #68e2ce73
 def vapi_llamagen(text:bool=False, # t2i instead of c2i
                   variant:str='paper', # in VARIANTS
-                  **kwargs, # fields that differ
-                 ):
+                  **kwargs): # fields that differ
     "VA-π for LlamaGen XL and XXL (Table 7, columns 1 and 2)"
     return Config(**{**dict(
         learning_rate=1e-6, weight_decay=1e-4, mixed_precision='bf16', # Table 7
@@ -826,8 +828,7 @@ def vapi_llamagen(text:bool=False, # t2i instead of c2i
 
 # %% ../nbs/02_config.ipynb #6bea037f
 def vapi_janus(variant:str='paper', # in VARIANTS
-               **kwargs, # fields that differ
-              ):
+               **kwargs): # fields that differ
     "VA-π for Janus-Pro 1B (Table 7, column 3)"
     # Table 7
     return vapi_llamagen(**{**dict(learning_rate=1e-7, noise_rate=.95, steps=100),
@@ -835,8 +836,7 @@ def vapi_janus(variant:str='paper', # in VARIANTS
 
 # %% ../nbs/02_config.ipynb #208a57f9
 def vapi_toy(variant:str='paper', # in VARIANTS
-             **kwargs, # fields that differ
-            ):
+             **kwargs): # fields that differ
     "VA-π on the toy system (our choice)"
     # 128 images × 8 = 1,024 samples a step
     return Config(**{**dict(learning_rate=5e-4, lr_scheduler_type='cosine',
@@ -846,8 +846,7 @@ def vapi_toy(variant:str='paper', # in VARIANTS
 
 # %% ../nbs/02_config.ipynb #46ca9333
 def loofid(variant:str='paper', # 'per_gpu': 144 samples on each of four GPUs
-           **kwargs, # fields that differ
-          ):
+           **kwargs): # fields that differ
     "LOO-FID policy tuning for LlamaGen and VQGAN (Alg. 1, App. C, D)"
     if variant == 'per_gpu': kwargs = dict(batch_size=48, num_processes=4) | kwargs
     return Config(**{**dict(
@@ -871,8 +870,7 @@ def loofid(variant:str='paper', # 'per_gpu': 144 samples on each of four GPUs
 # %% ../nbs/02_config.ipynb #ef99dc3d
 def ar_grpo(text:bool=False, # captions instead of class labels
             variant:str='paper', # in VARIANTS
-            **kwargs, # fields that differ
-           ):
+            **kwargs): # fields that differ
     "AR-GRPO for LlamaGen (released scripts)"
     code = variant == 'released_code'
     return Config(**{**dict(
@@ -888,8 +886,7 @@ def ar_grpo(text:bool=False, # captions instead of class labels
 
 # %% ../nbs/02_config.ipynb #4c623652
 def var_grpo(variant:str='paper', # 'updates': its 40,000 steps are optimiser steps
-             **kwargs, # fields that differ
-            ):
+             **kwargs): # fields that differ
     "GRPO for next-scale VAR (VAR-GRPO §5)"
     # 16 updates to a rollout
     if variant == 'updates': kwargs = dict(steps=2500) | kwargs
@@ -902,8 +899,7 @@ def var_grpo(variant:str='paper', # 'updates': its 40,000 steps are optimiser st
         mixed_precision='bf16', decode_batch_size=64), **kwargs})
 
 # %% ../nbs/02_config.ipynb #6465a4d8
-def loofid_toy(**kwargs, # fields that differ
-              ):
+def loofid_toy(**kwargs): # fields that differ
     "LOO-FID policy tuning on the toy system (our choice)"
     return loofid(**{**dict(rewards='class_score+loo_fid', normalize_rewards=True,
                             steps=60, learning_rate=1e-4, lr_scheduler_type='cosine',
@@ -914,19 +910,19 @@ def loofid_toy(**kwargs, # fields that differ
                             save_steps=20), **kwargs})
 
 # %% ../nbs/02_config.ipynb #234b44c3
-def var_toy(**kwargs, # fields that differ
-           ):
+def var_toy(**kwargs): # fields that differ
     "VAR-GRPO on the toy system (our choice)"
     return var_grpo(**{**dict(rewards='brightness', batch_size=10, mini_batch_size=80,
                               steps=30, learning_rate=1e-3, beta=.05,
                               mixed_precision='no', decode_batch_size=256,
                               save_steps=20), **kwargs})
 
-# %% ../nbs/02_config.ipynb #5f27d5ab
+# %% ../nbs/02_config.ipynb #17afafdb
 RECIPES = (*METHODS, 'loofid', 'ar_grpo', 'var_grpo', 'vapi_loofid')
 # what VA-π takes from LOO-FID where they share an update
 SHARED = 'rewards', 'normalize_rewards', 'ema_weight', 'covariance', 'rollout_cfg_scale'
 
+# %% ../nbs/02_config.ipynb #5f27d5ab
 def preset(model:str, # name of the system, see specs
            method:str='vapi', # name in RECIPES; what 'grpo' and 'mixed' stand for is in the model's record
            variant:str='paper', # 'paper' or 'released_code'
@@ -962,9 +958,10 @@ def _value(value, field, name, path):
     if may_be_none and value in ('', '~', 'null', 'None', 'none'): return None
     return read(value, field_type(field), name) if isinstance(value, str) else value
 
-# %% ../nbs/02_config.ipynb #5484f608
+# %% ../nbs/02_config.ipynb #69af1eb9
 BESIDE = 'variant', 'out_dir', 'launcher' # what a file may say besides fields
 
+# %% ../nbs/02_config.ipynb #5484f608
 def read_settings(path # .yaml, .yml or .json
                  ) -> dict: # field, or name in BESIDE: value
     "What a file says about a run"
@@ -1066,11 +1063,12 @@ TOY_ARMS = dict(instance_only=dict(rewards='class_score'), fid_only=dict(rewards
                 full=dict(covariance='full'),
                 raw_sum=dict(normalize_rewards=False), kl=dict(beta=3.), entropy=dict(entropy_coef=2.2e-3))
 
-# %% ../nbs/02_config.ipynb #d5f3e04f
+# %% ../nbs/02_config.ipynb #68fad10e
 # a paper's own, and the toy's versions of them
 ARMS = dict(loofid=dict(paper=LOOFID_ABLATIONS, toy=TOY_ARMS),
             var_grpo=dict(paper=VAR_EXPERIMENTS, toy=TOY_VAR_ARMS))
 
+# %% ../nbs/02_config.ipynb #d5f3e04f
 def choose_arms(names:str, # 'all', 'none', or names joined by commas
                 cfg:Config, # what they change
                 paper:str='loofid', # key of ARMS

@@ -73,9 +73,10 @@ class BadFile(ValueError):
         super().__init__(f"{path}{where and f', {where}'}: {why}")
         self.path, self.why, self.where = str(path), why, where
 
-# %% ../nbs/08_files.ipynb #7fc8a30f
+# %% ../nbs/08_files.ipynb #1367db59
 def _first_line(e): return (str(e).splitlines() or [''])[0][:300]
 
+# %% ../nbs/08_files.ipynb #7fc8a30f
 @contextmanager
 def reading(path, # of the file
             where:str='', # line, record or field
@@ -95,9 +96,13 @@ def reading(path, # of the file
         why = f"cannot be read ({type(e).__name__}: {_first_line(e)}){wanted}"
         raise BadFile(path, why, where) from e
 
-# %% ../nbs/08_files.ipynb #766adf0c
+# %% ../nbs/08_files.ipynb #c4e68790
 _KINDS = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a FIFO', stat.S_IFCHR: 'a device',
           stat.S_IFBLK: 'a device', stat.S_IFSOCK: 'a socket'}
+
+# %% ../nbs/08_files.ipynb #766adf0c
+def _patient(path, flags):
+    return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0)) # should it be a FIFO now
 
 def open_file(path, # of a plain file
              ): # binary stream
@@ -108,9 +113,6 @@ def open_file(path, # of a plain file
         raise BadFile(path, f"{what}, expected a plain file")
     with reading(path, expected='a file that may be read'):
         return open(path, 'rb', opener=_patient)
-
-def _patient(path, flags):
-    return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0)) # should it be a FIFO now
 
 # %% ../nbs/08_files.ipynb #ceec7b2f
 def read_bytes(path, # of a plain file
@@ -177,6 +179,9 @@ def read_text(path, # of a text file
     "A whole text file"
     return decode_text(read_bytes(path, _MAX_TEXT), path)
 
+# %% ../nbs/08_files.ipynb #c84b4a0b
+def _without_last_end(text): return re.sub('(\r\n|\n|\r)\\Z', '', text)
+
 # %% ../nbs/08_files.ipynb #14133708
 def read_lines(path, # of a text file
               ): # yields number and line, without its end
@@ -193,9 +198,7 @@ def read_lines(path, # of a text file
             text = _without_last_end(decode_text(raw, path, number + 1))
             for line in _LINE_END.split(text): yield (number := number + 1), line
 
-def _without_last_end(text): return re.sub('(\r\n|\n|\r)\\Z', '', text)
-
-# %% ../nbs/08_files.ipynb #ae6cb6dc
+# %% ../nbs/08_files.ipynb #5d60919e
 def parse_json(text:str, # one JSON value
                path, # of the file, for messages
                where:str='', # line or record of it
@@ -203,23 +206,26 @@ def parse_json(text:str, # one JSON value
     "A JSON value"
     with reading(path, where, 'JSON'): return json.loads(text)
 
+# %% ../nbs/08_files.ipynb #ae6cb6dc
 def read_json(path, # of a JSON file
              ): # its value
     "The value in a JSON file"
     return parse_json(read_text(path), path)
 
-# %% ../nbs/08_files.ipynb #a771b2b7
+# %% ../nbs/08_files.ipynb #f7b0442f
 def _separator(path):
     "A comma, or a semicolon or tab where the first line has no comma"
     first = next((line for _, line in read_lines(path)), '')
     return next((s for s in ',;\t' if s in first), ',')
 
+# %% ../nbs/08_files.ipynb #b758c568
 def _named(names, row, path, line):
     if len(row) != len(names):
         wanted = f"expected {len(names)}: {', '.join(names)}"
         raise BadFile(path, f"{len(row)} fields, {wanted}", f'line {line}')
     return dict(zip(names, row))
 
+# %% ../nbs/08_files.ipynb #a771b2b7
 def _read_table(path, sep):
     "Rows of a table with names in its first line"
     expected = 'a table with the names of its columns in the first line'
@@ -235,7 +241,7 @@ def _read_table(path, sep):
             n = rows.line_num
             yield f'line {n}', lambda row=row, n=n: _named(names, row, path, n)
 
-# %% ../nbs/08_files.ipynb #48838193
+# %% ../nbs/08_files.ipynb #3fe887fd
 def _holds_lines(path, least):
     "Whether each of a file's first lines is a JSON object, whatever its ending"
     lines = (t for _, t in read_lines(path) if t.strip())
@@ -245,6 +251,7 @@ def _holds_lines(path, least):
         return len(first) == least and objects
     except (ValueError, RecursionError): return False
 
+# %% ../nbs/08_files.ipynb #48838193
 def _json_list(path):
     "The list in a JSON file, alone or the only one in an object"
     value = read_json(path)
@@ -256,13 +263,14 @@ def _json_list(path):
                             "object")
     return lists[0]
 
-# %% ../nbs/08_files.ipynb #0f99dd52
+# %% ../nbs/08_files.ipynb #8e772b9a
 def _read_jsonl(path):
     for n, line in read_lines(path):
         where = f'line {n}'
         if line.strip():
             yield where, lambda w=where, line=line: parse_json(line, path, w)
 
+# %% ../nbs/08_files.ipynb #0f99dd52
 def read_records(path, # of a .jsonl, .json, .csv, .tsv or text file
                 ): # yields place, and a function: JSON value, dict of texts or line
     "The records of a .jsonl, .json, .csv, .tsv or text file"
@@ -304,9 +312,10 @@ class Bounded:
         "Close what it reads from"
         self.file.close()
 
-# %% ../nbs/08_files.ipynb #5a8b0132
+# %% ../nbs/08_files.ipynb #85a9e364
 _PACKERS = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ': lzma.open}
 
+# %% ../nbs/08_files.ipynb #5a8b0132
 @contextmanager
 def open_packed(path, # of a plain file
                ): # yields a stream with `read(n)`
@@ -320,9 +329,10 @@ def open_packed(path, # of a plain file
                                 "unpack it first")
         yield Bounded(unpack(f), path, RATIO*size + ROOM) if unpack else f
 
-# %% ../nbs/08_files.ipynb #3f79f974
+# %% ../nbs/08_files.ipynb #0a55ca7f
 _END = b'PK\5\6' # begins the last record of a zip archive
 
+# %% ../nbs/08_files.ipynb #3f79f974
 def zip_entries(z:zipfile.ZipFile, # open for reading
                ) -> list: # of `zipfile.ZipInfo`
     "An archive's members; `zipfile.BadZipFile` unless they are those that it promises"
@@ -335,10 +345,11 @@ def zip_entries(z:zipfile.ZipFile, # open for reading
     for i in entries: z.open(i).close() # compares the names
     return entries
 
-# %% ../nbs/08_files.ipynb #68e11f01
+# %% ../nbs/08_files.ipynb #a6ac701c
 _HEADERS = {(1, 0): npy_format.read_array_header_1_0,
             (2, 0): npy_format.read_array_header_2_0}
 
+# %% ../nbs/08_files.ipynb #68e11f01
 def npy_header(f, # stream at the start of an array
                path, # of the file, for messages
                where:str='', # array of it
@@ -377,11 +388,12 @@ def read_npy(f, # stream at the start of an array
     if not need: return np.empty(shape, dtype)
     return raw.view(dtype).reshape(shape, order='F' if fortran else 'C')
 
-# %% ../nbs/08_files.ipynb #ec909b9e
+# %% ../nbs/08_files.ipynb #5d342562
 def _arrays(z):
     entries = [i for i in zip_entries(z) if i.filename.endswith('.npy')]
     return {i.filename.removesuffix('.npy'): i for i in entries}
 
+# %% ../nbs/08_files.ipynb #ec909b9e
 @contextmanager
 def open_npz(path, # of an .npz
             ): # yields a dict: name → entry of the archive, and the archive
@@ -393,7 +405,7 @@ def open_npz(path, # of an .npz
                                 "make or copy it again")
         with zipfile.ZipFile(file) as z: yield _arrays(z), z
 
-# %% ../nbs/08_files.ipynb #92ecf47e
+# %% ../nbs/08_files.ipynb #086832a5
 def _read_entry(z, info, path, name):
     where = f'array {name}'
     if info.file_size > RATIO*info.compress_size + ROOM:
@@ -402,6 +414,7 @@ def _read_entry(z, info, path, name):
     with reading(path, where), z.open(info) as f:
         return read_npy(f, info.file_size, path, where)
 
+# %% ../nbs/08_files.ipynb #92ecf47e
 def read_npz(path, # of an .npz
              names=None, # of arrays; None for all
             ) -> dict: # name → array, of those that are there
@@ -410,7 +423,7 @@ def read_npz(path, # of an .npz
         chosen = {n: i for n, i in entries.items() if names is None or n in names}
         return {n: _read_entry(z, i, path, n) for n, i in chosen.items()}
 
-# %% ../nbs/08_files.ipynb #a7d0e827
+# %% ../nbs/08_files.ipynb #1cb7ef5c
 def _check_kinds(path, m, mean, s, cov):
     "Numbers, and of shapes that belong together"
     if mean.dtype.kind not in 'fiu' or cov.dtype.kind not in 'fiu':
@@ -420,6 +433,7 @@ def _check_kinds(path, m, mean, s, cov):
         raise BadFile(path, f"{m} has shape {mean.shape} and {s} {cov.shape}, "
                             "expected [D] and [D, D]")
 
+# %% ../nbs/08_files.ipynb #a7d0e827
 def _check_sizes(path, m, mean, s, cov, most):
     "Finite, and not beyond what squares of float64 hold"
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
@@ -429,7 +443,7 @@ def _check_sizes(path, m, mean, s, cov, most):
         raise BadFile(path, f"numbers up to {most:.3g}, more than features of any "
                             "network have; make it again", f'{m} or {s}')
 
-# %% ../nbs/08_files.ipynb #4ba3f2c0
+# %% ../nbs/08_files.ipynb #e127bb04
 def _check_covariance(path, s, cov, most):
     "Symmetric, without negative variances or eigenvalues"
     if (least := cov.diagonal().min()) < 0:
@@ -441,6 +455,7 @@ def _check_covariance(path, s, cov, most):
         raise BadFile(path, "has negative eigenvalues, so no features can have this "
                             "covariance; make it again", s) from e
 
+# %% ../nbs/08_files.ipynb #4ba3f2c0
 def _check_moments(path, m, mean, s, cov):
     _check_kinds(path, m, mean, s, cov)
     mean, cov = mean.astype(np.float64), cov.astype(np.float64)
@@ -449,9 +464,10 @@ def _check_moments(path, m, mean, s, cov):
     _check_covariance(path, s, cov, most)
     return mean, cov
 
-# %% ../nbs/08_files.ipynb #590a4221
+# %% ../nbs/08_files.ipynb #c22efb5b
 MOMENTS = 'mu', 'sigma', 'mu_s', 'sigma_s' # the last two of spatial features
 
+# %% ../nbs/08_files.ipynb #590a4221
 def read_moments(path, # of an .npz
                 ) -> dict: # of those names in MOMENTS that the file holds, float64
     "Means and covariances of an .npz, checked"

@@ -52,9 +52,17 @@ def human_size(n:int, # bytes; 0 where unknown
     unit = next((u for u in ('GB', 'MB') if n >= 10**(9 if u == 'GB' else 6)), 'kB')
     return f"{n/10**dict(GB=9, MB=6, kB=3)[unit]:.{2 if unit == 'GB' else 0}f} {unit}"
 
-# %% ../nbs/08_weights.ipynb #681723a5
+# %% ../nbs/08_weights.ipynb #cd997c07
 FILES = {} # name: `Published`
 
+def _row(name, markdown):
+    f = FILES[name]
+    linked = markdown and not f.package
+    where = f'[{f.file}]({f.address})' if linked else f'{f.file}, {f.address}'
+    return (f'`{name}`' if markdown else name, human_size(f.size), f.sha256[:8] or '–',
+            f.licence, f.purpose, where)
+
+# %% ../nbs/08_weights.ipynb #681723a5
 def table(names=None, # which; None for all
           markdown:bool=False, # for a page, with links
          ) -> str:
@@ -67,13 +75,6 @@ def table(names=None, # which; None for all
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
     return '\n'.join('  '.join([*(c.ljust(w) for c, w in zip(r, widths)), r[5]])
                      for r in rows)
-
-def _row(name, markdown):
-    f = FILES[name]
-    linked = markdown and not f.package
-    where = f'[{f.file}]({f.address})' if linked else f'{f.file}, {f.address}'
-    return (f'`{name}`' if markdown else name, human_size(f.size), f.sha256[:8] or '–',
-            f.licence, f.purpose, where)
 
 # %% ../nbs/08_weights.ipynb #3e6afec7
 _OPENAI, _HUB_HPS, _TORCH = ('https://openaipublic.azureedge.net/clip/models/',
@@ -172,7 +173,7 @@ FILES |= {
         'other (model card)', repo='facebook/mask2former-swin-small-coco-instance',
         parts=('config.json', 'preprocessor_config.json'))}
 
-# %% ../nbs/08_weights.ipynb #eda2f770
+# %% ../nbs/08_weights.ipynb #5ebb4522
 _CODE = 'MIT (code repository)'
 _LLAMAGEN = dict(
     vq_ds16_c2i=71_948_939, vq_ds8_c2i=70_175_371, c2i_B_256=110_888_448,
@@ -183,14 +184,14 @@ _LLAMAGEN_TEXT = dict(vq_ds16_t2i=71_948_939, t2i_XL_stage1_256=777_923_840,
 _LLAMAGENS = {'FoundationVision/LlamaGen': _LLAMAGEN,
               'peizesun/llamagen_t2i': _LLAMAGEN_TEXT}
 
+# %% ../nbs/08_weights.ipynb #eda2f770
 def _llamagen(name, repo, values):
     kind = 'tokenizer' if name.startswith('vq') else 'transformer'
     return Published(f'{name}.pt', 4*values, f'LlamaGen {kind}', _CODE, repo=repo)
-
 FILES |= {n: _llamagen(n, repo, v) for repo, values in _LLAMAGENS.items()
           for n, v in values.items()}
 
-# %% ../nbs/08_weights.ipynb #e19c06c6
+# %% ../nbs/08_weights.ipynb #82fda005
 _VAR = dict(d16=1_243_054_656, d20=2_405_625_984, d24=4_135_599_936, d30=8_042_166_864,
             d36=9_435_995_712)
 
@@ -200,6 +201,7 @@ def _var(depth, size):
                      f'VAR transformer, depth {depth[1:]}, {pixels} px', _CODE,
                      repo='FoundationVision/var')
 
+# %% ../nbs/08_weights.ipynb #e19c06c6
 FILES |= {
     'var_vae': Published('vae_ch160v4096z32.pth', 435_957_260,
                          'VAR tokenizer, all sizes', _CODE,
@@ -235,7 +237,7 @@ FILES |= {
         'Janus-Pro-7B, two parts and their index', _JANUS,
         repo='deepseek-ai/Janus-Pro-7B', parts=_JANUS_7B)}
 
-# %% ../nbs/08_weights.ipynb #d49ca2e5
+# %% ../nbs/08_weights.ipynb #634b74b8
 def _hub():
     # constants are not attached by themselves
     try: import huggingface_hub, huggingface_hub.constants
@@ -244,11 +246,13 @@ def _hub():
                           "pip install huggingface_hub") from e
     return huggingface_hub
 
+# %% ../nbs/08_weights.ipynb #44637cb1
 def url_cache() -> Path:
     "The folder of files that are not from the hub"
     mine = os.environ.get('ARPO_WEIGHTS')
     return user_path(mine, 'ARPO_WEIGHTS') if mine else home_cache('arpo_nb')
 
+# %% ../nbs/08_weights.ipynb #d49ca2e5
 def _torch_cache():
     mine = os.environ.get('TORCH_HOME')
     home = user_path(mine, 'TORCH_HOME') if mine else home_cache('torch')
@@ -266,6 +270,9 @@ def _known(name):
     raise ValueError(f"name={name!r}: no published file of that name; known: "
                      f"{', '.join(FILES)}")
 
+# %% ../nbs/08_weights.ipynb #fcbe8f75
+def _pinned(f): return dict(revision=f.revision) if f.revision else {}
+
 # %% ../nbs/08_weights.ipynb #0329eeb9
 def _in_cache(name, cache_dir=None):
     "The path of a file that is already here, or None"
@@ -282,7 +289,8 @@ def _in_cache(name, cache_dir=None):
     else: places = [user_path(cache_dir or url_cache(), 'cache_dir'), _torch_cache()]
     return next((p/f.file for p in places if (p/f.file).is_file()), None)
 
-def _pinned(f): return dict(revision=f.revision) if f.revision else {}
+# %% ../nbs/08_weights.ipynb #65366047
+def _own_name(name): return name + Path(FILES[name].file).suffix
 
 # %% ../nbs/08_weights.ipynb #c7fd6b2f
 def in_folder(folder, # of yours
@@ -303,9 +311,7 @@ def in_folder(folder, # of yours
     sure = alone or len(sizes) == 1 or (folder/bare).stat().st_size == f.size
     return folder/bare if sure else None
 
-def _own_name(name): return name + Path(FILES[name].file).suffix
-
-# %% ../nbs/08_weights.ipynb #aab0c0d2
+# %% ../nbs/08_weights.ipynb #39ddeb6a
 HUB = 'hf://'
 
 def is_repo(weights, # anything that stands for weights
@@ -313,6 +319,7 @@ def is_repo(weights, # anything that stands for weights
     "Whether weights are a repository of the hub"
     return isinstance(weights, str) and weights.startswith(HUB)
 
+# %% ../nbs/08_weights.ipynb #aab0c0d2
 def split_repo(weights:str, # beginning with HUB
               ) -> tuple: # repository, commit or branch or None, part or None
     "What hf://user/repo@revision#part names"
@@ -349,13 +356,14 @@ def fetch_repo(weights, # anything; what does not begin with HUB is its own answ
         warnings.warn(f"{weights}: taken as it is now; {pinned} pins it")
     return f'{folder}#{part}' if part else str(folder)
 
-# %% ../nbs/08_weights.ipynb #16919717
+# %% ../nbs/08_weights.ipynb #237d0042
 def _there(path, part):
     path = user_path(path, 'files')
     if split_part(path)[0].exists(): return path
     raise FileNotFoundError(f"files={part!r}: no {path}; expected NAME=FILE, or a "
                             "folder with published files")
 
+# %% ../nbs/08_weights.ipynb #16919717
 def _found(folder, part):
     "All files in a folder"
     if not folder.is_dir():
@@ -368,10 +376,19 @@ def _found(folder, part):
         "name that we know; expected NAME.EXT, the hub's names, or the hub's folders. "
         "Or give NAME=FILE")
 
-# %% ../nbs/08_weights.ipynb #8b900789
+# %% ../nbs/08_weights.ipynb #182d4203
 # parts end at a semicolon, or at a comma before the next NAME=
 _PARTS = r';|,(?=\s*[\w.]+\s*=)'
 
+# %% ../nbs/08_weights.ipynb #0fa4dc97
+def _named(name, part):
+    if name in FILES: return name
+    near = ' or '.join(difflib.get_close_matches(name, FILES, 2, .4))
+    raise ValueError(f"files={part!r}: no published file named {name!r}"
+                     f"{near and ', did you mean '}{near}; "
+                     "python -m arpo_nb.weights --list names them all")
+
+# %% ../nbs/08_weights.ipynb #8b900789
 def local_files(files:str, # NAME=FILE,NAME=FILE, or a folder, or several of them joined
                 # by semicolons; '' for none; hf://user/repo stands for a folder
                ) -> dict: # key of `FILES`: path, or a repository fetched when needed
@@ -385,13 +402,6 @@ def local_files(files:str, # NAME=FILE,NAME=FILE, or a folder, or several of the
             out[name] = path if is_repo(path) else _there(path, part)
         else: out |= _found(_there(part, part), part)
     return out
-
-def _named(name, part):
-    if name in FILES: return name
-    near = ' or '.join(difflib.get_close_matches(name, FILES, 2, .4))
-    raise ValueError(f"files={part!r}: no published file named {name!r}"
-                     f"{near and ', did you mean '}{near}; "
-                     "python -m arpo_nb.weights --list names them all")
 
 # %% ../nbs/08_weights.ipynb #94e8a86d
 def file_sha256(path, # of a file of any size
@@ -427,12 +437,13 @@ def published_sha256(name:str, # key of `FILES`
     blob = path.resolve().name
     return FILES[name].sha256 or (blob if re.fullmatch('[0-9a-f]{64}', blob) else '')
 
-# %% ../nbs/08_weights.ipynb #5aae6500
+# %% ../nbs/08_weights.ipynb #737ec0b7
 def _is_other(path, name, other):
     return (f"{path}: its SHA-256 is that of {other} ({FILES[other].file}), not of "
             f"{name}, whatever its name says. Use it as {other}, or download "
             f"{FILES[name].address}")
 
+# %% ../nbs/08_weights.ipynb #5aae6500
 def _is_damaged(path, name, want, digest):
     named, size = path.name == Path(FILES[name].file).name, path.stat().st_size
     return (f"{path}: has the {'name' if named else 'size'} of {name} but not its "
@@ -461,19 +472,8 @@ def mislabelled(path:Path, # of a file or folder
     if other: return _is_other(path, name, other)
     return _is_damaged(path, name, like[name], digest) if name in like else ''
 
-# %% ../nbs/08_weights.ipynb #d5afd5e9
+# %% ../nbs/08_weights.ipynb #2e520dba
 def _what(f): return f"{f.file} ({human_size(f.size)}, {f.address})"
-
-def _plan(name, source, path=None, size=0, sha=None, part=None):
-    address = FILES[name].address if source != 'local' else str(path)
-    return dict(source=source, path=path, part=part, address=address,
-                size=size or (path.stat().st_size if path else 0), sha256=sha)
-
-def _plan_repo(name, weights):
-    "That of a repository of the hub, not asked yet"
-    repo, _, part = split_repo(weights)
-    there = f'https://huggingface.co/{repo}'
-    return _plan(name, 'hub', part=part) | dict(address=there)
 
 def _by_hand(name, cache):
     "What to do with a file that was downloaded elsewhere"
@@ -482,7 +482,40 @@ def _by_hand(name, cache):
     at = f'put it at {cache/f.file}' if f.url else own
     return f"{at}, or name it: files='{name}=FILE' in a run, weights=FILE in Python"
 
-# %% ../nbs/08_weights.ipynb #85a6675b
+# %% ../nbs/08_weights.ipynb #e6e4d822
+def _plan(name, source, path=None, size=0, sha=None, part=None):
+    address = FILES[name].address if source != 'local' else str(path)
+    return dict(source=source, path=path, part=part, address=address,
+                size=size or (path.stat().st_size if path else 0), sha256=sha)
+
+# %% ../nbs/08_weights.ipynb #d5afd5e9
+def _plan_repo(name, weights):
+    "That of a repository of the hub, not asked yet"
+    repo, _, part = split_repo(weights)
+    there = f'https://huggingface.co/{repo}'
+    return _plan(name, 'hub', part=part) | dict(address=there)
+
+# %% ../nbs/08_weights.ipynb #69047139
+def _source(f, path):
+    return 'package' if f.package and 'site-packages' in path.parts else 'cache'
+
+# %% ../nbs/08_weights.ipynb #128b5daa
+def _whole(path, name):
+    "The path, unless its bytes are not those of `name`"
+    if why := mislabelled(path, name): raise ValueError(why)
+    return path
+
+# %% ../nbs/08_weights.ipynb #8b65c4a1
+def _ask_hub(hub, f):
+    "Size and hash of a hub file"
+    ask = lambda part: hub.get_hf_file_metadata(hub.hf_hub_url(f.repo, part,
+                                                               **_pinned(f)))
+    metas = [ask(part) for part in (f.file, *f.parts)]
+    tag = metas[0].etag or ''
+    sha = metas[0].etag if re.fullmatch('[0-9a-f]{64}', tag) else None
+    return sum(m.size or 0 for m in metas), sha
+
+# %% ../nbs/08_weights.ipynb #3117d2ab
 def _plan_local(name, weights):
     path, key = split_part(weights, 'weights')
     if not path.exists():
@@ -492,6 +525,7 @@ def _plan_local(name, weights):
     if path.is_dir() and name in FILES: path = in_folder(path, name, alone=True) or path
     return _plan(name, 'local', _whole(path, name), part=key)
 
+# %% ../nbs/08_weights.ipynb #85a6675b
 def _plan_download(name, f, hub, cache):
     ask = lambda: _ask_hub(hub, f) if hub else (_ask_url(f.url), f.sha256 or None)
     try: size, sha = ask()
@@ -503,24 +537,6 @@ def _plan_download(name, f, hub, cache):
     size = size or f.size
     need_space(cache, int(1.02*size), _what(f), 'pass cache_dir on another disk')
     return _plan(name, 'hub' if hub else 'url', None, size, sha)
-
-# %% ../nbs/08_weights.ipynb #8b65c4a1
-def _source(f, path):
-    return 'package' if f.package and 'site-packages' in path.parts else 'cache'
-
-def _whole(path, name):
-    "The path, unless its bytes are not those of `name`"
-    if why := mislabelled(path, name): raise ValueError(why)
-    return path
-
-def _ask_hub(hub, f):
-    "Size and hash of a hub file"
-    ask = lambda part: hub.get_hf_file_metadata(hub.hf_hub_url(f.repo, part,
-                                                               **_pinned(f)))
-    metas = [ask(part) for part in (f.file, *f.parts)]
-    tag = metas[0].etag or ''
-    sha = metas[0].etag if re.fullmatch('[0-9a-f]{64}', tag) else None
-    return sum(m.size or 0 for m in metas), sha
 
 # %% ../nbs/08_weights.ipynb #7b862b6f
 def _open(url, start=0):
@@ -601,6 +617,14 @@ def download(url:str, # where from
                              "deleted. Run again")
         return part.replace(path)
 
+# %% ../nbs/08_weights.ipynb #31d6e6ea
+def _say_unverified(name, f, path):
+    "Warn where neither hash nor commit is known, so that the file could be another one"
+    if f.sha256 or f.revision: return
+    warnings.warn(f"{name}: neither a hash nor a commit of {f.file} is published, so "
+                  "nobody can tell whether it is the file that others used; this one "
+                  f"has SHA-256 {noted_sha256(path)}")
+
 # %% ../nbs/08_weights.ipynb #f7f4116b
 def _fetch(name, f, plan, cache_dir, progress):
     "Download a file from its address or from the hub"
@@ -618,12 +642,12 @@ def _fetch(name, f, plan, cache_dir, progress):
                          "deleted. Run again")
     return paths[0]
 
-def _say_unverified(name, f, path):
-    "Warn where neither hash nor commit is known, so that the file could be another one"
-    if f.sha256 or f.revision: return
-    warnings.warn(f"{name}: neither a hash nor a commit of {f.file} is published, so "
-                  "nobody can tell whether it is the file that others used; this one "
-                  f"has SHA-256 {noted_sha256(path)}")
+# %% ../nbs/08_weights.ipynb #828d1d45
+def _files_of(name, weights):
+    "Patterns of what is needed of a repository: of a publisher's, the file's own"
+    f = FILES.get(name)
+    published = f and is_repo(weights) and split_repo(weights)[0] == f.repo
+    return (f.file, *f.parts) if published else _WEIGHTS
 
 # %% ../nbs/08_weights.ipynb #ea4c3f67
 def locate(name:str, # key of `FILES`
@@ -642,13 +666,7 @@ def locate(name:str, # key of `FILES`
     if f.repo or f.url: _say_unverified(name, f, path)
     return path
 
-def _files_of(name, weights):
-    "Patterns of what is needed of a repository: of a publisher's, the file's own"
-    f = FILES.get(name)
-    published = f and is_repo(weights) and split_repo(weights)[0] == f.repo
-    return (f.file, *f.parts) if published else _WEIGHTS
-
-# %% ../nbs/08_weights.ipynb #00172664
+# %% ../nbs/08_weights.ipynb #da49c9ae
 def _check_names(names, weights):
     if not isinstance(weights, dict):
         raise ValueError(f"weights={weights!r}: expected a dict from names of files to "
@@ -659,6 +677,7 @@ def _check_names(names, weights):
                      f"here, only: {', '.join(names) or 'none'}"
                      f"{f'; did you mean {near[0]!r}?' if near else ''}")
 
+# %% ../nbs/08_weights.ipynb #00172664
 def _problems(names, problems):
     said = [f"{len(problems)} of {len(names)} files cannot be had:",
             *(f'- {n}: {e}' for n, e in problems.items())]

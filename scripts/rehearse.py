@@ -1,6 +1,8 @@
 "The table of rehearsals: every model and method on 1, 8 and 64 devices of 80 GB, as JSON; goes on where it stopped"
 import argparse
 import json
+import os
+import threading
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,6 +17,17 @@ PAPERS = {('llamagen_xxl', 'vapi'): (8,), ('llamagen_l', 'loofid'): (1, 4), ('ll
           ('janus_pro_7b', 'loofid'): (8,)}
 
 
+RECORDS = {} # what this process has seen of networks, whatever they were a part of
+
+
+def follow_parent(parent):
+    "End this process when the one that started it has gone"
+    def watch():
+        while os.getppid() == parent: time.sleep(.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def shared(cfg, n):
     "The configuration with as many conditions as n devices can share evenly, and as many updates"
     from arpo_nb.config import contexts
@@ -24,11 +37,11 @@ def shared(cfg, n):
     return replace(more, num_processes=n, mini_batch_size=small)
 
 
-def cell(cfg, n, parts, records):
+def cell(cfg, n, parts):
     "What fits one of n devices, and what a step takes; a text where there is none"
     from arpo_nb.training.rehearse import DEVICES, propose, step_seconds
     cfg = shared(cfg, n)
-    try: fits, r = propose(cfg, MEMORY, parts=parts, records=records)
+    try: fits, r = propose(cfg, MEMORY, parts=parts, records=RECORDS)
     except (ValueError, RuntimeError, MemoryError, NotImplementedError) as e: return dict(why=f'{type(e).__name__}: {e}')
     changed = {k: v for k, v in asdict(fits).items() if v != getattr(cfg, k)}
     at_least = {d: round(sum(step_seconds(r, DEVICES[d]).values()), 4) for d in ('A100 80GB', 'H100')}
@@ -42,11 +55,11 @@ def layouts(model, _, counts):
     from arpo_nb.config import preset
     from arpo_nb.training.rehearse import LAYOUTS, build, rehearse
     warnings.simplefilter('ignore')
-    began, records, found = time.process_time(), {}, {}
+    began, found = time.process_time(), {}
     cfg = replace(preset(model, 'mle'), micro_batch_size=1, mini_batch_size=0, gradient_checkpointing=True)
     parts = build(cfg)
     for name, (n, shards) in LAYOUTS.items():
-        try: r = rehearse(replace(cfg, batch_size=n, num_processes=n), shards=shards, parts=parts, records=records)
+        try: r = rehearse(replace(cfg, batch_size=n, num_processes=n), shards=shards, parts=parts, records=RECORDS)
         except (ValueError, RuntimeError, NotImplementedError) as e: found[name] = dict(why=f'{type(e).__name__}: {e}')
         else: found[name] = dict(bytes=int(r.peak), kinds={k: int(v) for k, v in r.kinds.items() if v > .01*r.peak})
     print(f'{model} layouts: {time.process_time() - began:.0f} s', flush=True)
@@ -58,13 +71,13 @@ def row(model, method, counts):
     from arpo_nb.config import preset
     from arpo_nb.training.rehearse import build
     warnings.simplefilter('ignore')
-    began, records = time.process_time(), {}
+    began = time.process_time()
     try:
         cfg = preset(model, method)
         parts = build(cfg)
     except (ValueError, ImportError, NotImplementedError) as e:
         return {str(n): dict(why=f'{type(e).__name__}: {e}') for n in counts}
-    cells = {str(n): cell(cfg, n, parts, records) for n in counts}
+    cells = {str(n): cell(cfg, n, parts) for n in counts}
     print(f'{model} {method}: {time.process_time() - began:.0f} s', flush=True)
     return cells
 
@@ -83,7 +96,7 @@ def main():
     def left_of(pair): return tuple(n for n in counts[pair] if str(n) not in found.get(' '.join(pair), {}))
     wanted = [(*pair, left_of(pair)) for pair in pairs if left_of(pair) and not (pair[1] == 'layouts' and ' '.join(pair) in found)]
     end, names = time.time() + 60*args.minutes, {}
-    with ProcessPoolExecutor(args.workers) as pool:
+    with ProcessPoolExecutor(args.workers, initializer=follow_parent, initargs=(os.getpid(),)) as pool:
         left = iter(wanted)
         def start(model, method, counts): return pool.submit(layouts if method == 'layouts' else row, model, method, counts)
         for r in [next(left, None) for _ in range(args.workers)]:

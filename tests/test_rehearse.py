@@ -85,19 +85,17 @@ def test_a_new_question_is_seen(monkeypatch):
 def test_stand_ins_cost_what_they_stand_for(monkeypatch, more):
     cfg = replace(tiny('vapi', **more), mini_batch_size=2)
     short = rehearse(cfg)
-    def really(self, *args, **kwargs):
-        with self.ledger.during('update'): return self._update(*args, **kwargs)
-    monkeypatch.setattr(Ledger, 'block', lambda self, unit: None)
-    monkeypatch.setattr(Ledger, 'once', lambda self, f, name: f)
-    monkeypatch.setattr(_Stage, 'update', really)
-    monkeypatch.setattr(_Stage, 'micro_batch', lambda self, run: run)
-    monkeypatch.setattr(_Stage, 'step', lambda self, run, *args: run(*args))
-    monkeypatch.setattr(_Stage, 'zero_grad', lambda self, opt, *args, **kw: type(opt).zero_grad(opt, *args, **kw))
+    monkeypatch.setattr(Ledger, 'block', lambda self, unit, about='': None)
+    monkeypatch.setattr(Ledger, 'once', lambda self, f, name, about='': f)
+    monkeypatch.setattr(_Stage, '_micro_batch', lambda self, run: run)
+    monkeypatch.setattr(_Stage, '_norm', lambda self, *args: self.go_norm(*args))
+    monkeypatch.setattr(_Stage, '_step', lambda self, run, *args: run(*args))
+    monkeypatch.setattr(_Stage, '_zero_grad', lambda self, opt, *args, **kw: type(opt).zero_grad(opt, *args, **kw))
     whole = rehearse(cfg)
     for name in ('generate', 'decode', 'update', 'backward', 'optimiser'):
         a, b = short.phases[name], whole.phases[name]
         assert sum(a.flops.values()) == pytest.approx(sum(b.flops.values()), rel=.01), name
-        for x, y in ((a.moved, b.moved), (a.peak, b.peak)): assert x == pytest.approx(y, rel=.1), name # what a rehearsal promises
+        for x, y in ((a.moved, b.moved), (a.peak, b.peak)): assert x == pytest.approx(y, rel=.02), name
 
 
 @pytest.mark.parametrize('shards', [1, 2])
@@ -110,6 +108,17 @@ def test_what_was_seen_serves_another_number_of_devices(shards):
     assert known.peak == pytest.approx(new.peak, rel=.01) and known.checkpoint == new.checkpoint
     for name, phase in new.phases.items(): assert known.phases[name].flops == phase.flops, name
     assert known.phases['optimiser'].kinds['optimiser state'] == new.phases['optimiser'].kinds['optimiser state']
+
+
+@pytest.mark.parametrize('method, before', [('vapi', 'loofid'), ('loofid', 'vapi'), ('mle', 'vapi')])
+def test_what_another_run_saw_is_what_this_one_would_see(method, before):
+    "Networks are remembered by what they are, whatever they were a part of"
+    records, cfg = {}, tiny(method)
+    rehearse(tiny(before), records=records)
+    known, new = rehearse(cfg, records=records), rehearse(cfg)
+    assert known.phases.keys() == new.phases.keys() and records['networks']
+    for name, phase in new.phases.items():
+        assert known.phases[name].work == phase.work and known.phases[name].peak == pytest.approx(phase.peak, rel=.01), name
 
 
 def test_a_shape_that_only_its_arguments_say():

@@ -40,8 +40,10 @@ _ADDRESS = (r'\b(?:%s:(?:/{1,3}|[a-zA-Z0-9%%])|[a-zA-Z0-9.-]+\.(?:com?|ru|net|or
 _BEFORE = [('<person>', 'person'), (_ADDRESS % 'https?', ''), (_ADDRESS % 'www', ''),
            (r'&(?=[a-z]\Z)', '')]
 
-# %% ../../nbs/09_text_data.ipynb #36981df0
+# %% ../../nbs/09_text_data.ipynb #50b89e83
 _FILES = '(?:png|jpe?g|bmp|webp|eps|pdf|apk|mp4)'
+
+# %% ../../nbs/09_text_data.ipynb #36981df0
 _MIDDLE = [ # on the text without tags
     (r'@\w+\b', ''), # handles
     ('[\u31c0-\u4dff\u4e00-\u9fff]+', ''), # Chinese, Japanese and Korean signs
@@ -63,7 +65,7 @@ _MIDDLE = [ # on the text without tags
     (r'\s+\.\s+', ' ')
 ]
 
-# %% ../../nbs/09_text_data.ipynb #c155fba4
+# %% ../../nbs/09_text_data.ipynb #36720cfa
 _AFTER = [ # on repaired Unicode
     # model numbers
     (r'\b[a-zA-Z]{1,3}\d{3,15}\b', ''), (r'\b[a-zA-Z]+\d+[a-zA-Z]+\b', ''),
@@ -76,11 +78,13 @@ _AFTER = [ # on repaired Unicode
     (r'\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b', ' '),
     (r'\b\d+\.?\d*[xх×]\d+\.?\d*\b', ''),
     (r'\b\s+:\s+', ': '), (r'(\D[,./])\b', r'\1 '), (r'\s+', ' ')]
+
+# %% ../../nbs/09_text_data.ipynb #c155fba4
 # quotes around, punctuation at the ends
 _ENDS = [(r'^["\'](.+)["\']$', r'\1'), (r"^['_,\-:;]", ''), (r"['_,\-:+]$", ''),
          (r'^\.\S+$', '')]
 
-# %% ../../nbs/09_text_data.ipynb #19973c86
+# %% ../../nbs/09_text_data.ipynb #7480ec90
 class _Text(HTMLParser):
     ("Collects the text between tags; an unknown &name; loses its semicolon, a known "
      "one may lack it")
@@ -104,12 +108,13 @@ class _Text(HTMLParser):
         "Keep what is no script"
         if not self.inside: self.parts.append(data)
 
+# %% ../../nbs/09_text_data.ipynb #19973c86
 def _strip_tags(text):
     parser = _Text()
     parser.feed(text); parser.close()
     return ''.join(parser.parts)
 
-# %% ../../nbs/09_text_data.ipynb #1744cbf0
+# %% ../../nbs/09_text_data.ipynb #22d2bfe7
 def _clean_once(text):
     try: import ftfy
     except ImportError as e:
@@ -122,6 +127,7 @@ def _clean_once(text):
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return _apply(_ENDS, _apply(_AFTER, text)).strip()
 
+# %% ../../nbs/09_text_data.ipynb #1744cbf0
 def clean_prompt(text:str, # as typed
                 ) -> str: # as handed to the text encoder
     "Clean a caption by LlamaGen's rules, twice over"
@@ -151,19 +157,21 @@ def stack_features(rows:list, # of [n_i, D] arrays, the valid rows of each capti
         feats[i, length-n:], mask[i, length-n:] = r[:n], 1
     return feats, mask, sum(len(r) > length for r in rows)
 
-# %% ../../nbs/09_text_data.ipynb #50cbd42e
+# %% ../../nbs/09_text_data.ipynb #66c5b9bc
 def _cut(counter, what, tokens, length):
     "Count a caption that is cut, and warn of the first"
     if not counter.truncated:
         warnings.warn(f"{what}: {tokens} tokens, cut to {length}; further ones are only counted, in data/truncated")
     counter.truncated += 1
 
+# %% ../../nbs/09_text_data.ipynb #098787eb
 def _stack(counter, keys, rows, length):
     "Features and mask of some captions; those that are cut are counted"
     for k, r in zip(keys, rows):
         if len(r) > length: _cut(counter, f"features of key={k!r}", len(r), length)
     return stack_features(rows, length)[:2]
 
+# %% ../../nbs/09_text_data.ipynb #50cbd42e
 def _is_left(counter, prompt, text):
     "Count a caption of which nothing is left, and warn of the first"
     if text.strip() or not prompt.strip(): return
@@ -171,6 +179,10 @@ def _is_left(counter, prompt, text):
         warnings.warn(f"prompt {prompt[:60]!r}: cleaning leaves nothing of it; further ones are only counted, in "
                       "data/emptied")
     counter.emptied += 1
+
+# %% ../../nbs/09_text_data.ipynb #03088e84
+def _folder_or_name(model): # of a hub; a folder may begin with ~
+    return str(user_path(model, 'model')) if str(model).startswith('~') else model
 
 # %% ../../nbs/09_text_data.ipynb #987c04b4
 class T5Features:
@@ -181,8 +193,7 @@ class T5Features:
                  length:int=120, # tokens, end mark included
                  device='cpu', # of the encoder
                  dtype=torch.bfloat16, # of the encoder
-                 clean:bool=True, # apply `clean_prompt` first
-                ):
+                 clean:bool=True): # apply `clean_prompt` first
         if isinstance(model, (str, Path)):
             transformers, model = import_transformers(), _folder_or_name(model)
             tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model)
@@ -191,9 +202,6 @@ class T5Features:
         self.length, self.device, self.clean = length, device, clean
         # captions cut, and captions of which cleaning left nothing
         self.truncated = self.emptied = 0
-
-def _folder_or_name(model): # of a hub; a folder may begin with ~
-    return str(user_path(model, 'model')) if str(model).startswith('~') else model
 
 # %% ../../nbs/09_text_data.ipynb #3e07045d
 @patch
@@ -231,8 +239,7 @@ def check_rows(a:np.ndarray, # [n, D] or [1, n, D]
 class DiskFeatures:
     "Left-padded features of captions by key, from a folder of .npy files or one .npz"
     def __init__(self, path, # of the folder or the .npz
-                 length:int=120, # rows after padding
-                ):
+                 length:int=120): # rows after padding
         path = user_path(path, 'features path')
         if not path.exists():
             raise FileNotFoundError(f"features path={str(path)!r}: no such file or "
@@ -254,26 +261,28 @@ def _read(self:DiskFeatures, key):
     if not file.exists(): raise missing
     with open_file(file) as f: return read_npy(f, file.stat().st_size, file)
 
-# %% ../../nbs/09_text_data.ipynb #aac5000d
+# %% ../../nbs/09_text_data.ipynb #e159a94f
 @patch
 def rows(self:DiskFeatures, key:str, # of the caption
         ) -> np.ndarray: # [n, D]
     "The valid rows of a caption"
     return check_rows(self._read(key), f"features of key={key!r} in {self.path}")
 
+# %% ../../nbs/09_text_data.ipynb #aac5000d
 @patch
 def __call__(self:DiskFeatures, keys:list, # of captions
             ) -> tuple: # features [B, length, D] and mask [B, length]
     "Left-padded features of some captions"
     return _stack(self, keys, [self.rows(k) for k in keys], self.length)
 
-# %% ../../nbs/09_text_data.ipynb #1028033d
+# %% ../../nbs/09_text_data.ipynb #cb7a20be
 PICTURES = SUFFIXES
 CAPTIONS = 'text', 'caption', 'prompt', 'txt', 'captions', 'prompts', 'description'
 FILE_NAMES = 'file_name', 'filename', 'file', 'image', 'img', 'image_path', 'path'
 # characters, and bytes of a member of an archive
 MAX_CAPTION, MAX_MEMBER = 10_000, 1 << 28
 
+# %% ../../nbs/09_text_data.ipynb #1028033d
 def pick(record:dict, # of a list, or of a row
          names, # keys that would do, the best first
         ) -> tuple: # key and value, or None twice
@@ -298,6 +307,13 @@ def check_caption(text, # whatever stood in its place
         raise ValueError('a caption with half a character (a lone surrogate)')
     return text.strip()
 
+# %% ../../nbs/09_text_data.ipynb #fdc1c858
+def _caption_of(record):
+    key, found = pick(record, CAPTIONS)
+    if key is not None: return found
+    raise ValueError(f"no caption among {', '.join(map(str, record)) or 'no keys'}; "
+                     f"expected one of {', '.join(CAPTIONS)}")
+
 # %% ../../nbs/09_text_data.ipynb #16a1c2f3
 def choose_caption(value, # a text, several, a record with one of CAPTIONS, or None
                    captions:str='whole', # or 'first' or 'turn', where there are several
@@ -315,13 +331,7 @@ def choose_caption(value, # a text, several, a record with one of CAPTIONS, or N
     if not several: return check_caption(None)
     return check_caption(several[turn % len(several) if captions == 'turn' else 0])
 
-def _caption_of(record):
-    key, found = pick(record, CAPTIONS)
-    if key is not None: return found
-    raise ValueError(f"no caption among {', '.join(map(str, record)) or 'no keys'}; "
-                     f"expected one of {', '.join(CAPTIONS)}")
-
-# %% ../../nbs/09_text_data.ipynb #b3f69ef1
+# %% ../../nbs/09_text_data.ipynb #f6ef96f1
 class _Member(tarfile.TarInfo):
     "A member of an archive, whose damaged header is an error; `tarfile` takes it for the end"
     @classmethod
@@ -331,6 +341,7 @@ class _Member(tarfile.TarInfo):
         except tarfile.EOFHeaderError: raise
         except tarfile.HeaderError as e: raise tarfile.ReadError(f'{e} at byte {tar.offset:,}') from e
 
+# %% ../../nbs/09_text_data.ipynb #b3f69ef1
 def _check_end(tar):
     "Raise if something follows the mark of an archive's end"
     while block := tar.fileobj.read(1 << 20):
@@ -368,7 +379,7 @@ def _from_tar(path, number):
         yield dict(index=i, key=key, image=lambda m=member: m(*(e[1:] for e in PICTURES)), text=text,
                    feats=lambda m=member: m('npy'))
 
-# %% ../../nbs/09_text_data.ipynb #75323469
+# %% ../../nbs/09_text_data.ipynb #909c72cb
 def _check_promises(meta, path):
     "Raise if a parquet file's sizes cannot be"
     size = path.stat().st_size
@@ -381,6 +392,7 @@ def _check_promises(meta, path):
             raise BadFile(path, f"promises {large:,} bytes of {small:,} in a file of {size:,}; make or copy it "
                                 "again", f'column {c.path_in_schema}')
 
+# %% ../../nbs/09_text_data.ipynb #75323469
 def _tables(path):
     "Types of the columns, and record batches of a parquet file, or of an Arrow file of Hugging Face `datasets`"
     try: import pyarrow, pyarrow.parquet as pq
@@ -392,6 +404,12 @@ def _tables(path):
     file = pq.ParquetFile(path)
     _check_promises(file.metadata, path)
     return file.schema_arrow, lambda columns: file.iter_batches(64, columns=columns)
+
+# %% ../../nbs/09_text_data.ipynb #86011bde
+def _cell_picture(x, path):
+    "The bytes of a picture in a cell, or of the file it names"
+    if isinstance(x, dict): x = x.get('bytes') if x.get('bytes') is not None else x.get('path')
+    return read_bytes(inside(path.parent, x, path), MAX_MEMBER) if isinstance(x, str) else x
 
 # %% ../../nbs/09_text_data.ipynb #9ac7602a
 def _from_table(path, number):
@@ -410,10 +428,13 @@ def _from_table(path, number):
                 yield dict(index=i, key=str(i), image=lambda x=r[image]: _cell_picture(x, path), text=r[text],
                            feats=None)
 
-def _cell_picture(x, path):
-    "The bytes of a picture in a cell, or of the file it names"
-    if isinstance(x, dict): x = x.get('bytes') if x.get('bytes') is not None else x.get('path')
-    return read_bytes(inside(path.parent, x, path), MAX_MEMBER) if isinstance(x, str) else x
+# %% ../../nbs/09_text_data.ipynb #3e319fa1
+def _beside(picture, files):
+    "The caption in NAME.txt, .caption or .json, whatever their case"
+    for ending in '.txt', '.caption', '.json':
+        file = files.get((picture.parent, f'{picture.stem}{ending}'.lower()))
+        text = read_text(file).strip() if file else ''
+        if text: return parse_json(text, file) if ending == '.json' else text
 
 # %% ../../nbs/09_text_data.ipynb #5b2eb4a3
 def _from_folder(path, number):
@@ -430,16 +451,18 @@ def _from_folder(path, number):
         yield dict(index=i, key=p.stem, image=lambda p=p: read_bytes(p, MAX_MEMBER),
                    text=lambda p=p: _beside(p, beside), feats=None)
 
-def _beside(picture, files):
-    "The caption in NAME.txt, .caption or .json, whatever their case"
-    for ending in '.txt', '.caption', '.json':
-        file = files.get((picture.parent, f'{picture.stem}{ending}'.lower()))
-        text = read_text(file).strip() if file else ''
-        if text: return parse_json(text, file) if ending == '.json' else text
-
-# %% ../../nbs/09_text_data.ipynb #520741c0
+# %% ../../nbs/09_text_data.ipynb #fb8100cb
 _LISTS = 'metadata.jsonl', 'metadata.json', 'metadata.csv', 'metadata.tsv'
 
+def _listed_file(record, path, where):
+    "The picture of a line of the list"
+    key, name = pick(record, FILE_NAMES) if isinstance(record, dict) else (None, None)
+    if key is None:
+        raise BadFile(path, f"no file name; expected an object with {FILE_NAMES[0]} and a caption, got "
+                            f"{str(record)[:80]!r}", where)
+    return inside(path.parent, name, path, where)
+
+# %% ../../nbs/09_text_data.ipynb #520741c0
 def _from_list(path, number):
     "Records of a list beside its pictures; each is read when it is decoded, so a bad line stops nothing"
     for where, read in read_records(path):
@@ -449,13 +472,10 @@ def _from_list(path, number):
         yield dict(index=i, key=lambda f=file: f().stem, image=lambda f=file: read_bytes(f(), MAX_MEMBER),
                    text=read, feats=None, where=f'{path}, {where}')
 
-def _listed_file(record, path, where):
-    "The picture of a line of the list"
-    key, name = pick(record, FILE_NAMES) if isinstance(record, dict) else (None, None)
-    if key is None:
-        raise BadFile(path, f"no file name; expected an object with {FILE_NAMES[0]} and a caption, got "
-                            f"{str(record)[:80]!r}", where)
-    return inside(path.parent, name, path, where)
+# %% ../../nbs/09_text_data.ipynb #b18a4b17
+def _name_of(path, where, read): # of a line of the list; what it names, if it can be read
+    try: return _listed_file(read(), path, where)
+    except (ValueError, OSError): return None
 
 # %% ../../nbs/09_text_data.ipynb #467b6c84
 def _warn_of_unlisted(lists, pictures):
@@ -466,11 +486,7 @@ def _warn_of_unlisted(lists, pictures):
         warnings.warn(f"{lists[0]}: {len(others)} of {len(pictures)} pictures are not in it and left out, the first "
                       f"is {others[0]}")
 
-def _name_of(path, where, read): # of a line of the list; what it names, if it can be read
-    try: return _listed_file(read(), path, where)
-    except (ValueError, OSError): return None
-
-# %% ../../nbs/09_text_data.ipynb #5df981c9
+# %% ../../nbs/09_text_data.ipynb #8744553c
 def _files(path):
     "Files at a path or pattern; of a folder of Hugging Face `datasets`, those of its training split"
     if path.is_file(): return [path]
@@ -479,6 +495,7 @@ def _files(path):
     files = sorted(p for p in home.glob('*') if not is_hidden(p.name))
     return [f for f in files if f.name.startswith('train') and f.suffix.lower() == '.parquet'] or files
 
+# %% ../../nbs/09_text_data.ipynb #5df981c9
 def _shards(files):
     "Pairs of a reader and its shard; tables beside tars, or beside a folder of the same name, only describe those"
     tars = [(_from_tar, p) for p in files if {'.tar', '.tgz'} & {s.lower() for s in p.suffixes}]
@@ -516,8 +533,7 @@ class TextImages:
                  endless:bool=False, # begin again after the last record
                  shuffle:int|None=None, # seed for the order of shards, None keeps it
                  crop:str='adm', # key of `image_io.CROPS`
-                 captions:str='whole', # which of several, see `choose_caption`
-                ):
+                 captions:str='whole'): # which of several, see `choose_caption`
         self.sources, self.size = _sources(path), size
         self.rank, self.world_size, self.start = rank, world_size, start
         self.shuffle, self.epoch, self.endless = shuffle, start >> 40, endless
@@ -532,8 +548,7 @@ class TextImages:
 @patch
 def skip(self:TextImages, reason:str, # in a few words, for counting
          what, # record or shard
-         why='', # the error
-        ):
+         why=''): # the error
     "Count a record or shard that cannot be used, and warn of the first"
     if not self.skipped:
         warnings.warn(f"data: skipped {what}: {reason}{why and f' ({why})'}; further "
@@ -554,6 +569,12 @@ def _decode(self:TextImages, record):
     rows = read_npy(io.BytesIO(feats), len(feats), name, 'features')
     return dict(out, feats=check_rows(rows, f'{name}, features'))
 
+# %% ../../nbs/09_text_data.ipynb #d24606b9
+def _reason(e):
+    "A few words for counting: what is missing, or the kind of error at the bottom"
+    if str(e).startswith('no '): return str(e).split(' among ')[0]
+    return type(e.__cause__ or e).__name__
+
 # %% ../../nbs/09_text_data.ipynb #9c36b4a9
 @patch
 def _one_epoch(self:TextImages):
@@ -572,10 +593,9 @@ def _one_epoch(self:TextImages):
         else: yield decoded
     self.before += seen
 
-def _reason(e):
-    "A few words for counting: what is missing, or the kind of error at the bottom"
-    if str(e).startswith('no '): return str(e).split(' among ')[0]
-    return type(e.__cause__ or e).__name__
+# %% ../../nbs/09_text_data.ipynb #8e1f1742
+def _names_columns(e, path): # a table without the columns we need is no damaged one
+    return type(e) is ValueError and str(e).startswith(f'{path}: columns')
 
 # %% ../../nbs/09_text_data.ipynb #52788217
 @patch
@@ -586,9 +606,6 @@ def _records(self:TextImages, sources, number, skip):
         except Exception as e:
             if path.is_dir() or isinstance(e, (ImportError, MemoryError)) or _names_columns(e, path): raise
             skip(f'rest of a shard ({_reason(e)})', path, e)
-
-def _names_columns(e, path): # a table without the columns we need is no damaged one
-    return type(e) is ValueError and str(e).startswith(f'{path}: columns')
 
 @patch
 def _count(self:TextImages):
@@ -614,7 +631,7 @@ def __iter__(self:TextImages):
             raise ValueError("data: no usable record in a whole epoch; skipped "
                              f"{dict(self.skipped) or 'none'}")
 
-# %% ../../nbs/09_text_data.ipynb #86694af4
+# %% ../../nbs/09_text_data.ipynb #69661b6f
 def _stored_rows(data, record, features):
     "The stored features of a record; None where there are none to be used"
     what = f"record {record['key']!r}"
@@ -626,6 +643,7 @@ def _stored_rows(data, record, features):
     if rows is None: data.skip('no features', what)
     return rows
 
+# %% ../../nbs/09_text_data.ipynb #86694af4
 def _text_batch(data, held, features, stored, seed, length):
     "The `Batch` of some records"
     texts, keys = ([r[k] for r in held] for k in ('text', 'key'))
@@ -706,14 +724,6 @@ def batches(self:TextData, batch_size:int, # of all processes together
 
 # %% ../../nbs/09_text_data.ipynb #ac6479eb
 @patch
-def _load(self:TextData, steps, before):
-    "The next batch, and what had to be left out so far"
-    batch, now = next(steps), self._of_features()
-    cut = self.stream.truncated + now[0] - before[0]
-    return batch, dict(skipped=sum(self.stream.skipped.values()), truncated=cut,
-                       emptied=now[1] - before[1])
-
-@patch
 def _of_features(self:TextData):
     "Captions that the encoder has cut, and of which it had nothing left"
     return getattr(self.features, 'truncated', 0), getattr(self.features, 'emptied', 0)
@@ -722,6 +732,14 @@ def _of_features(self:TextData):
 def counts(self:TextData) -> dict:
     "Records skipped, captions cut and captions emptied, up to the last batch"
     return self.seen
+
+@patch
+def _load(self:TextData, steps, before):
+    "The next batch, and what had to be left out so far"
+    batch, now = next(steps), self._of_features()
+    cut = self.stream.truncated + now[0] - before[0]
+    return batch, dict(skipped=sum(self.stream.skipped.values()), truncated=cut,
+                       emptied=now[1] - before[1])
 
 # %% ../../nbs/09_text_data.ipynb #03e14ca2
 def read_prompts(path, # of a text file, .jsonl, .json, .csv or .parquet
@@ -760,8 +778,7 @@ def _table_prompts(path):
 class PromptData:
     "Prompts without pictures, from a file, see `read_prompts`"
     def __init__(self, path, # of the file
-                 features, # prompts to conditions
-                ):
+                 features): # prompts to conditions
         self.prompts, self.features = read_prompts(path), features
 
     def __len__(self): return len(self.prompts)

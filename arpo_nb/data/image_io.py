@@ -39,9 +39,11 @@ def as_rgb(image:Image.Image, # any mode
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('RGB')
 
-# %% ../../nbs/07_image_io.ipynb #3e8390f2
+# %% ../../nbs/07_image_io.ipynb #8e588f43
 FORMATS = 'PNG', 'JPEG', 'WEBP', 'BMP'
 SUFFIXES = '.png', '.jpg', '.jpeg', '.jfif', '.webp', '.bmp'
+
+# %% ../../nbs/07_image_io.ipynb #f37d90a1
 MAX_PIXELS = 1 << 27
 # at least, of a pixel in a PNG
 _BITS = {'1': 1, 'L': 1, 'P': 1, 'I;16': 16, 'I;16B': 16, 'LA': 16, 'RGB': 24,
@@ -57,6 +59,7 @@ def _check_promise(image, size, name):
         raise BadFile(name, f"promises {w} × {h} pixels, which cannot be in {size:,} "
                             "bytes; copy it again")
 
+# %% ../../nbs/07_image_io.ipynb #3e8390f2
 def _header(file, name):
     "A picture whose header is believable, its pixels unread"
     try: image = Image.open(file, formats=FORMATS)
@@ -69,7 +72,7 @@ def _header(file, name):
     _check_promise(image, file.seek(0, io.SEEK_END), name)
     return image
 
-# %% ../../nbs/07_image_io.ipynb #cee50da6
+# %% ../../nbs/07_image_io.ipynb #151a602a
 # by the number in an EXIF note, from 2 on
 _TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
@@ -83,6 +86,7 @@ def _upright(image):
     except Exception: turn = None
     return image if turn is None else image.transpose(turn)
 
+# %% ../../nbs/07_image_io.ipynb #cee50da6
 def _check_sums(file):
     "Raise if a chunk of a PNG has not its sum, which Pillow compares only when asked"
     file.seek(0)
@@ -122,7 +126,7 @@ def is_hidden(name:str, # of a file or folder
     "Whether a file or folder of that name is never data"
     return name.startswith('.') or name.lower() in _NO_DATA
 
-# %% ../../nbs/07_image_io.ipynb #e4f9bcf4
+# %% ../../nbs/07_image_io.ipynb #06620259
 def _warn_of_links(folder, again, lost):
     if again:
         warnings.warn(f"{folder}: {len(again)} links lead to folders that are read "
@@ -131,6 +135,7 @@ def _warn_of_links(folder, again, lost):
         warnings.warn(f"{folder}: {len(lost)} links lead nowhere and are left out, the "
                       f"first is {lost[0]}; copy what they should lead to")
 
+# %% ../../nbs/07_image_io.ipynb #e4f9bcf4
 def folder_files(folder, # links in it are followed
                  above=(), # folders that links may not lead back to
                 ) -> list: # paths, sorted
@@ -153,10 +158,11 @@ def folder_files(folder, # links in it are followed
     _warn_of_links(folder, again, lost)
     return sorted(found)
 
-# %% ../../nbs/07_image_io.ipynb #fa5e7632
+# %% ../../nbs/07_image_io.ipynb #3db5e6b0
 _UNREAD = ('.tif', '.tiff', '.gif', '.heic', '.heif', '.avif', '.jp2', '.jxl', '.ppm',
            '.pgm', '.eps', '.psd', '.tga', '.ico')
 
+# %% ../../nbs/07_image_io.ipynb #fa5e7632
 def only_pictures(files, # paths
                   where, # they are, for messages
                  ) -> list: # those of pictures

@@ -75,8 +75,7 @@ class Pictures:
                  size:int, # side in pixels
                  open=lambda item: item, # item to a path, or to bytes
                  check:int=2000, # decode all first, if there are at most so many
-                 workers:int=8, # decoding threads
-                ):
+                 workers:int=8): # decoding threads
         self.source, self.items, self.labels = str(source), items, labels
         self.size, self.open = size, open
         self.skipped, self.left_out, self.pool = {}, 0, ThreadPoolExecutor(workers)
@@ -85,7 +84,7 @@ class Pictures:
 
     def __len__(self): return len(self.items)
 
-# %% ../../nbs/04_data.ipynb #e94f1a89
+# %% ../../nbs/04_data.ipynb #d21ae63c
 @patch
 def _try(self:Pictures, item):
     "A picture [3, size, size], or None if it can't be read"
@@ -95,6 +94,7 @@ def _try(self:Pictures, item):
         with reading(name): return read_image(self.open(item), self.size, name)
     except (OSError, ValueError) as e: self.skipped[str(item)] = str(e)
 
+# %% ../../nbs/04_data.ipynb #e94f1a89
 @patch
 def _leave_out(self:Pictures):
     "Keep only what can be read now"
@@ -152,7 +152,7 @@ def imagenet_ids() -> dict: # synset, such as n02123045, to class id
     "Ids of ImageNet's 1,000 classes, which are its synsets in order"
     return {s: i for i, s in enumerate(read_text(_SYNSETS).split())}
 
-# %% ../../nbs/04_data.ipynb #8239bfd9
+# %% ../../nbs/04_data.ipynb #97922e46
 def _by_number(names, num_classes, what):
     ids = {n: int(n) for n in names}
     twice = [i for i, k in Counter(ids.values()).items() if k > 1]
@@ -160,11 +160,13 @@ def _by_number(names, num_classes, what):
     return ids, wrong, (f"{what} named by numbers are class ids, each once and from 0 "
                         f"to {num_classes-1}")
 
+# %% ../../nbs/04_data.ipynb #45e5355e
 def _by_synset(names):
     known = imagenet_ids()
     ids, wrong = {n: known.get(n) for n in names}, [n for n in names if n not in known]
     return ids, wrong, "next to ImageNet's synsets only others of its 1,000 can stand"
 
+# %% ../../nbs/04_data.ipynb #8239bfd9
 def _warn_of_order(ids, num_classes, where, what):
     shown = ', '.join(f'{n} = {i}' for n, i in [*ids.items()][:20])
     more = ', …' if len(ids) > 20 else ''
@@ -203,9 +205,10 @@ def name_ids(names:list, # of classes, sorted
                          "them")
     return ids
 
-# %% ../../nbs/04_data.ipynb #4bf11aac
+# %% ../../nbs/04_data.ipynb #f172011d
 _SPLITS = 'train', 'training', 'val', 'valid', 'validation', 'test'
 
+# %% ../../nbs/04_data.ipynb #4bf11aac
 def class_folders(root:str|Path, # folder of class folders
                  ) -> list: # names, sorted
     "The folders of a folder that are classes: visible, and no links back upwards"
@@ -323,13 +326,14 @@ def _label_ids(labels, num_classes, where):
                          f"the policy knows 0 to {num_classes-1}{hint}")
     return torch.tensor(labels, dtype=torch.long)
 
-# %% ../../nbs/04_data.ipynb #506df912
+# %% ../../nbs/04_data.ipynb #ba8dcfeb
 def _row_file(root, path, row):
     "The file a row names instead of holding its picture"
     below = os.path.isabs(path) and Path(path).is_relative_to(root)
     return inside(root, os.path.relpath(path, root) if below else path,
                   where=f'row {row}')
 
+# %% ../../nbs/04_data.ipynb #506df912
 def _columns(root, rows, picture):
     "Names of the columns with pictures and with class ids"
     image = next((k for k, f in rows.features.items() if isinstance(f, picture)), None)

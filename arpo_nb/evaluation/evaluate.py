@@ -42,8 +42,7 @@ _KEPT = WeakIdKeyDictionary() # results of tensors that live, by what they depen
 
 def kept(f, # a function of a tensor
          x:Tensor, # its tensor
-         *how, # its other arguments
-        ):
+         *how): # its other arguments
     "What `f` returns, computed once for a tensor"
     version = 0 if x.is_inference() else x._version
     results, key = _KEPT.setdefault(x, {}), (f, version, how)
@@ -193,8 +192,7 @@ def generate_images(policy, # see `Policy`
                     batch_size:int=512, # images at a time
                     progress:bool=False, # show a bar
                     device='cpu', # where policy and tokenizer are
-                    **sampling, # temperature, top_k, top_p, cfg_scale
-                   ):
+                    **sampling): # temperature, top_k, top_p, cfg_scale
     "Images of some labels, each from its own random stream"
     for i in tqdm(range(0, len(labels), batch_size), disable=not progress,
                   desc='images', leave=False):

@@ -32,7 +32,7 @@ from ..files import (BadFile, parse_json, read_json, read_lines, read_text, read
 from ..protocols import Streams
 from ..weights import import_torchvision, locate
 
-# %% ../../nbs/55_geneval.ipynb #50bde46c
+# %% ../../nbs/55_geneval.ipynb #e2c99288
 CLASSES = [name.strip() for name in '''person, bicycle, car, motorcycle, airplane, bus,
 train, truck, boat, traffic light, fire hydrant, stop sign, parking meter, bench, bird,
 cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
@@ -43,10 +43,19 @@ donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
 computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster,
 sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
 toothbrush'''.split(',')]
+
+# %% ../../nbs/55_geneval.ipynb #50bde46c
 COLORS = ['red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'brown',
           'black', 'white']
 TASKS = ['single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr']
 RELATIONS = ['left of', 'right of', 'above', 'below']
+
+# %% ../../nbs/55_geneval.ipynb #9a40f851
+def _is_place(place, i):
+    "Whether entry i can be told where it is by this"
+    if not isinstance(place, list) or len(place) != 2: return False
+    relation, target = place
+    return relation in RELATIONS and type(target) is int and 0 <= target < i
 
 # %% ../../nbs/55_geneval.ipynb #2dbd4981
 def _check_object(r, i, where, classes):
@@ -70,17 +79,10 @@ def _check_object(r, i, where, classes):
                          f"{', '.join(RELATIONS)} and the number of an earlier entry, "
                          "from 0")
 
-def _is_place(place, i):
-    "Whether entry i can be told where it is by this"
-    if not isinstance(place, list) or len(place) != 2: return False
-    relation, target = place
-    return relation in RELATIONS and type(target) is int and 0 <= target < i
-
 # %% ../../nbs/55_geneval.ipynb #cd185c4f
 def check_prompt(p:dict, # metadata
                  where:str, # it stands, for messages
-                 classes=CLASSES, # what the detector knows
-                ):
+                 classes=CLASSES): # what the detector knows
     "Raise unless a prompt's metadata can be judged"
     if not isinstance(p, dict) or not p.get('prompt') or not p.get('include'):
         got = sorted(map(str, p)) if isinstance(p, dict) else repr(p)
@@ -113,7 +115,7 @@ def read_prompts(path=None, # .jsonl; None for the published 553 as `weights` fi
     raise ValueError(f"{path}: no prompts in this file; expected one JSON object on "
                      "each line")
 
-# %% ../../nbs/55_geneval.ipynb #70b75eab
+# %% ../../nbs/55_geneval.ipynb #041e26d6
 def sample_file(folder, # of all prompts
                 prompt:int, # its number
                 sample:int, # number of the picture of this prompt
@@ -121,6 +123,7 @@ def sample_file(folder, # of all prompts
     "Where a picture goes: 00007/samples/00002.png"
     return Path(folder)/f'{prompt:05d}'/'samples'/f'{sample:05d}.png'
 
+# %% ../../nbs/55_geneval.ipynb #70b75eab
 def _make_folders(folder, prompts):
     "A folder for each prompt, with its metadata"
     for i, p in enumerate(prompts):
@@ -210,13 +213,14 @@ def arrange_geneval(prompts:list, # of `read_prompts`; picture i is of prompt i 
         shutil.copyfile(image_path(samples, i), sample_file(folder, i % P, i//P))
     return folder
 
-# %% ../../nbs/55_geneval.ipynb #2382e1f6
+# %% ../../nbs/55_geneval.ipynb #4c05add1
 class Found(NamedTuple):
     "One detected object"
     box: tuple # x1, y1, x2, y2 in pixels
     score: float # of the detector, in [0, 1]
     mask: Tensor|None = None # [H, W] bool
 
+# %% ../../nbs/55_geneval.ipynb #2382e1f6
 def iou(a, # box x1, y1, x2, y2
         b, # another
        ) -> float: # in [0, 1]
@@ -324,8 +328,7 @@ class ColorClassifier:
     "Ten colours by CLIP, given how to embed pictures and texts"
     def __init__(self,
                  embed_image, # [1, 3, h, w] in [0, 1] to [1, D]
-                 embed_text, # list of n strings to [n, D]
-                ):
+                 embed_text): # list of n strings to [n, D]
         self.embed_image, self.embed_text, self.cache = embed_image, embed_text, {}
 
     def texts(self, name:str, # of a class
@@ -351,6 +354,12 @@ def __call__(self:ColorClassifier, image:Tensor, # [3, H, W] in [0, 1]
     picture = F.normalize(self.embed_image(cropped), dim=-1)[0]
     return COLORS[(self.texts(name)@picture).argmax()]
 
+# %% ../../nbs/55_geneval.ipynb #cecd7e75
+def _box(mask):
+    "The smallest box around a mask"
+    y, x = mask.any(1).nonzero(), mask.any(0).nonzero()
+    return x.min().item(), y.min().item(), x.max().item() + 1, y.max().item() + 1
+
 # %% ../../nbs/55_geneval.ipynb #17c880bb
 def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
               mask_logits:Tensor, # [Q, h, w]
@@ -371,11 +380,6 @@ def instances(class_logits:Tensor, # [Q, 81], the last is "nothing"
         found = Found(_box(inside[q]), (s*quality[q]).item(), inside[q])
         out.setdefault(CLASSES[c], []).append(found)
     return out
-
-def _box(mask):
-    "The smallest box around a mask"
-    y, x = mask.any(1).nonzero(), mask.any(0).nonzero()
-    return x.min().item(), y.min().item(), x.max().item() + 1, y.max().item() + 1
 
 # %% ../../nbs/55_geneval.ipynb #126ccbdd
 def _load_stand_in(model):
@@ -400,8 +404,7 @@ class StandInDetector:
     def __init__(self,
                  model=hub, # name on the hub, folder, or a model
                  size:int=800, # side the pictures are resized to
-                 device='cpu', # of the model
-                ):
+                 device='cpu'): # of the model
         named = isinstance(model, (str, Path))
         self.name = f'stand-in: {model}' if named else 'stand-in: a model passed in'
         self.size, self.device = size, device
@@ -487,8 +490,7 @@ class ClassifierDetector:
      "scored by probability; NOT GenEval")
     def __init__(self, classify, # images [N, 3, H, W] in [0, 1] to logits [N, K]
                  classes:list, # K names
-                 name:str='classifier', # that results carry
-                ):
+                 name:str='classifier'): # that results carry
         self.classify, self.classes, self.name = classify, classes, name
 
     @torch.no_grad()
@@ -517,8 +519,7 @@ def official_command(folder, # see `write_geneval`
 # %% ../../nbs/55_geneval.ipynb #17d7d604
 def check_official(repo, # clone of the evaluator's repository
                    python, # of its environment
-                   detector, # folder of its detector
-                  ):
+                   detector): # folder of its detector
     "Raise, before pictures are drawn, unless clone, Python and detector are there"
     repo, detector = user_path(repo, 'repo'), user_path(detector, 'detector')
     script = repo/'evaluation'/'evaluate_images.py'

@@ -26,7 +26,7 @@ from ..files import (BadFile, need_space, plain_terminal, read_json, refuse_fore
                            write_atomically, write_json)
 from ..protocols import LABEL, Streams, map_cond
 
-# %% ../../nbs/51_sample_writer.ipynb #3020c42e
+# %% ../../nbs/51_sample_writer.ipynb #e7b16f50
 def random_labels(num_classes:int=1000, # classes 0 ... num_classes-1
                   seed:int=0, # of the draw
                  ): # function of an array of image indices, returns class ids
@@ -36,6 +36,7 @@ def random_labels(num_classes:int=1000, # classes 0 ... num_classes-1
         return (streams.uniform(purpose=LABEL)*num_classes).long()
     return labels
 
+# %% ../../nbs/51_sample_writer.ipynb #3020c42e
 def balanced_labels(num_classes:int=1000, # classes 0 ... num_classes-1
                    ): # function of an array of image indices, returns class ids
     "Every class in turn"
@@ -61,13 +62,14 @@ def choose_labels(labels:str, # balanced, random, seen or unseen
                          f"{num_classes} classes unseen; pass the run's own split")
     return lambda index: ids[torch.as_tensor(np.asarray(index) % len(ids))]
 
-# %% ../../nbs/51_sample_writer.ipynb #69931fb9
+# %% ../../nbs/51_sample_writer.ipynb #c4944c73
 def image_path(folder, # of the samples
                i:int, # number of the image
               ) -> Path:
     "The file of image `i`, NNNNNN.png"
     return user_path(folder, 'folder')/f'{i:06d}.png'
 
+# %% ../../nbs/51_sample_writer.ipynb #69931fb9
 def missing_samples(folder, # of the samples
                     n:int=50_000, # images in all
                    ) -> list: # indices of images that are not there
@@ -84,11 +86,22 @@ def _plain(x):
         return f"{_plain(x.func)}({', '.join([*map(repr, x.args), *named])})"
     return f'{x.__module__}.{x.__qualname__}' if hasattr(x, '__qualname__') else str(x)
 
+# %% ../../nbs/51_sample_writer.ipynb #c181100a
+def _same_settings(folder, path, settings):
+    old = read_json(path)
+    if not isinstance(old, dict):
+        raise BadFile(path, "not the settings of a folder of samples; use another "
+                            "folder, or move this file away")
+    if old == settings: return
+    diff = {k: (old.get(k), settings.get(k)) for k in {*old, *settings}
+            if old.get(k) != settings.get(k)}
+    raise ValueError(f"{folder} holds samples of another run, (there, now): {diff}. "
+                     "Use another folder, or delete it to start anew")
+
 # %% ../../nbs/51_sample_writer.ipynb #5409c42b
 def settle(folder, # of pictures, there already
            settings:dict, # that a continuation must share
-           pattern='[0-9]*.png', # of the files that will be written
-          ):
+           pattern='[0-9]*.png'): # of the files that will be written
     "Remember a run's settings in its folder, and refuse another run's, or somebody's"
     folder = user_path(folder, 'folder')
     path = folder/'samples.json'
@@ -101,27 +114,18 @@ def settle(folder, # of pictures, there already
         "samples.json that says this library wrote them, so they are not counted as "
         "samples and not replaced; give an empty folder")
 
-def _same_settings(folder, path, settings):
-    old = read_json(path)
-    if not isinstance(old, dict):
-        raise BadFile(path, "not the settings of a folder of samples; use another "
-                            "folder, or move this file away")
-    if old == settings: return
-    diff = {k: (old.get(k), settings.get(k)) for k in {*old, *settings}
-            if old.get(k) != settings.get(k)}
-    raise ValueError(f"{folder} holds samples of another run, (there, now): {diff}. "
-                     "Use another folder, or delete it to start anew")
-
-# %% ../../nbs/51_sample_writer.ipynb #470da5f1
+# %% ../../nbs/51_sample_writer.ipynb #9d155bf2
 def _write_picture(folder, i, pixels):
     write_atomically(image_path(folder, i),
                      lambda f: Image.fromarray(pixels).save(f, 'PNG'))
 
+# %% ../../nbs/51_sample_writer.ipynb #ee01f968
 def _bar(total, done, show):
     from tqdm.auto import tqdm
     return tqdm(total=total, initial=done, desc='samples', unit='image',
                 disable=not show)
 
+# %% ../../nbs/51_sample_writer.ipynb #470da5f1
 def _draw(policy, tokenizer, labels, index, seed, side, kwargs):
     "Pixels of some images, 8 bits"
     device = next(policy.parameters()).device
@@ -172,14 +176,21 @@ def write_samples(policy, # see `protocols.Policy`
         for written in writing: written.result()
     return len(todo)
 
-# %% ../../nbs/51_sample_writer.ipynb #f5865cf3
-_MARK = b'samples packed by arpo_nb' # the archive's comment, by which we know our own
-
+# %% ../../nbs/51_sample_writer.ipynb #bb9d553f
 def _picture(folder, i):
     "One sample, 8 bits"
     try: return np.array(open_picture(image_path(folder, i)))
     except (OSError, ValueError) as e:
         raise OSError(f"{e}. Delete it and run write_samples again") from e
+
+# %% ../../nbs/51_sample_writer.ipynb #73378d6f
+def _of_shape(image, shape, folder, i):
+    if image.shape == shape: return image.tobytes()
+    raise ValueError(f"{image_path(folder, i)}: {image.shape}, but the first image is "
+                     f"{shape}; one set needs one size")
+
+# %% ../../nbs/51_sample_writer.ipynb #f5865cf3
+_MARK = b'samples packed by arpo_nb' # the archive's comment, by which we know our own
 
 def _pack(f, folder, n, shape, compress):
     "Write the archive, picture by picture"
@@ -191,11 +202,6 @@ def _pack(f, folder, n, shape, compress):
             npy_format.write_array_header_1_0(out, head)
             for i in range(n):
                 out.write(_of_shape(_picture(folder, i), shape, folder, i))
-
-def _of_shape(image, shape, folder, i):
-    if image.shape == shape: return image.tobytes()
-    raise ValueError(f"{image_path(folder, i)}: {image.shape}, but the first image is "
-                     f"{shape}; one set needs one size")
 
 # %% ../../nbs/51_sample_writer.ipynb #7e1f2e41
 def write_npz(folder, # with NNNNNN.png
@@ -276,7 +282,7 @@ def _options():
     p.add_argument('--npz', action='store_true', help='pack the folder at the end, as OUT.npz')
     return p
 
-# %% ../../nbs/51_sample_writer.ipynb #bca8bf35
+# %% ../../nbs/51_sample_writer.ipynb #98cc3c42
 _NUMBERS = (('batch-size', 32, 'pictures at a time on each process'),
             ('seed', 0, 'of the random streams'),
             ('class-seed', 0, 'seed of the run that dealt the classes'),
@@ -284,6 +290,7 @@ _NUMBERS = (('batch-size', 32, 'pictures at a time on each process'),
             ('size', 0, 'resize to this side; 0 keeps'), ('guidance', 0., "0 takes the model's own"),
             ('temperature', 1., ''), ('top-k', 0, '0 for all'), ('top-p', 1., ''))
 
+# %% ../../nbs/51_sample_writer.ipynb #bca8bf35
 def _what_to_draw(p):
     p.add_argument('--labels', default='balanced', help='balanced, random, seen or unseen')
     p.add_argument('--prompts', default='',
@@ -296,7 +303,7 @@ def _what_to_draw(p):
         p.add_argument(*dict.fromkeys((f'--{name}', f"--{name.replace('-', '_')}")), type=type(value), default=value,
                        help=what or ' ')
 
-# %% ../../nbs/51_sample_writer.ipynb #c15c39fb
+# %% ../../nbs/51_sample_writer.ipynb #ce33908e
 def _conditions(system, a):
     "What image i is to show"
     from arpo_nb.systems import name_classes, prompt_encoder
@@ -309,6 +316,7 @@ def _conditions(system, a):
     encode = prompt_encoder(name_classes(system), a.text_features)
     return lambda index: encode([prompts[i % len(prompts)] for i in index])
 
+# %% ../../nbs/51_sample_writer.ipynb #c15c39fb
 def _device(local):
     if not torch.cuda.is_available(): return torch.device('cpu')
     device = torch.device('cuda', local)

@@ -56,8 +56,7 @@ def wide(x, # tensor, numpy array or nested list, of floats
 # %% ../../nbs/15_moments.ipynb #edb99916
 def check_features(x:Tensor, # what should be [N, D]
                    D:int|None=None, # columns of the reference, if it is known
-                   name:str='features', # what the message calls it
-                  ):
+                   name:str='features'): # what the message calls it
     "Raise unless `x` is a finite [N, D] with N >= 2"
     if x.ndim != 2:
         raise ValueError(f"{name} must be an [N, D] tensor, got {tuple(x.shape)}; "
@@ -77,8 +76,7 @@ def check_features(x:Tensor, # what should be [N, D]
 def check_shape(t:Tensor, # any tensor
                 shape:tuple, # that it should have
                 name:str, # what the message calls it
-                hint:str, # what would have it
-               ):
+                hint:str): # what would have it
     "Raise unless a tensor has this shape and is finite"
     if t.shape != shape:
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}: {hint}")
@@ -88,8 +86,7 @@ def check_shape(t:Tensor, # any tensor
 
 # %% ../../nbs/15_moments.ipynb #533b15c2
 def check_covariance(cov:Tensor, # [D, D] float64
-                     name:str, # what the message calls it
-                    ):
+                     name:str): # what the message calls it
     "Raise unless symmetric and positive semi-definite, within float32's rounding"
     if not torch.allclose(cov, cov.T, rtol=1e-6, atol=1e-9*float(cov.abs().max())):
         raise ValueError(f"{name} is not symmetric; expected a covariance matrix, "
@@ -138,8 +135,7 @@ class Reference:
     @classmethod
     def from_features(cls, x, # [N, D], tensor or array
                       unbiased:bool=False, # divide by N-1
-                      network:str='', # name of the extractor
-                     ):
+                      network:str=''): # name of the extractor
         "Moments of real features [N, D], with covariance; `unbiased` divides by N-1"
         x = wide(x, 'features')
         check_features(x)
@@ -165,8 +161,7 @@ class Reference:
 
 # %% ../../nbs/15_moments.ipynb #c3be26af
 @patch
-def to(self:Reference, device, # where the features live
-      ):
+def to(self:Reference, device): # where the features live
     "The same reference on `device`; the copy is kept, with its root"
     device = torch.device(device)
     if self.mean.device == device: return self
@@ -176,7 +171,7 @@ def to(self:Reference, device, # where the features live
         vars(new).update({k: v.to(device) for k, v in tensors.items()}, _moved={})
     return self._moved[device]
 
-# %% ../../nbs/15_moments.ipynb #bef5f691
+# %% ../../nbs/15_moments.ipynb #c54870a4
 def _npz(path) -> dict:
     "Names and arrays of an npz file, without the pictures"
     with open_npz(path) as (entries, _): names = [*entries]
@@ -184,9 +179,15 @@ def _npz(path) -> dict:
     wanted = names if len(names) == 1 else known.intersection(names)
     return dict.fromkeys(names) | read_npz(path, wanted)
 
+# %% ../../nbs/15_moments.ipynb #ae42d25d
 def _npy(path):
     with open_file(path) as f: return read_npy(f, path.stat().st_size, path)
 
+def _safetensors(path):
+    from safetensors.torch import load
+    return load(read_bytes(path, 1 << 34))
+
+# %% ../../nbs/15_moments.ipynb #bef5f691
 def _pt(path):
     "Tensors and numpy arrays of a torch file; anything else in it is refused"
     rebuild = lambda *args: np.ndarray.__new__(*args) # under the name of numpy 1; numpy 2's comes with the array
@@ -195,13 +196,10 @@ def _pt(path):
     with torch.serialization.safe_globals([rebuild, np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, *kinds]):
         with open_file(path) as f: return torch.load(f, map_location='cpu', weights_only=True)
 
-def _safetensors(path):
-    from safetensors.torch import load
-    return load(read_bytes(path, 1 << 34))
-
-# %% ../../nbs/15_moments.ipynb #7c09933e
+# %% ../../nbs/15_moments.ipynb #4924aaad
 READERS = {'.npz': _npz, '.npy': _npy, '.pt': _pt, '.pth': _pt, '.safetensors': _safetensors}
 
+# %% ../../nbs/15_moments.ipynb #9d4f5426
 def _kind(path): # key of READERS
     "What a file is by its first bytes, else by its ending"
     with open_file(path) as f: head = f.read(9)
@@ -213,6 +211,7 @@ def _kind(path): # key of READERS
     if head[8:] == b'{': return '.safetensors'
     return path.suffix.lower() if path.suffix.lower() in READERS else '.npz'
 
+# %% ../../nbs/15_moments.ipynb #7c09933e
 def read_file(path): # contents, by name where they have names
     "A file of moments or features"
     path, given = user_path(path, 'reference'), f"reference={str(path)!r}"
@@ -250,12 +249,13 @@ def find_moments(given, # path, mapping, object with mu and sigma, pair, or matr
     raise ValueError(f"{name}: expected a pair (mean, sigma), a matrix [N, D] of features, or a file of either, "
                      f"got {type(given).__name__}{shape}")
 
-# %% ../../nbs/15_moments.ipynb #2b18b14a
+# %% ../../nbs/15_moments.ipynb #6abe1530
 def _mark(x):
     "What tells whether an array is still the same"
     if isinstance(x, Tensor): return id(x), 0 if x.is_inference() else x._version
     return x.shape, x.dtype.str, zlib.crc32(np.ascontiguousarray(x))
 
+# %% ../../nbs/15_moments.ipynb #54cd57c5
 class _Source:
     "Arrays as a key of a cache, which keeps them alive"
     def __init__(self, parts, network):
@@ -264,6 +264,7 @@ class _Source:
     def __hash__(self): return hash(self.mark)
     def __eq__(self, other): return self.mark == other.mark
 
+# %% ../../nbs/15_moments.ipynb #3a5a26ab
 @lru_cache(maxsize=2)
 def _build(source:_Source) -> Reference:
     if len(source.parts) == 1: return Reference.from_features(*source.parts, network=source.network)
@@ -276,6 +277,7 @@ def _build(source:_Source) -> Reference:
                          "and is not positive semi-definite")
     return Reference(mean, var.sqrt(), sigma, source.network)
 
+# %% ../../nbs/15_moments.ipynb #2b18b14a
 @lru_cache(maxsize=2)
 def _build_file(path:str, stamp) -> Reference: return _build(_Source(*find_moments(path)))
 
@@ -318,8 +320,7 @@ def as_moments(state, # of a previous call, in any of these forms
     return Moments(*(None if t is None else wide(t, 'state') for t in state))
 
 # %% ../../nbs/15_moments.ipynb #11962a1c
-def check_eps(eps:float, # added to variances
-             ):
+def check_eps(eps:float): # added to variances
     "Raise unless this can be added to variances"
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps={eps}: expected a finite number not below 0, "
@@ -361,8 +362,7 @@ def ema_update(old:Moments, # before this step
 # %% ../../nbs/15_moments.ipynb #8751e0d5
 FIRST_STEPS = 'adopt', 'blend', 'zero', 'reference'
 
-def check_first_step(first_step:str, # adopt, blend, zero or reference
-                    ):
+def check_first_step(first_step:str): # adopt, blend, zero or reference
     "Raise unless it names one of the four readings"
     if first_step not in FIRST_STEPS:
         raise ValueError("first_step must be adopt, blend, zero or reference, "

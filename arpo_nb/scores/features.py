@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..models.checkpoints import load_strict, read_state_dict
 from ..weights import import_torchvision, locate
 
-# %% ../../nbs/22_features.ipynb #d2bf66d3
+# %% ../../nbs/22_features.ipynb #e41d9d85
 # published file and smallest side
 TRUNKS = dict(vgg=('vgg16', 16), alex=('alexnet', 31), squeeze=('squeezenet', 17))
 
+# %% ../../nbs/22_features.ipynb #d2bf66d3
 class LPIPSFeatures(nn.Module):
     ("The lpips package's network as a `Perceptual`: feature maps whose squared "
      "differences add up to LPIPS")
@@ -25,8 +26,7 @@ class LPIPSFeatures(nn.Module):
                  # a random trunk with the real heads, for rehearsals; no download
                  random:bool=False,
                  # of the trunk: a local file, or None for the published one
-                 weights=None,
-                ):
+                 weights=None):
         super().__init__()
         if net not in TRUNKS:
             raise ValueError(f"net={net!r}: choose one of {', '.join(TRUNKS)}")

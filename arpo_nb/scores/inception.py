@@ -126,7 +126,7 @@ def forward(self:Mixed, x # [N, inp, H, W]
             for name, names in self.plan]
     return torch.cat(outs + ([halve(x)] if self.pool is halve else []), 1)
 
-# %% ../../nbs/26_inception.ipynb #1d71d244
+# %% ../../nbs/26_inception.ipynb #6239fe8f
 def mixed_a(inp, # channels that come
             pooled, # channels of the pooled branch
            ) -> Mixed:
@@ -134,13 +134,14 @@ def mixed_a(inp, # channels that come
     return Mixed(inp, avg_pool, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
                  branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)])
 
+# %% ../../nbs/26_inception.ipynb #1d71d244
 def mixed_b(inp # channels that come
            ) -> Mixed:
     "From 35 × 35 to 17 × 17"
     return Mixed(inp, halve, branch3x3=[(384, 3, 2)],
                  branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)])
 
-# %% ../../nbs/26_inception.ipynb #a70ea420
+# %% ../../nbs/26_inception.ipynb #9667ff73
 def mixed_c(inp, # channels that come
             c, # channels inside
            ) -> Mixed:
@@ -151,12 +152,14 @@ def mixed_c(inp, # channels that come
                  branch7x7dbl=[(c, 1), column, row, column, (192, (1, 7))],
                  branch_pool=[(192, 1)])
 
+# %% ../../nbs/26_inception.ipynb #7976c5bc
 def mixed_d(inp # channels that come
            ) -> Mixed:
     "From 17 × 17 to 8 × 8"
     return Mixed(inp, halve, branch3x3=[(192, 1), (320, 3, 2)],
                  branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)])
 
+# %% ../../nbs/26_inception.ipynb #a70ea420
 def mixed_e(inp, # channels that come
             pool, # mean in the first of the two, maximum in the second
            ) -> Mixed:

@@ -40,7 +40,7 @@ def run_folder(given, # folder of a run, a checkpoint or a snapshot; #ema may fo
         f"run={str(given)!r}: no run there; expected its folder, with config.json and "
         f"checkpoint/, or RUN/{SNAPSHOTS}/STEP")
 
-# %% ../../nbs/49_export.ipynb #833ed589
+# %% ../../nbs/49_export.ipynb #3ff280da
 def trained_weights(given, # as `run_folder` takes it
                    ) -> str: # path of weights, see `load_weights`
     "The file or folder with what a run has learned"
@@ -49,6 +49,7 @@ def trained_weights(given, # as `run_folder` takes it
         path = find_checkpoint(path, True) or path/'checkpoint'
     return f"{path}{f'#{part}' if part else ''}"
 
+# %% ../../nbs/49_export.ipynb #833ed589
 def trained_system(given, # as `run_folder` takes it
                   ) -> tuple: # System and Config
     "A run's system with its trained part"
@@ -57,9 +58,10 @@ def trained_system(given, # as `run_folder` takes it
     load_weights(getattr(system, trained_part(cfg)), trained_weights(given))
     return system, cfg
 
-# %% ../../nbs/49_export.ipynb #4f3e4aad
+# %% ../../nbs/49_export.ipynb #0c9d282e
 TORCH = '.pt', '.pth', '.ckpt', '.bin'
 
+# %% ../../nbs/49_export.ipynb #7a8eb248
 def _adapter(given, to):
     "The adapter of a run that has one"
     if (folder := adapter_folder(trained_weights(given))) is None:
@@ -73,16 +75,18 @@ def _adapter(given, to):
         write_atomically(to/name, lambda f: f.write((folder/name).read_bytes()))
     return to
 
+# %% ../../nbs/49_export.ipynb #4f3e4aad
 def _base(cfg, spec):
     "The file that a run started from; None for random weights, or the package's own"
     if cfg.weights == 'random' or 'policy' not in spec.files: return None
     mine = own_files(spec, cfg.weights, cfg.tokenizer_weights, cfg.files)
     return locate(spec.files['policy'], mine['policy'])
 
-# %% ../../nbs/49_export.ipynb #4edde9c0
+# %% ../../nbs/49_export.ipynb #daf4069a
 BESIDE = ('config.json', 'tokenizer.json', 'tokenizer_config.json',
           'preprocessor_config.json')
 
+# %% ../../nbs/49_export.ipynb #4edde9c0
 def _as_safetensors(contents, to, cfg):
     "Flat tensors in one file, or in parts with an index"
     inner = [v for v in contents.values() if isinstance(v, dict)]
@@ -123,13 +127,14 @@ def export(given, # folder of a run, a checkpoint or a snapshot; #ema for the av
     else: _as_safetensors(contents, to, cfg)
     return to
 
-# %% ../../nbs/49_export.ipynb #d4509760
+# %% ../../nbs/49_export.ipynb #7c9da0a6
 def licence_of(spec, # `ModelSpec`
               ) -> str: # '' where the model has no published file
     "The licence of a model's published file"
     policy = spec.files.get('policy')
     return FILES[policy].licence if policy in FILES else ''
 
+# %% ../../nbs/49_export.ipynb #d4509760
 def _hub_licence(licence):
     "Under a name that the hub knows, or as another one by its own"
     if licence.startswith(('MIT', 'Apache-2.0')):
@@ -152,17 +157,19 @@ def card_data(cfg:Config, # of the run
                 tags=['image-generation', 'reinforcement-learning', cfg.method,
                       *(['lora', 'peft'] if cfg.lora_rank else [])])
 
-# %% ../../nbs/49_export.ipynb #c404289e
+# %% ../../nbs/49_export.ipynb #aa8ccaea
 def _shown(value):
     "A value without the folders of this machine"
     local = isinstance(value, str) and '/' in value
     local = local and os.path.isabs(os.path.expanduser(value))
     return Path(value).name if local else value
 
+# %% ../../nbs/49_export.ipynb #f8a55bbb
 def _table(values):
     rows = [f'| `{k}` | {v} |' for k, v in values.items()]
     return '\n'.join(['| | |', '|---|---|', *rows])
 
+# %% ../../nbs/49_export.ipynb #c404289e
 def _numbers(folder):
     "What was measured, with how; of the last step alone if nothing was"
     told = 'metrics', 'protocol', 'commit', 'arpo_nb', 'torch', 'hardware'
@@ -175,10 +182,11 @@ def _numbers(folder):
     last = {k: f'{v:.4g}' for k, v in rows[-1].items() if not k.startswith('time/')}
     return 'Of the last training step, no evaluation:\n\n' + _table(last)
 
-# %% ../../nbs/49_export.ipynb #754a2b93
+# %% ../../nbs/49_export.ipynb #06562f32
 def _pictures(folder): # of the policy itself, oldest first
     return sorted(p for p in (folder/'samples').glob('*.png') if p.stem.isdigit())
 
+# %% ../../nbs/49_export.ipynb #5cd86f0f
 def _what(cfg, spec):
     "What was done to which model, on which data"
     rewards = f' on the rewards {", ".join(parse_rewards(cfg.rewards))}'
@@ -187,6 +195,7 @@ def _what(cfg, spec):
             '[arpo_nb](https://pypi.org/project/arpo_nb/); data: '
             f'`{_shown(cfg.data)}`.')
 
+# %% ../../nbs/49_export.ipynb #754a2b93
 def _where_from(cfg, spec, licence):
     published = cfg.weights == 'default' and spec.files.get('policy') in FILES
     base = (FILES[spec.files['policy']].address if published
@@ -216,7 +225,7 @@ def model_card(given, # folder of a run
     data = ModelCardData(**card_data(cfg, spec, licence)).to_yaml()
     return f'---\n{data}\n---\n\n' + '\n\n'.join(said) + '\n'
 
-# %% ../../nbs/49_export.ipynb #bb4f1ae0
+# %% ../../nbs/49_export.ipynb #47d9d951
 def _to_publish(source):
     "Files of a checkpoint that are worth publishing"
     weights = [f'{n}.safetensors' for n in ('policy', 'tokenizer', 'ema')]
@@ -226,10 +235,12 @@ def _to_publish(source):
     raise FileNotFoundError(f"{source}: no policy.safetensors; an older version wrote "
                             "it, or it is in parts. Export it first, and upload that")
 
+# %% ../../nbs/49_export.ipynb #8afe1b8f
 def _without_places(path):
     "An adapter's settings without the folders of this machine"
     return {k: _shown(v) for k, v in read_json(path).items()}
 
+# %% ../../nbs/49_export.ipynb #bb4f1ae0
 def _link(path, to):
     "The same file under another name, without a copy where the disk allows it"
     to.parent.mkdir(exist_ok=True)

@@ -110,8 +110,7 @@ def _environment():
 
 # %% ../../nbs/42_launch.ipynb #81658eb3
 def end(child, # `Popen`
-        stop_s:float, # seconds to wait before it is terminated
-       ):
+        stop_s:float): # seconds to wait before it is terminated
     "Wait for a child that was asked to stop; then end it"
     # torchrun gives its own 30 s
     for wait, then in ((stop_s, child.terminate), (40, child.kill), (None, None)):
@@ -321,12 +320,13 @@ def _wanted(p, args) -> tuple: # what a file says besides, and the configuration
            else from_settings(job | recipe))
     return job, override(cfg, args.set, **given)
 
-# %% ../../nbs/42_launch.ipynb #0573d333
+# %% ../../nbs/42_launch.ipynb #d8f4872a
 def _told(start):
     "Exit code 75 has no message of its own"
     try: return start()
     except Stopped as e: print(e, file=sys.stderr); raise
 
+# %% ../../nbs/42_launch.ipynb #0573d333
 def _dry_run(cfg, args):
     "Print what the run needs and costs"
     if args.launcher: check_launcher(args.launcher, cfg)
@@ -363,7 +363,7 @@ def main(argv=None): # words; None for those of the command line
     rank = int(os.environ.get('RANK', 0))
     return as_process(mine, here, rank, job.get('pipe', False))
 
-# %% ../../nbs/42_launch.ipynb #d830be0d
+# %% ../../nbs/42_launch.ipynb #36faca4d
 DOORS = dict(
     train=('arpo_nb.training.launch',
            'post-train a model: FILE | --model NAME --out_dir DIR'),
@@ -378,6 +378,7 @@ DOORS = dict(
     eval=('', 'measure a checkpoint: run_eval.ipynb, its parameters as --NAME VALUE'),
     notebooks=('', 'lay out the run notebooks and the examples: DIR'))
 
+# %% ../../nbs/42_launch.ipynb #d830be0d
 def _lay_out(words):
     if len(words) != 1 or words[0].startswith('-'):
         sys.exit('usage: arpo notebooks DIR')

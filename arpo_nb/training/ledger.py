@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEVICE', 'SMALL', 'TRAINED', 'tensors', 'Places', 'flops_of', 'nbytes', 'bytes_moved', 'bytes_sent', 'Shadows',
-           'Phase', 'Frame', 'Ledger', 'seen', 'mood', 'likes', 'blank']
+           'Phase', 'Frame', 'Ledger', 'seen', 'mood', 'signature', 'likes', 'blank']
 
 # %% ../../nbs/44_ledger.ipynb #b9f2ff77
+import hashlib
 import sys
 import weakref
 from collections import Counter, defaultdict
@@ -130,7 +131,9 @@ class Shadows:
 
 # %% ../../nbs/44_ledger.ipynb #1115a998
 @patch
-def follow(self:Shadows, func, args, kwargs, ins, outs):
+def follow(self:Shadows, func, # of torch.ops
+           args, kwargs, # of the call
+           ins, outs): # its tensors
     "Repeat a call on shadows, if all it touches is small"
     if not ins or any(x.numel() > SMALL for x in outs): return
     if func.namespace not in ('aten', 'prims'): return
@@ -144,7 +147,11 @@ def follow(self:Shadows, func, args, kwargs, ins, outs):
         self.repeat(func, args, kwargs, outs, sure)
 
 @patch
-def repeat(self:Shadows, func, args, kwargs, outs, sure):
+def repeat(self:Shadows, func, # of torch.ops
+           args, kwargs, # of the call
+           outs, # its results
+           sure:bool): # whether all that goes in is known
+    "The call on shadows"
     with no_dispatch():
         a, k = tree_map_only(Tensor, self.of, (args, kwargs))
         if 'device' in k: k['device'] = 'cpu'
@@ -187,9 +194,11 @@ class Phase:
 # %% ../../nbs/44_ledger.ipynb #e7f47c9a
 class Frame:
     "A stretch of entries that may be entered again"
-    def __init__(self, now:Counter): # kind → bytes held
+    def __init__(self, now:Counter, # kind → bytes held
+                 sums:bool=True): # whether sums of gradients are a part of it
         self.base, self.work, self.peaks = +now, Counter(), {}
         self.syncs, self.born, self.out = Counter(), weakref.WeakSet(), None
+        self.sums = sums
 
     def mark(self, phase:str, # that is going on
              now:Counter): # kind → bytes held
@@ -204,15 +213,17 @@ class Frame:
 class Ledger(TorchDispatchMode):
     "Writes down what each operation computes, moves, keeps, sends and asks"
     def __init__(self, world:int=1, # processes that a collective call is shared by
-                 records:dict|None=None): # of an earlier rehearsal of the same networks
+                 records:dict|None=None, # of an earlier rehearsal of the same run
+                 shared:dict|None=None): # of earlier ones of any run, by network
         super().__init__()
         self.world, self.shadows = world, Shadows()
         self.kind_of, self.now = weakref.WeakKeyDictionary(), Counter()
         self.phases, self.stack, self.syncs = defaultdict(Phase), ['start'], Counter()
         self.curve, self.frames = [], []
         self.records = {} if records is None else records
+        self.shared = {} if shared is None else shared
         self.waiting, self.casts, self.cast_units = defaultdict(list), [], set()
-        self.blocks = 0 # watched so far, of which `cast_units` has the numbers
+        self.blocks = Counter() # watched so far, by network
         self.resizes = ExitStack() # while entered: storages that get another size
 
 # %% ../../nbs/44_ledger.ipynb #33f0e9e4
@@ -231,7 +242,8 @@ def _asker() -> str: # 'file.py:line'
 
 # %% ../../nbs/44_ledger.ipynb #14f06b86
 @patch
-def keep(self:Ledger, x:Tensor, kind:str):
+def keep(self:Ledger, x:Tensor, # on the device, or left alone
+         kind:str): # what it is for
     "Enter a storage of the device, or move it to another kind"
     if hasattr(x, '_local_tensor'): x = x._local_tensor # of a sharded one
     if x.device != DEVICE: return
@@ -251,7 +263,7 @@ def _gone(self:Ledger, entry): self.now[entry[0]] -= entry[1]
 
 # %% ../../nbs/44_ledger.ipynb #14f06b89
 @patch
-def resized(self:Ledger, home):
+def resized(self:Ledger, home): # a storage
     "A storage that is known has another size now"
     if entry := self.kind_of.get(home):
         self._gone(entry)
@@ -260,7 +272,8 @@ def resized(self:Ledger, home):
         self.mark()
 
 @patch
-def mark(self:Ledger, phase:str='', now:Counter|None=None):
+def mark(self:Ledger, phase:str='', # '' for the one that is going on
+         now:Counter|None=None): # kind → bytes, None for those that are held
     "Remember the fullest moment of a phase, and the curve where it bends"
     phase, now = phase or self.stack[-1], self.now if now is None else now
     book, total = self.phases[phase], now.total()
@@ -314,8 +327,13 @@ def ask(self:Ledger):
     for f in self.frames: f.syncs[line] += 1
 
 # %% ../../nbs/44_ledger.ipynb #257b284e
+# what reads nothing of its argument but the shape
+_FRESH = {'zeros_like', 'ones_like', 'full_like', 'new_zeros', 'new_ones', 'new_full'}
+
 @patch
-def enter(self:Ledger, func, args, kwargs, out, ins, outs):
+def enter(self:Ledger, func, # of torch.ops
+          args, kwargs, out, # of the call
+          ins, outs): # its tensors
     "Write one call down"
     if not any(x.device == DEVICE for x in ins + outs): return
     for x in outs:
@@ -323,12 +341,17 @@ def enter(self:Ledger, func, args, kwargs, out, ins, outs):
         self.keep(x, self._kind(func, ins, x))
         for f in self.frames: f.born.add(x.untyped_storage())
     if _waits(func, args, kwargs, ins, outs): self.ask()
-    moved = 0 if 'empty' in func._opname else bytes_moved(ins, outs)
+    # `x.device` comes by as well, and an empty tensor is not written
+    still = 'empty' in func._opname or not (outs or func._schema.is_mutable)
+    moved = 0 if still else bytes_moved([] if func._opname in _FRESH else ins, outs)
     sent = bytes_sent(func, ins, self.world)
     if not moved and not sent: return
     dtype = next((x.dtype for x in outs or ins if x.is_floating_point()), torch.int64)
-    self.add(self.stack[-1], (dtype, flops_of(func, args, kwargs, out), moved, sent))
+    added = func._opname == 'add_' and self.kind_of.get(ins[0].untyped_storage())
+    self.add(self.stack[-1], (dtype, flops_of(func, args, kwargs, out), moved, sent),
+             sums=bool(added) and added[0] == 'gradients')
 
+# %% ../../nbs/44_ledger.ipynb #257b284d
 def _waits(func, args, kwargs, ins, outs) -> bool:
     ("Whether the host waits for a call: it does for copies either way that may not be "
      "late")
@@ -348,14 +371,18 @@ TRAINED = 'parameters', 'frozen networks', 'gathered'
 
 # %% ../../nbs/44_ledger.ipynb #257b284f
 @patch
-def add(self:Ledger, phase:str, call:tuple, n:int=1):
+def add(self:Ledger, phase:str, # name
+        call:tuple, # dtype, operations, bytes moved, bytes sent
+        n:int=1, # how often
+        sums:bool=False): # whether it adds a gradient to those of earlier passes
     "A call, or several of a kind"
     self.phases[phase].work[call] += n
-    for f in self.frames: f.work[phase, call] += n
+    for f in self.frames:
+        if f.sums or not sums: f.work[phase, call] += n
 
 @patch
 @contextmanager
-def during(self:Ledger, name:str):
+def during(self:Ledger, name:str): # of a phase
     "What happens in the block belongs to phase `name`"
     self.stack.append(name)
     self.mark()
@@ -391,6 +418,18 @@ def mood() -> tuple:
     kept = half and torch.is_autocast_cache_enabled()
     return torch.is_grad_enabled(), half and torch.get_autocast_dtype('cpu'), kept
 
+# %% ../../nbs/44_ledger.ipynb #feba7611
+def signature(net:nn.Module # any
+             ) -> str:
+    "The same for networks that cost the same"
+    plain = [[(k, v) for k, v in vars(m).items()
+              if isinstance(v, (bool, int, float, str)) and k != 'layer_idx']
+             for m in net.modules()] # a block may know its number
+    held = [(tuple(x.shape), x.dtype, x.requires_grad)
+            for x in (*net.parameters(), *net.buffers())]
+    said = repr((type(net), getattr(net, 'cfg', None), repr(net), plain, held))
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
 # %% ../../nbs/44_ledger.ipynb #7d25f509
 @patch
 @contextmanager
@@ -402,7 +441,8 @@ def frame(self:Ledger):
     finally: self.frames.remove(f)
 
 @patch
-def again(self:Ledger, f:Frame, base:Counter|None=None):
+def again(self:Ledger, f:Frame, # that is remembered
+          base:Counter|None=None): # kind → bytes held, None for now
     "Enter a stretch once more, on top of what is held now or was held then"
     base = self.now if base is None else base
     for phase, (_, more) in f.peaks.items(): self.mark(phase, base + more)
@@ -430,15 +470,18 @@ def blank(out # of `likes`
 
 # %% ../../nbs/44_ledger.ipynb #6d985861
 @patch
-def once(self:Ledger, f, name):
+def once(self:Ledger, f, # any function
+         name:str, # that calls are remembered by
+         about:str=''): # `signature` of the network that it belongs to
     "`f`, run once for each kind of call without gradients"
+    records = self.shared if about else self.records
     @wraps(f)
     def call(*args, **kwargs):
         objects = [x for x in tree_leaves((args, kwargs)) if not isinstance(x, Tensor)]
-        key = name, seen(args), seen(kwargs), mood(), self.stack[-1]
+        key = name, about, self.world, seen(args), seen(kwargs), mood(), self.stack[-1]
         if name != 'unit': key += len(self.cast_units), # weights that are cast already
         if torch.is_grad_enabled(): return f(*args, **kwargs)
-        if key in self.records: return self._repeat(self.records[key])
+        if key in records: return self._repeat(records[key])
         before, cast = list(map(_state, objects)), set(self.cast_units)
         with self.frame() as frame: out = f(*args, **kwargs)
         homes = {x.untyped_storage() for x in tensors(args, kwargs)}
@@ -446,7 +489,7 @@ def once(self:Ledger, f, name):
         if before == list(map(_state, objects)) and same:
             frame.out, frame.cast = likes(out), self._halves(frame)
             frame.units = self.cast_units - cast
-            self.records[key] = frame
+            records[key] = frame
         return out
     return call
 
@@ -476,7 +519,8 @@ def _repeat(self:Ledger, frame):
 def _one_token(x, *_, **__): return x.ndim == 1 or x.shape[1] == 1
 
 @patch
-def thin(self:Ledger, f, every:int=32):
+def thin(self:Ledger, f, # of tokens
+         every:int=32): # calls
     "`f`, of which one call in `every` is run when it goes on token by token"
     state = dict(last=None, left=0, calls=0)
     def settle(new=None):
@@ -517,19 +561,21 @@ def _many(self:Ledger, f:Frame, n:int):
 class _Doors:
     "Where the way back enters and leaves a block that is watched"
     def __init__(self, ledger, # that writes down
-                 key): # of the block
-        self.ledger, self.key, self.frame = ledger, key, None
+                 records, # where
+                 key): # of the way back
+        self.ledger, self.records, self.key, self.frame = ledger, records, key, None
 
     def enter(self):
         "A block's way back begins"
-        self.frame = Frame(self.ledger.now)
+        # a stand-in hands gradients on, and those are added without it
+        self.frame = Frame(self.ledger.now, sums=False)
         self.ledger.frames.append(self.frame)
 
     def leave(self):
         "It has ended"
         if self.frame is None: return
         self.ledger.frames.remove(self.frame)
-        self.ledger.records[self.key] = self.frame
+        self.records[self.key] = self.frame
         for base in self.ledger.waiting.pop(self.key, []):
             self.ledger.again(self.frame, base)
         self.frame = None
@@ -553,12 +599,12 @@ class _StandIn(torch.autograd.Function):
     "A block that is entered again"
     @staticmethod
     def forward(ctx, ledger, # that writes down
-                frame, key, # what the block did, and by what it is remembered
+                frame, records, key, # what the block did; of its way back
                 again, # whether checkpointing asks for it a second time
                 *xs): # tensors
         "Enter the block's forward pass, and hold what it would"
-        ctx.ledger, ctx.key, ctx.likes = ledger, key, [likes(x) if x.requires_grad
-                                                       else None for x in xs]
+        ctx.ledger, ctx.records, ctx.key = ledger, records, key
+        ctx.likes = [likes(x) if x.requires_grad else None for x in xs]
         new = lambda sizes: [torch.empty(n, dtype=torch.uint8, device=DEVICE)
                              for n in sizes]
         if not again: ledger.again(frame) # else the frame of the way back has it
@@ -569,52 +615,53 @@ class _StandIn(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads): # of its results
         "Enter its way back, and let go"
-        ledger, base = ctx.ledger, +ctx.ledger.now
+        ledger, base, known = ctx.ledger, +ctx.ledger.now, ctx.records
         held = ctx.saved_tensors # under checkpointing the second forward pass
-        if ctx.key in ledger.records: ledger.again(ledger.records[ctx.key], base)
+        if ctx.key in known: ledger.again(known[ctx.key], base)
         else: ledger.waiting[ctx.key].append(base)
         del held
-        return None, None, None, None, *(x if x is None else blank(x)
+        return None, None, None, None, None, *(x if x is None else blank(x)
                                          for x in ctx.likes)
 
 # %% ../../nbs/44_ledger.ipynb #77016aa5
 def _is_back(): return torch._C._current_graph_task_id() != -1
 
 @patch
-def block(self:Ledger, unit:nn.Module):
+def block(self:Ledger, unit:nn.Module, # its `forward` is replaced
+          about:str=''): # `signature` of the network that it belongs to
     "Let equal units of a policy be run once"
-    run, mode, me = unit.forward, {}, self.blocks
-    shape = repr(unit), tuple(p.shape for p in unit.parameters())
-    self.blocks += 1
+    run, mode, me = unit.forward, {}, (about, self.blocks[about])
+    shape, records = signature(unit), self.shared if about else self.records
+    self.blocks[about] += 1
     def forward(*args, **kwargs):
         fresh, mine = me not in self.cast_units, list(unit.parameters())
         if torch.is_autocast_enabled('cpu') and torch.is_autocast_cache_enabled():
             self.cast_units.add(me)
         if not torch.is_grad_enabled(): return bare(shape, fresh, *args, **kwargs)
         grads = any(p.grad is not None for p in mine)
-        key = (shape, seen(args), seen(kwargs), mood(), fresh, unit.training,
+        key = (shape, about, self.world, seen(args), seen(kwargs), mood(), fresh, unit.training,
                tuple(p.requires_grad for p in mine), grads)
         back = (key, 'back')
         again = _is_back()
-        if not again: mode['frame'] = self.records.get(key)
+        if not again: mode['frame'] = records.get(key)
         frame = mode['frame']
         if frame is None:
             return (run(*args, **kwargs) if again
-                    else self._watch(run, key, back, args, kwargs))
+                    else self._watch(run, records, key, args, kwargs))
         xs = [x for x in tensors(args, kwargs) if x.requires_grad] + mine
-        return _like(frame.out, list(_StandIn.apply(self, frame, back, again, *xs)))
+        return _like(frame.out, list(_StandIn.apply(self, frame, records, back, again, *xs)))
     def bare(shape, fresh, *args, **kwargs): return run(*args, **kwargs)
     unit.forward = forward
-    bare = self.once(bare, 'unit')
+    bare = self.once(bare, 'unit', about)
 
 def _like(form, flat):
     return tree_map(lambda x: flat.pop(0) if isinstance(x, _Like) else x, form)
 
 # %% ../../nbs/44_ledger.ipynb #77016aa6
 @patch
-def _watch(self:Ledger, run, key, back, args, kwargs):
+def _watch(self:Ledger, run, records, key, args, kwargs):
     "Run a block between two gates, and remember both ways"
-    doors = _Doors(self, back)
+    doors = _Doors(self, records, (key, 'back'))
     args, kwargs = self._gated(doors.leave, (args, kwargs))
     with self.frame() as frame: out = run(*args, **kwargs)
     homes = {x.untyped_storage() for x in tensors(out, args, kwargs)}
@@ -623,7 +670,7 @@ def _watch(self:Ledger, run, key, back, args, kwargs):
     frame.saved = [h.nbytes() for h in left
                    if not self.kind_of[h][0].endswith('in half')]
     frame.out = likes(out)
-    self.records[key] = frame
+    records[key] = frame
     return self._gated(doors.enter, out)
 
 @patch

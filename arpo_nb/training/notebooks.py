@@ -61,16 +61,18 @@ def read_value(text:str, # as typed
     from arpo_nb.config import read
     return read(text, type(default), name)
 
-# %% ../../nbs/49_notebooks.ipynb #4fcd7c3b
+# %% ../../nbs/49_notebooks.ipynb #27992c71
 def _split(words): # --NAME=VALUE in two
     parts = [w.split('=', 1) if w.startswith('--') else [w] for w in words]
     return [p for pair in parts for p in pair]
 
+# %% ../../nbs/49_notebooks.ipynb #4438d4de
 def _no_parameter(name, key, known, notebook):
     near = difflib.get_close_matches(key, known, 1)
     hint = f', did you mean --{near[0]}?' if near else '; --help lists them'
     return ValueError(f"{name!r}: no parameter of {Path(notebook).name}{hint}")
 
+# %% ../../nbs/49_notebooks.ipynb #4fcd7c3b
 def read_words(words:list, # --NAME VALUE, or --NAME=VALUE
                notebook, # path
               ) -> dict: # parameter: value

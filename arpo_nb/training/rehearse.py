@@ -11,6 +11,7 @@ __all__ = ['JUDGES', 'FSDP', 'ASIDE', 'SIZES', 'DEVICES', 'STAYS', 'SHORT', 'LAY
 # %% ../../nbs/44_rehearse.ipynb #7358680e
 import argparse
 import copy
+import gc
 import json
 import math
 import os
@@ -46,8 +47,8 @@ from ..protocols import Batch, Streams, System, map_cond
 from ..scores import clip
 from ..specs import find_model
 from ..systems import load_reward, shapes_of, system_of
-from . import rollout, sharding, trainer
-from .ledger import DEVICE, Ledger, Phase, Places, blank, likes, mood, nbytes, seen
+from . import rollout, sharding, steps, trainer
+from .ledger import DEVICE, Ledger, Phase, Places, blank, likes, mood, nbytes, seen, signature
 from .rollout import Clock
 from .sharding import shard_units
 
@@ -169,30 +170,35 @@ class _Stage:
         self.checkpoint = self.steps = 0 # bytes; steps of the optimiser
         # of the micro-batch that runs: what it repeats, what it is remembered by
         self.frame = self.running = None
-        self.held, self.gradients = False, 0 # since the optimiser's last step; bytes
+        # gradients since the optimiser's last step; whether they are there as tensors
+        self.held = self.real = False
+        self.state = 0 # bytes of an optimiser whose first step was entered
         self.nets, self.trained, self.opt = [], [], None # what was prepared
+        self.about = {} # network → `signature`
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbe4
 @patch
-def prepare(self:_Stage, acc, raw, make_optimizer, ref_policy=None, ref_offload=False):
+def _prepare(self:_Stage, acc, raw, make_optimizer, ref_policy=None, ref_offload=False):
     "The trainer's, around networks that are watched"
     ledger, policy = self.ledger, self.system.policy
     for net in (policy, ref_policy):
-        for unit in shard_units(net) if net is not None else (): ledger.block(unit)
+        if net is None: continue
+        self.about[net] = about = signature(net)
+        for unit in shard_units(net): ledger.block(unit, about)
     objective, opt = sharding.prepare(acc, raw, make_optimizer, ref_policy, ref_offload)
     self.trained, self.opt = list(raw.parameters_to_train()), opt
     self.nets = [net for net in (raw, ref_policy) if net is not None]
-    self.account(ref_policy)
+    self._account(ref_policy)
     # what came before happened on the host
     ledger.phases.clear(), ledger.curve.clear(), ledger.syncs.clear()
-    self.watch_doors(ref_policy)
-    opt.step = partial(self.step, opt.step)
-    objective.forward = self.micro_batch(objective.forward)
-    opt.zero_grad = partial(self.zero_grad, opt)
+    self._watch_doors(ref_policy)
+    opt.step = partial(self._step, opt.step)
+    objective.forward = self._micro_batch(objective.forward)
+    opt.zero_grad = partial(self._zero_grad, opt)
     return objective, opt
 
 @patch
-def account(self:_Stage, ref_policy):
+def _account(self:_Stage, ref_policy):
     "What parameters, their gradients and the reference's are for"
     ledger = self.ledger
     for p in self.trained:
@@ -204,7 +210,7 @@ def account(self:_Stage, ref_policy):
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbe6
 @patch
-def watch_doors(self:_Stage, ref_policy):
+def _watch_doors(self:_Stage, ref_policy):
     "Let what is called over and over be run once"
     ledger, policy = self.ledger, self.system.policy
     generate, self.settle = policy.generate, lambda: None
@@ -215,9 +221,11 @@ def watch_doors(self:_Stage, ref_policy):
     policy.generate = settled
     for net, doors in ((policy, ('hidden', 'generate')), (ref_policy, ('hidden',)),
                        (self.system.tokenizer, ('encode', 'decode'))):
-        for door in doors if net is not None else ():
+        if net is None: continue
+        about = self.about.get(net) or signature(net)
+        for door in doors:
             name = f'{door} {net is ref_policy}'
-            setattr(net, door, ledger.once(getattr(net, door), name))
+            setattr(net, door, ledger.once(getattr(net, door), name, about))
     # where it has one, a step has the head as well
     name = next((n for n in ('step', 'trunk') if hasattr(policy, n)), None)
     if name: setattr(policy, name, thin := ledger.thin(getattr(policy, name)))
@@ -227,39 +235,30 @@ def watch_doors(self:_Stage, ref_policy):
 JUDGES = 'forward', 'features', 'encode_image', 'encode_text'
 
 @patch
-def watch_judges(self:_Stage, nets):
+def _watch_judges(self:_Stage, nets):
     "Let equal pieces of pictures, and equal blocks, be judged once"
-    for i, net in enumerate(nets):
-        for unit in shard_units(net): self.ledger.block(unit)
+    for net in nets:
+        about = signature(net)
+        for unit in shard_units(net): self.ledger.block(unit, about)
         for door in [d for d in JUDGES if hasattr(net, d)]:
-            setattr(net, door, self.ledger.once(getattr(net, door), f'{door} {i}'))
+            setattr(net, door, self.ledger.once(getattr(net, door), door, about))
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbe8
 @patch
-def update(self:_Stage, *args, **kwargs):
-    "The second update costs what the first did"
-    key = 'update', seen(args[3]), self.cfg.mini_batch_size, self.cfg.micro_batch_size
-    with self.ledger.during('update'):
-        if self.steps and key in self.ledger.records: # the first is made here
-            frame, stats = self.ledger.records[key]
-            self.ledger.again(frame)
-            sharding.give_back(self.system.policy) # as the way back does
-            return dict(stats)
-        with self.ledger.frame() as frame: stats = self._update(*args, **kwargs)
-    for _, more in frame.peaks.values(): more.pop('optimiser state', None)
-    self.ledger.records[key] = frame, stats
-    return stats
+def _update(self:_Stage, *args, **kwargs):
+    "The trainer's, as a phase"
+    with self.ledger.during('update'): return self.go_update(*args, **kwargs)
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbe9
 @patch
-def micro_batch(self:_Stage, run):
+def _micro_batch(self:_Stage, run):
     "A forward pass whose like has gone both ways is entered again"
     def forward(part):
         key = 'micro-batch', seen(part), self.held, mood(), self.ledger.stack[-1]
-        self.frame_key = key # gradients are made here once
-        self.frame = self.ledger.records.get(key) if self.gradients else None
+        self.frame_key, self.frame = key, self.ledger.records.get(key)
         if self.frame: return blank(self.frame.out)
-        if not self.held: self.drop()
+        if self.held: self._realise()
+        else: self._drop()
         self.running = self.ledger.frame()
         open_, out = self.running.__enter__(), run(part)
         self.opened, open_.out = open_, likes(out)
@@ -267,49 +266,81 @@ def micro_batch(self:_Stage, run):
     return forward
 
 @patch
-def again(self:_Stage):
+def _again(self:_Stage):
     "A micro-batch both ways, after which parts are left of a policy in parts"
     self.ledger.again(self.frame)
     sharding.give_back(self.system.policy)
 
 @patch
-def backward(self:_Stage, acc, loss, *args, **kwargs):
+def _backward(self:_Stage, acc, loss, *args, **kwargs):
     "The way back of either"
     with self.ledger.during('backward'):
-        if self.frame: self.again()
-        else: self._back(acc, loss, *args, **kwargs)
-    if self.frame and not self.held: self.ledger.now['gradients'] = self.gradients
+        if self.frame: self._again()
+        else: self.go_back(acc, loss, *args, **kwargs)
+    records, now = self.ledger.records, self.ledger.now
+    if self.frame and not self.held: now['gradients'], _ = records['gradients']
     self.held = True
     if self.frame or self.running is None: return
     self.running.__exit__(None, None, None)
-    self.ledger.records[self.frame_key], self.running = self.opened, None
-    self.gradients = self.ledger.now['gradients']
+    records[self.frame_key], self.running, self.real = self.opened, None, True
+    records['gradients'] = now['gradients'], [p.grad is not None for p in self.trained]
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbea
 @patch
-def step(self:_Stage, run, *args):
-    "The first step makes the optimiser's state, the third costs what the second did"
-    self.steps += 1
-    if self.steps > 1 and 'step' in self.ledger.records:
-        return self.ledger.again(self.ledger.records['step'])
-    with self.ledger.frame() as frame: run(*args)
-    if self.steps > 1: self.ledger.records['step'] = frame
+def _norm(self:_Stage, *args):
+    "Gradients are clipped once"
+    records = self.ledger.records
+    if 'norm' not in records:
+        self._realise()
+        with self.ledger.frame() as frame: frame.out = self.go_norm(*args)
+        records['norm'] = frame
+    else: self.ledger.again(records['norm'])
+    return records['norm'].out
 
 @patch
-def zero_grad(self:_Stage, opt, *_, **__):
+def _step(self:_Stage, run, *args):
+    "The first step makes the optimiser's state, the third costs what the second did"
+    self.steps += 1
+    key, ledger = ('step', self.steps > 1), self.ledger
+    if key not in ledger.records:
+        self._realise()
+        ledger.now['optimiser state'] -= self.state # it is made now
+        self.state = 0
+        with ledger.frame() as frame: run(*args)
+        ledger.records[key] = frame, ledger.now['optimiser state']
+        return
+    frame, size = ledger.records[key]
+    ledger.again(frame)
+    if self.steps > 1: return
+    self.state, ledger.now['optimiser state'] = size, size
+
+# %% ../../nbs/44_rehearse.ipynb #c6eccbec
+@patch
+def _zero_grad(self:_Stage, opt, *_, **__):
     ("Gradients that are gone; their tensors stay for the next ones to be entered "
      "in their place")
     self.held, self.ledger.now['gradients'] = False, 0
 
 @patch
-def drop(self:_Stage):
+def _drop(self:_Stage):
     "Really gone"
     self.ledger.now['gradients'] += sum(nbytes(p.grad) for p in self.trained
                                         if p.grad is not None)
     for p in self.trained: p.grad = None
+    self.real = False
 
 @patch
-def saved(self:_Stage, acc, *_, **__):
+def _realise(self:_Stage):
+    "Gradients that were entered become tensors"
+    if self.real: return
+    size, there = self.ledger.records['gradients']
+    self.ledger.now['gradients'] -= size
+    for p, has in zip(self.trained, there):
+        if has: self.ledger.keep(new := torch.empty_like(p), 'gradients'); p.grad = new
+    self.real = True
+
+@patch
+def _saved(self:_Stage, acc, *_, **__):
     held = self.ledger.now
     self.checkpoint = held['parameters'] + held['optimiser state']
 
@@ -346,13 +377,14 @@ def _in_the_way(stage): # (object, name, what stands there meanwhile)
         if hasattr(module, 'sample_token'):
             yield module, 'sample_token', ledger.once(module.sample_token, 'sample')
     yield from ((_PhaseClock, 'ledger', ledger), (trainer, 'Clock', _PhaseClock),
-                (trainer, 'update', stage.update), (trainer, 'prepare', stage.prepare),
-                (trainer, 'save_checkpoint', stage.saved),
+                (trainer, 'update', stage._update), (trainer, 'prepare', stage._prepare),
+                (trainer, 'save_checkpoint', stage._saved),
+                (steps, '_gradient_norm', stage._norm), (gc, 'collect', lambda *_: 0),
                 (trainer, 'check_state', lambda *_, **__: None), # would be pickled
                 (trainer, 'need_space', lambda *_, **__: None), # nothing is written
                 (rewards, '_rows', named), (rewards, 'ask_reward', once),
                 (rollout, 'ask_reward', once), (nn.Module, 'to', _to),
-                (Accelerator, 'backward', lambda *a, **k: stage.backward(*a, **k)),
+                (Accelerator, 'backward', lambda *a, **k: stage._backward(*a, **k)),
                 (clip, 'tokenize', lambda texts: torch.zeros(len(texts), 77).long()),
                 (torch, 'clear_autocast_cache', forget),
                 (FSDPParam, 'alloc_all_gather_outputs', gathered),
@@ -364,7 +396,8 @@ def _in_the_way(stage): # (object, name, what stands there meanwhile)
 @contextmanager
 def _watched(stage:_Stage):
     "The trainer's loop under a ledger's eyes"
-    stage._back, stage._update = Accelerator.backward, trainer.update
+    stage.go_back, stage.go_update = Accelerator.backward, trainer.update
+    stage.go_norm = steps._gradient_norm
     with _optimiser_watched(stage.ledger), ExitStack() as way:
         for where, name, new in _in_the_way(stage):
             way.enter_context(mock.patch.object(where, name, new))
@@ -467,6 +500,11 @@ def _as_they_are(nets): # function that makes them so again
             for k in vars(m).keys() - names: del vars(m)[k]
     return again
 
+def _twin(parts): # their tensors have no content, and are replaced, not written to
+    nets = networks_in(parts)
+    held = {id(x): x for net in nets for x in (*net.parameters(), *net.buffers())}
+    return copy.deepcopy(parts, held)
+
 def _let_go(stage):
     "Drop what the trainer made; where torch's tensors lie in circles, its collector may fall"
     for m in (m for net in stage.nets for m in net.modules()):
@@ -520,9 +558,10 @@ def rehearse(cfg:Config, # any run
                          "number of processes")
     one = _two_steps(cfg, steps, shards)
     # what is watched is not given back
-    system, reward = copy.deepcopy(parts or build(cfg))
+    system, reward = _twin(parts or build(cfg))
     known = {} if records is None else records
-    ledger = Ledger(shards, known.setdefault((shards, _kind(one)), {}))
+    ledger = Ledger(shards, known.setdefault((shards, _kind(one)), {}),
+                    known.setdefault('networks', {}))
     stage, judges = _Stage(ledger, system, one), networks_in(reward)
     nets = list(dict.fromkeys([*system.modules(), *judges]))
     with _without_content(shards) as folder:
@@ -532,7 +571,7 @@ def rehearse(cfg:Config, # any run
             if shards > 1 and net is system.policy: continue # it goes there in parts
             for x in [*net.parameters(), *net.buffers()]:
                 ledger.keep(x, 'frozen networks')
-        stage.watch_judges(judges)
+        stage._watch_judges(judges)
         try:
             with _watched(stage), ledger:
                 trainer.train(system, FakeData(system, one), one, folder,

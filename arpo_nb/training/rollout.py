@@ -30,11 +30,12 @@ def _score(head, hidden, tokens, temperature, entropy_grad):
         entropy = lse[:, 0] - ((logits - lse).exp()*logits).sum(-1)
     return logits.gather(-1, tokens) - lse, entropy
 
-# %% ../../nbs/40_rollout.ipynb #de7cc41c
+# %% ../../nbs/40_rollout.ipynb #0e66f5c7
 def _wants_grad(policy, hidden):
     if not torch.is_grad_enabled(): return False
     return hidden.requires_grad or any(p.requires_grad for p in policy.parameters())
 
+# %% ../../nbs/40_rollout.ipynb #de7cc41c
 def token_logps(policy, # `Policy`
                 hidden:Tensor, # [N, T, D] states of N contexts
                 tokens:Tensor, # [N, S, T] S token sequences per context
@@ -52,12 +53,13 @@ def token_logps(policy, # `Policy`
     logps, entropy = (torch.cat(x) for x in zip(*out))
     return logps.view(n, t, s).transpose(1, 2), entropy.view(n, t)
 
-# %% ../../nbs/40_rollout.ipynb #ff79543b
+# %% ../../nbs/40_rollout.ipynb #13687cc5
 def _slices(n:int, size:int):
     "Slices of at most `size` that cover n, one for all if `size` is 0"
     if not size: return [slice(0, n)]
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
+# %% ../../nbs/40_rollout.ipynb #ff79543b
 @torch.no_grad()
 def encode_images(tokenizer, # `Tokenizer`
                   images:Tensor, # [B, 3, H, W] in [0, 1]
@@ -132,6 +134,12 @@ class Clock:
         "Until the device has done what it was asked"
         if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
 
+# %% ../../nbs/40_rollout.ipynb #91a48a0a
+def _scales(policy, cfg_scale, t):
+    "s [T] per position, which some policies raise along the way"
+    if hasattr(policy, 'guidance'): return policy.guidance(cfg_scale)
+    return torch.full((t,), float(cfg_scale))
+
 # %% ../../nbs/40_rollout.ipynb #e21d3bbf
 class Guided:
     "A policy under guidance, as a policy of its own"
@@ -143,12 +151,7 @@ class Guided:
         "Those of the policy itself"
         return self.policy.parameters()
 
-def _scales(policy, cfg_scale, t):
-    "s [T] per position, which some policies raise along the way"
-    if hasattr(policy, 'guidance'): return policy.guidance(cfg_scale)
-    return torch.full((t,), float(cfg_scale))
-
-# %% ../../nbs/40_rollout.ipynb #17ef0298
+# %% ../../nbs/40_rollout.ipynb #729d725a
 @patch
 def hidden(self:Guided, context:Tensor, # [N, T] ids
            cond, # N conditions
@@ -159,6 +162,7 @@ def hidden(self:Guided, context:Tensor, # [N, T] ids
     scale = _scales(self.policy, self.cfg_scale, context.shape[1]).to(context.device)
     return torch.cat([*states, scale.expand(len(context), -1)[..., None]], -1)
 
+# %% ../../nbs/40_rollout.ipynb #17ef0298
 @patch
 def head(self:Guided, hidden:Tensor, # [..., 2D+1]
         ) -> Tensor: # [..., V]

@@ -24,7 +24,7 @@ from ..config import Config, from_json
 from ..files import TEMPORARY, in_words, read_bytes, write_text
 from .sharding import SHARDED
 
-# %% ../../nbs/47_run_folder.ipynb #1fe3ef74
+# %% ../../nbs/47_run_folder.ipynb #b08809d0
 SAME_RUN = (('num_processes', 'micro_batch_size', 'generate_batch_size',
              'decode_batch_size', 'logps_chunk', 'save_steps', 'gradient_checkpointing',
              'ref_offload', 'keep_every', 'save_total_limit', 'log_with',
@@ -32,6 +32,7 @@ SAME_RUN = (('num_processes', 'micro_batch_size', 'generate_batch_size',
              'metric_for_best_model', 'greater_is_better', 'early_stopping_patience',
              'callbacks'))
 
+# %% ../../nbs/47_run_folder.ipynb #1fe3ef74
 def why_not_longer(cfg:Config, # of a run
                   ) -> str: # '' if nothing in a step depends on their number
     "What makes a run with more steps another run from its first step on"
@@ -42,7 +43,7 @@ def why_not_longer(cfg:Config, # of a run
         return f'{control} follows the share of steps made'
     return ''
 
-# %% ../../nbs/47_run_folder.ipynb #ea343779
+# %% ../../nbs/47_run_folder.ipynb #23035dae
 def run_hash(cfg:Config, # of a run
             ) -> str: # hexadecimal
     "A name for a run, of what it changes from the defaults"
@@ -54,6 +55,7 @@ def run_hash(cfg:Config, # of a run
     return hashlib.sha256(json.dumps(mine, sort_keys=True, default=str)
                           .encode()).hexdigest()
 
+# %% ../../nbs/47_run_folder.ipynb #ea343779
 def run_names(cfg:Config, # of a run
              ) -> tuple: # of `run_hash`
     "What its checkpoint may be called; one that begins a schedule anew has the first's"
@@ -61,6 +63,12 @@ def run_names(cfg:Config, # of a run
     if cfg.schedule_start:
         before = [replace(cfg, steps=cfg.schedule_start, schedule_start=0)]
     return tuple(run_hash(c) for c in (cfg, *before))
+
+# %% ../../nbs/47_run_folder.ipynb #70c5c061
+def _how_to_extend(there, why):
+    return dict(steps=f': {why}, so it is not extended as it is; schedule_start='
+                f'{there.steps} begins a new schedule here, weights="RUN" in another '
+                'out_dir one from its weights')
 
 # %% ../../nbs/47_run_folder.ipynb #eb24e2a9
 def differences(there:Config, # of the folder
@@ -76,11 +84,6 @@ def differences(there:Config, # of the folder
     say = _how_to_extend(there, why) if longer else {}
     return [f"{k} {a!r} → {b!r}{say.get(k, '')}" for k, (a, b) in pairs.items()
             if a != b]
-
-def _how_to_extend(there, why):
-    return dict(steps=f': {why}, so it is not extended as it is; schedule_start='
-                f'{there.steps} begins a new schedule here, weights="RUN" in another '
-                'out_dir one from its weights')
 
 # %% ../../nbs/47_run_folder.ipynb #e5426e9c
 def read_config(out:Path, # folder of a run
@@ -110,12 +113,13 @@ def named_by_checkpoint(out:Path, # folder of a run
         if known: return True
     return False
 
-# %% ../../nbs/47_run_folder.ipynb #48109524
+# %% ../../nbs/47_run_folder.ipynb #20e843ae
 OTHER = 'choose an out_dir on another disk' # what to do where there is no room
 # the last whole one, the one being written, the one before
 CHECKPOINTS = ('checkpoint', 'checkpoint.new', 'checkpoint.old')
 MARK = 'arpo_nb checkpoint' # stands in every manifest.json
 
+# %% ../../nbs/47_run_folder.ipynb #48109524
 def is_ours(folder:Path, # one of CHECKPOINTS
            ) -> bool:
     "Whether a run wrote this checkpoint folder"
@@ -160,13 +164,14 @@ def acquire(self:RunLock):
     for left in self.out.glob(f'{TEMPORARY}*'):
         if left.is_file(): left.unlink()
 
-# %% ../../nbs/47_run_folder.ipynb #f4f9b315
+# %% ../../nbs/47_run_folder.ipynb #938775e2
 @patch
 def release(self:RunLock):
     "Give it back"
     if self.lock.is_locked: self.note.unlink(missing_ok=True)
     self.lock.release()
 
+# %% ../../nbs/47_run_folder.ipynb #f4f9b315
 @patch
 def check(self:RunLock):
     "Raise if somebody is writing now"
@@ -175,7 +180,7 @@ def check(self:RunLock):
     except Timeout: self.acquire()
     else: self.lock.release()
 
-# %% ../../nbs/47_run_folder.ipynb #4acd3499
+# %% ../../nbs/47_run_folder.ipynb #28177b7f
 def _try_writing(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -184,10 +189,12 @@ def _try_writing(out):
         raise PermissionError(f"out_dir={str(out)!r}: can't write there "
                               f"({e.strerror}); choose another folder") from e
 
+# %% ../../nbs/47_run_folder.ipynb #507b3bad
 def _refusal(out, why, cure='Choose another out_dir'):
     return FileExistsError(f"out_dir={str(out)!r} holds {why}; nothing was touched. "
                            f"{cure}")
 
+# %% ../../nbs/47_run_folder.ipynb #4acd3499
 def _check_config(out, cfg, resume):
     "Raise unless the folder's configuration is this run's"
     there = read_config(out)
@@ -244,8 +251,7 @@ class MetricsLog:
     "metrics.jsonl, cut back to the step a run resumes at"
     def __init__(self, path:Path, # of the file
                  start:int, # the step about to be made
-                 write:bool=True, # only one process does
-                ):
+                 write:bool=True): # only one process does
         self.path, self.rows, self.on = path, [], write
         if path.exists(): self.rows = [r for r in read_rows(path) if r['step'] < start]
         if write: write_text(path, ''.join(json.dumps(r) + '\n' for r in self.rows))

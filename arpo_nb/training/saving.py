@@ -109,7 +109,7 @@ def write_manifest(folder:Path, # of a checkpoint
                 json.dumps(dict(format=MARK, step=step, config=config, files=listed),
                            indent=1))
 
-# %% ../../nbs/48_saving.ipynb #81a5bd42
+# %% ../../nbs/48_saving.ipynb #a25d5233
 class Damaged(ValueError):
     "A checkpoint with parts that are missing or changed"
 
@@ -120,6 +120,7 @@ def _read_manifest(path):
     if 'run.pt' not in files: raise Damaged(f"{path}: was still being written")
     return manifest, files
 
+# %% ../../nbs/48_saving.ipynb #81a5bd42
 def _check_part(part, want, verify):
     if not part.is_file(): raise Damaged(f"{part}: is missing")
     size = part.stat().st_size
@@ -167,13 +168,14 @@ def read_run(folder:Path, # of a checkpoint
             raise Damaged(f"{path}: {name}={str(run[name])[:60]}, expected {words}")
     return run
 
-# %% ../../nbs/48_saving.ipynb #60723ff0
+# %% ../../nbs/48_saving.ipynb #757504c2
 def adapter_at(folder:Path, # of a checkpoint
                name:str, # of a network
               ) -> Path:
     "The folder of a network's adapter: the checkpoint's own is the policy's"
     return folder if name in ('policy', 'model') else folder/name
 
+# %% ../../nbs/48_saving.ipynb #60723ff0
 def save_networks(networks:dict, # name: module
                   folder:Path): # of a checkpoint
     "Write networks as NAME.safetensors under their own names; of adapters peft's files"
@@ -181,7 +183,7 @@ def save_networks(networks:dict, # name: module
         if is_adapted(module): save_adapter(module, adapter_at(folder, name))
         else: save_model(module, str(folder/f'{name}.safetensors'))
 
-# %% ../../nbs/48_saving.ipynb #800874dc
+# %% ../../nbs/48_saving.ipynb #227ed7b2
 def load_network(module:nn.Module, # filled in place
                  folder:Path, # of a checkpoint
                  name:str): # of the network, see `save_networks`
@@ -195,16 +197,18 @@ def load_network(module:nn.Module, # filled in place
     raise Damaged(f"{folder}: has {kind}, and this run trains {mine}; start from it by "
                   "weights=FOLDER in the place of a checkpoint")
 
+# %% ../../nbs/48_saving.ipynb #7958a9d3
 def _has(folder, name):
     if (folder/f'{name}.safetensors').exists(): return True
     return (adapter_at(folder, name)/SETTINGS).exists()
 
+# %% ../../nbs/48_saving.ipynb #800874dc
 def _same_kind(model, folder):
     "Raise where an adapter lies and whole weights are trained, or the other way round"
     other = is_adapted(model) != (folder/SETTINGS).exists()
     if other and _has(folder, 'policy'): load_network(model, folder, 'policy')
 
-# %% ../../nbs/48_saving.ipynb #0de28a6b
+# %% ../../nbs/48_saving.ipynb #5eb1b1d1
 def checkpoint_bytes(out:Path, # of a run
                     ) -> int:
     "Size of the largest checkpoint in a folder, finished or not"
@@ -212,6 +216,7 @@ def checkpoint_bytes(out:Path, # of a run
              for name in CHECKPOINTS]
     return max(sizes)
 
+# %% ../../nbs/48_saving.ipynb #827e577f
 def _remove(folder):
     "Remove a checkpoint that a run wrote, and nothing else"
     if not folder.exists(): return
@@ -220,6 +225,7 @@ def _remove(folder):
                               "manifest.json); move it away")
     shutil.rmtree(folder)
 
+# %% ../../nbs/48_saving.ipynb #0de28a6b
 def _start(new, run, config, need):
     _remove(new)
     need = need or checkpoint_bytes(new.parent)
@@ -278,7 +284,7 @@ def save_checkpoint(acc:Accelerator, # that has prepared what is saved
         raise said from e
     acc.wait_for_everyone()
 
-# %% ../../nbs/48_saving.ipynb #ecd29b96
+# %% ../../nbs/48_saving.ipynb #0dbc0306
 def _check_names(folder, manifest, run, config):
     "The manifest belongs to this step and to this configuration"
     if manifest and manifest.get('step') != run['step']:
@@ -289,6 +295,7 @@ def _check_names(folder, manifest, run, config):
         raise Damaged(f"{folder}: belongs to another configuration "
                       "than config.json beside it")
 
+# %% ../../nbs/48_saving.ipynb #ecd29b96
 def check_checkpoint(folder:Path, # of a checkpoint
                      verify:bool=True, # compare contents with the manifest's hashes
                      config:str|tuple=''): # name of the configuration, or several
@@ -342,6 +349,16 @@ def settle(out:Path, # of a run
     if not found: return None
     return old if found == old and old.exists() else now
 
+# %% ../../nbs/48_saving.ipynb #acfd1203
+def _home(acc):
+    "Of several processes it is cpu:0, unknown to torch.load"
+    return 'cpu' if acc.device.type == 'cpu' else acc.device
+
+def _my_position(acc, positions):
+    "Of this process; of another number of them all begin where the last one was"
+    if len(positions) == acc.num_processes: return positions[acc.process_index]
+    return min(positions)
+
 # %% ../../nbs/48_saving.ipynb #b4119a86
 def _load_state(acc, folder, ref_policy, trained, average):
     parts = trained is not None and (is_sharded(trained[0])
@@ -352,15 +369,6 @@ def _load_state(acc, folder, ref_policy, trained, average):
     if ref_policy is not None and not parts:
         load_model(ref_policy, str(folder/'reference.safetensors'))
     if average is not None: load_network(average, folder, 'ema')
-
-def _home(acc):
-    "Of several processes it is cpu:0, unknown to torch.load"
-    return 'cpu' if acc.device.type == 'cpu' else acc.device
-
-def _my_position(acc, positions):
-    "Of this process; of another number of them all begin where the last one was"
-    if len(positions) == acc.num_processes: return positions[acc.process_index]
-    return min(positions)
 
 # %% ../../nbs/48_saving.ipynb #cfd9ff4d
 def load_checkpoint(acc:Accelerator, # that has prepared what is loaded
@@ -416,7 +424,7 @@ def keep_snapshot(out:Path, # of the run
         for old in snapshots(out)[:-limit]: _remove(old)
     return folder
 
-# %% ../../nbs/48_saving.ipynb #90a89714
+# %% ../../nbs/48_saving.ipynb #6c6479f1
 def _begin_whole(acc, folder, networks, average=None, **kwargs):
     "From a checkpoint; an average that is not there begins at the weights"
     kept = _has(folder, 'ema')
@@ -425,6 +433,7 @@ def _begin_whole(acc, folder, networks, average=None, **kwargs):
         average.load_state_dict(next(iter(networks.values())).state_dict())
     return run
 
+# %% ../../nbs/48_saving.ipynb #90a89714
 def _begin_weights(acc, folder, networks, ref_policy=None, **kwargs):
     "From kept weights, where average and moving reference begin if they are not there"
     for name, module in networks.items():

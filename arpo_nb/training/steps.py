@@ -34,7 +34,7 @@ from .rollout import (Clock, _slices, draw_samples, encode_images, free_running,
                                       rollout_logps, sampling_gap, score_groups, teacher_forced)
 from .sharding import is_sharded
 
-# %% ../../nbs/46_steps.ipynb #05e0ec30
+# %% ../../nbs/46_steps.ipynb #9a159ea5
 def make_reward(system:System, # its perceptual network and its grid of tokens
                 cfg:Config, # weights of the two parts, and `credit`
                ) -> ReconstructionReward:
@@ -43,6 +43,7 @@ def make_reward(system:System, # its perceptual network and its grid of tokens
     return ReconstructionReward(system.perceptual, cfg.mse_coef, cfg.perceptual_coef,
                                 grid, cfg.clamp_reward)
 
+# %% ../../nbs/46_steps.ipynb #05e0ec30
 def reward_parts(reward, # `Reward`, or None
                 ) -> list: # pairs of the prefix of its metrics and the reward
     "A reward and, if it is a sum, its terms"
@@ -63,8 +64,7 @@ class Place:
 # %% ../../nbs/46_steps.ipynb #32417632
 def check_needs(system:System, # that rolls out
                 cfg:Config, # its method, weights and guidance
-                reward=None, # `Reward` that was given
-               ):
+                reward=None): # `Reward` that was given
     "Raise if a rollout lacks its perceptual network, its reward or its null class"
     own = reward is None or cfg.method != 'vapi'
     if uses_perceptual(cfg) and system.perceptual is None and own:
@@ -107,7 +107,15 @@ def forced_samples(system:System, # policy and tokenizer
                            entropy=cfg.top_entropy_quantile < 1)
     return undecided(r, cfg, here)
 
-# %% ../../nbs/46_steps.ipynb #5941611e
+# %% ../../nbs/46_steps.ipynb #83aa021c
+def _corrected(r, cfg):
+    "With weights for a sampler whose probabilities are not the scorer's"
+    if not cfg.vllm_importance_sampling_correction: return r
+    return replace(r, sampling_ratio=sampling_weights(
+        r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_mode,
+        cfg.vllm_importance_sampling_clip_min, cfg.vllm_importance_sampling_clip_max))
+
+# %% ../../nbs/46_steps.ipynb #d0cc5d48
 def how_to_sample(cfg:Config # of the run
                  ) -> dict: # arguments that `free_running` and `draw_samples` share
     "How many samples, from which distribution, in pieces of which size"
@@ -117,6 +125,7 @@ def how_to_sample(cfg:Config # of the run
                 top_p=cfg.rollout_top_p, logprob_cfg=cfg.logprob_cfg,
                 generate_batch_size=cfg.generate_batch_size)
 
+# %% ../../nbs/46_steps.ipynb #5941611e
 def asked(system:System, # turns prompts into conditions
           cfg:Config, # its `prompt` stands for those of the data
           batch:Batch, # conditions or prompts
@@ -138,13 +147,6 @@ def free_samples(system:System, # policy, and what turns prompts into conditions
                          micro_batch_size=cfg.micro_batch_size, chunk=cfg.logps_chunk,
                          clock=here.clock, **options)
     return undecided(_corrected(r, cfg), cfg, here)
-
-def _corrected(r, cfg):
-    "With weights for a sampler whose probabilities are not the scorer's"
-    if not cfg.vllm_importance_sampling_correction: return r
-    return replace(r, sampling_ratio=sampling_weights(
-        r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_mode,
-        cfg.vllm_importance_sampling_clip_min, cfg.vllm_importance_sampling_clip_max))
 
 # %% ../../nbs/46_steps.ipynb #a1913c13
 def compare(rewards:Tensor, # [B, G] or [B, G, T] of this process
@@ -192,6 +194,16 @@ def reward_stats(r:Rollout, # judged
     if r.targets is None: stats['policy/rollout_entropy'] = r.entropy.mean()
     return stats
 
+# %% ../../nbs/46_steps.ipynb #850fb59d
+def _sampler_stats(r, here):
+    "How far a sampler of its own is from the scorer"
+    stats = {}
+    if r.sampler_logps is not None: stats |= sampling_gap(r, here.gather)
+    if r.sampling_ratio is None: return stats
+    w = here.gather(r.sampling_ratio.contiguous())
+    return stats | {f'sampling/importance_sampling_ratio/{k}': getattr(w, k)()
+                    for k in ('min', 'mean', 'max')}
+
 # %% ../../nbs/46_steps.ipynb #2db25e4d
 def judge(r:Rollout, # samples
           reward, # `Reward`
@@ -211,15 +223,6 @@ def judge(r:Rollout, # samples
         ref = reference_logps(ref_policy, r, cfg, here.autocast)
     return replace(judged, ref_logps=ref), state, stats
 
-def _sampler_stats(r, here):
-    "How far a sampler of its own is from the scorer"
-    stats = {}
-    if r.sampler_logps is not None: stats |= sampling_gap(r, here.gather)
-    if r.sampling_ratio is None: return stats
-    w = here.gather(r.sampling_ratio.contiguous())
-    return stats | {f'sampling/importance_sampling_ratio/{k}': getattr(w, k)()
-                    for k in ('min', 'mean', 'max')}
-
 # %% ../../nbs/46_steps.ipynb #91a23c40
 class RollOut:
     "A batch in, rollouts with advantages out: sample, decode, score, compare"
@@ -230,8 +233,7 @@ class RollOut:
                  reward=None,
                  ref_policy=None, # for the KL
                  here:Place|None=None, # where; None for one process
-                 sampler=None, # engine of `load_sampler`, for free-running samples
-                ):
+                 sampler=None): # engine of `load_sampler`, for free-running samples
         self.sampler = sampler or load_sampler(cfg, system.policy)
         check_needs(system, cfg, reward)
         self.system, self.cfg, self.ref_policy = system, cfg, ref_policy
@@ -253,6 +255,10 @@ class RollOut:
 
 # %% ../../nbs/46_steps.ipynb #d22f2a99
 @patch
+def _judge(self:RollOut, r, reward, state):
+    return judge(r, reward, state, self.system, self.cfg, self.here, self.ref_policy)
+
+@patch
 def __call__(self:RollOut, batch:Batch, # of this process
              state=None, # of the reward
              following=None, # `Batch` of the next step, for an engine one step ahead
@@ -262,9 +268,12 @@ def __call__(self:RollOut, batch:Batch, # of this process
     with steady_draws(self.cfg.steady_draws):
         return ways.get(self.cfg.method, self.forced)(batch, state, following)
 
+# %% ../../nbs/46_steps.ipynb #c2bb309e
 @patch
-def _judge(self:RollOut, r, reward, state):
-    return judge(r, reward, state, self.system, self.cfg, self.here, self.ref_policy)
+def _request(self:RollOut, batch):
+    "Streams and conditions of a step's samples"
+    cond = asked(self.system, self.cfg, batch).cond
+    return batch.streams.repeat(self.g), repeat_cond(cond, self.g)
 
 # %% ../../nbs/46_steps.ipynb #bda16758
 @patch
@@ -283,13 +292,7 @@ def drawn(self:RollOut, batch:Batch, # of this step
     if following is not None: ahead.begin(*self._request(following))
     return got
 
-@patch
-def _request(self:RollOut, batch):
-    "Streams and conditions of a step's samples"
-    cond = asked(self.system, self.cfg, batch).cond
-    return batch.streams.repeat(self.g), repeat_cond(cond, self.g)
-
-# %% ../../nbs/46_steps.ipynb #c77da95e
+# %% ../../nbs/46_steps.ipynb #5006842a
 @patch
 def forced(self:RollOut, batch:Batch, # with images
            state, # of the reward
@@ -302,6 +305,7 @@ def forced(self:RollOut, batch:Batch, # with images
     r, state, stats = self._judge(r, self.reward, state)
     return {'': r}, state, stats
 
+# %% ../../nbs/46_steps.ipynb #c77da95e
 @patch
 def free(self:RollOut, batch:Batch, # conditions or prompts
          state, # of the reward
@@ -405,13 +409,14 @@ def mean_over_processes(acc:Accelerator, # this process among the others
                           for v in stats.values()])
     return dict(zip(stats, acc.reduce(values, 'mean').tolist()))
 
-# %% ../../nbs/46_steps.ipynb #8798d765
+# %% ../../nbs/46_steps.ipynb #a2364aca
 def _check_finite(stats):
     "Raise unless every loss is a number"
     for name, value in stats.items():
         if name.endswith('loss') and not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
 
+# %% ../../nbs/46_steps.ipynb #8798d765
 def _gradient_norm(acc, objective, cfg):
     "Clip the gradient; its norm before that"
     limit = cfg.max_grad_norm or math.inf

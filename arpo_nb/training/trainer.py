@@ -69,12 +69,13 @@ class Stopped(SystemExit):
 
     def __str__(self): return self.message
 
-# %% ../../nbs/41_trainer.ipynb #e15ec62e
+# %% ../../nbs/41_trainer.ipynb #e631451b
 FOREIGN = dict( # neutral values, and the fields that mean the same
     ACCELERATE_GRADIENT_ACCUMULATION_STEPS=('1', 'micro_batch_size'),
     ACCELERATE_DYNAMO_BACKEND=('no', 'compile'),
     ACCELERATE_MIXED_PRECISION=('no', 'mixed_precision'))
 
+# %% ../../nbs/41_trainer.ipynb #e15ec62e
 def ignore_foreign(cfg:Config): # whose fields win
     "Take what accelerate would read past the configuration out of the environment"
     for name, (neutral, field) in FOREIGN.items():
@@ -105,8 +106,7 @@ def accelerator(cfg:Config, # its `num_processes` and `mixed_precision`
 
 # %% ../../nbs/41_trainer.ipynb #09b4b678
 def on_first(acc:Accelerator, # this process among the others
-             f, # called without arguments; its result must be picklable
-            ):
+             f): # called without arguments; its result must be picklable
     "Call `f` on the first process; every process gets its result or its error"
     box, error = [None, None], None
     if acc.is_main_process:
@@ -119,8 +119,7 @@ def on_first(acc:Accelerator, # this process among the others
 
 # %% ../../nbs/41_trainer.ipynb #f267ef77
 def all_see(acc:Accelerator, # this process among the others
-            path:Path, # a file
-           ):
+            path:Path): # a file
     "Raise on every process unless all of them see a file"
     here = torch.tensor([int(path.is_file())], device=acc.device)
     blind = [i for i, s in enumerate(acc.gather(here).tolist()) if not s]
@@ -138,13 +137,14 @@ def as_used(cfg:Config, # as it was asked for
     if parse_rewards(used) == parse_rewards(cfg.rewards): return cfg
     return replace(cfg, rewards=used)
 
-# %% ../../nbs/41_trainer.ipynb #7a5d7822
+# %% ../../nbs/41_trainer.ipynb #c8bff223
 GUIDED = (
     "rollout_cfg_scale={} with logprob_cfg='off': samples are drawn from the guided "
     "distribution, but scored and moved under the conditional policy, as LOO-FID and "
     "AR-GRPO do; logprob_cfg='guided' scores what was sampled, at twice the cost of "
     "the update")
 
+# %% ../../nbs/41_trainer.ipynb #7a5d7822
 def warn_of(cfg:Config): # of the run
     "Settings without effect, and samples scored under another distribution than theirs"
     for vain in in_vain(cfg): warnings.warn(vain)
@@ -202,8 +202,7 @@ class Watch:
                  cfg:Config, # its `sample_every` and `eval_every`
                  out:Path, # folder of the run; pictures go to its `samples`
                  average, # the policy's moving average, or None
-                 evaluate, # function of a `System` to numbers, or None
-                ):
+                 evaluate): # function of a `System` to numbers, or None
         self.acc, self.cfg, self.out, self.evaluate = acc, cfg, out, evaluate
         self.alone = not acc.is_fsdp2 # a sharded policy needs every process
         self.systems = {'': system}
@@ -263,8 +262,7 @@ class Training:
                  stop, # `StopSignal`
                  reward=None, # see `train`
                  callbacks=(), # see `train`
-                 evaluate=None, # see `train`
-                ):
+                 evaluate=None): # see `train`
         self.acc, self.system, self.data = acc, system, data
         self.cfg, self.out = cfg, out
         self.diary, self.stop, self.reward = diary, stop, reward
@@ -366,11 +364,12 @@ def open_files(self:Training, found): # this run's checkpoint, or None
     self.watch = Watch(acc, self.system, self.data, c, out, self.average, self.evaluate)
     self.early = EarlyStopping(c, **self.state.get('early', {}))
 
-# %% ../../nbs/41_trainer.ipynb #53a5dbfe
+# %% ../../nbs/41_trainer.ipynb #a42c6dc2
 TIED = (
     "step {}: all rewards are equal within every group, so this step teaches nothing; "
     "check the reward. Said once: reward/tied_groups counts the later ones")
 
+# %% ../../nbs/41_trainer.ipynb #53a5dbfe
 @patch
 def collect(self:Training, step:int, # from 0
             batch, # `Batch` on this process's device
@@ -453,6 +452,15 @@ def save(self:Training):
 
 # %% ../../nbs/41_trainer.ipynb #7b2d0cbd
 @patch
+def _saved(self:Training) -> bool:
+    "Save after an error; one of saving must not hide the first"
+    try: check_weights(self.raw.model, self.state['step']); self.save()
+    except Exception as e:
+        warnings.warn(f"after the error the state could not be saved either: {e}")
+        return False
+    return True
+
+@patch
 def after(self:Training, e:Exception, # what was raised
           step:int, # from 0
           updates:list, # optimiser steps that were made in it
@@ -463,21 +471,13 @@ def after(self:Training, e:Exception, # what was raised
     whole = whole and not isinstance(e, FloatingPointError) and step > self.start
     return failure(e, step, self.out, whole and self._saved())
 
-@patch
-def _saved(self:Training) -> bool:
-    "Save after an error; one of saving must not hide the first"
-    try: check_weights(self.raw.model, self.state['step']); self.save()
-    except Exception as e:
-        warnings.warn(f"after the error the state could not be saved either: {e}")
-        return False
-    return True
-
-# %% ../../nbs/41_trainer.ipynb #7f49e920
+# %% ../../nbs/41_trainer.ipynb #2196e4b7
 def _seed(cfg, step, acc):
     "Of dropout; everything else has its own stream"
     mixed = cfg.seed*1_000_003 + step*acc.num_processes + acc.process_index
     torch.manual_seed(mixed % 2**63)
 
+# %% ../../nbs/41_trainer.ipynb #7f49e920
 @patch
 def advance(self:Training, step:int, # from 0
             batch, # `Batch` of the step
@@ -533,8 +533,7 @@ def note(self:Training, step:int, # from 0
 # %% ../../nbs/41_trainer.ipynb #d738a53f
 @patch
 def keep(self:Training, step:int, # from 0
-         last:bool, # whether the run ends with it
-        ):
+         last:bool): # whether the run ends with it
     "Snapshots and checkpoints, where it is their turn"
     c, made = self.cfg, step + 1
     if c.keep_every and made % c.keep_every == 0: self._snapshot()
@@ -567,6 +566,12 @@ def with_next(items):
         yield now, then
         now = then
 
+# %% ../../nbs/41_trainer.ipynb #175c3603
+def _shown(stats):
+    "What the bar says"
+    shown = [k for k in ('reward/mean', 'policy/prior_ce') if k in stats]
+    return {k.split('/')[-1]: f'{stats[k]:.4f}' for k in shown}
+
 # %% ../../nbs/41_trainer.ipynb #fed23ac9
 @patch
 def loop(self:Training, progress:bool=True): # show a bar, on the main process
@@ -591,11 +596,6 @@ def loop(self:Training, progress:bool=True): # show a bar, on the main process
             raise Stopped(f"stopped by SIGTERM after step {step}; resume=True "
                           f"continues from {self.out/'checkpoint'}")
     bar.close()
-
-def _shown(stats):
-    "What the bar says"
-    shown = [k for k in ('reward/mean', 'policy/prior_ce') if k in stats]
-    return {k.split('/')[-1]: f'{stats[k]:.4f}' for k in shown}
 
 # %% ../../nbs/41_trainer.ipynb #8bc47b05
 @patch
