@@ -28,7 +28,7 @@ drift: .venv/dev
 	rm -rf build/drift
 
 PAGES = OMP_NUM_THREADS=1 .venv/bin/nbdev_test --skip_file_re '^(\.|_|run_)' --n_workers 2 --timing
-TESTS = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
+TESTS = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal
 
 test: drift ## everything that proves it
 	$(PAGES)

@@ -125,8 +125,7 @@ class BasePolicy:
         return (p for p in self.policy.parameters() if not p.requires_grad)
 
     def to(self, *_, # device or dtype
-           **__, # further ones
-          ):
+           **__): # further ones
         "Itself: it is where the policy is"
         return self
 
@@ -182,8 +181,7 @@ def adapter_tensors(policy:nn.Module, # adapted
 
 # %% ../nbs/09_adapters.ipynb #b8af14d3
 def save_adapter(policy:nn.Module, # adapted
-                 folder:Path, # made if missing
-                ):
+                 folder:Path): # made if missing
     "Write an adapter as peft does"
     state = {PREFIX + k: v.detach().cpu().contiguous().clone()
              for k, v in adapter_tensors(policy).items()}
@@ -318,8 +316,7 @@ def adapter_dropout(policy:nn.Module): # adapted, in evaluation mode
 
 # %% ../nbs/09_adapters.ipynb #4e6184f5
 def check_reached(policy:nn.Module, # after the first update
-                  opt, # its optimiser, perhaps as accelerate prepared it
-                 ):
+                  opt): # its optimiser, perhaps as accelerate prepared it
     "Raise if an adapter has had no gradient"
     if not is_adapted(policy): return
     # made for what has a gradient, by optimisers that have a state

@@ -363,8 +363,7 @@ def field_type(f # a dataclass field that may also be None
 _AT_MOST = dict(seed=2**63 - 1, batch_size=10**6, num_generations=10**6, num_processes=10**6)
 
 # %% ../nbs/02_config.ipynb #48200109
-def check_types(cfg:Config # whose floats become floats, in place
-               ):
+def check_types(cfg:Config): # whose floats become floats, in place
     "Numbers where numbers belong; integers may stand in for floats"
     for f in fields(cfg):
         v, kind = getattr(cfg, f.name), field_type(f)
@@ -402,8 +401,7 @@ NOT_HERE = dict(luspo="; 'luspo' is T times 'grpo' with importance_sampling_leve
                       "implemented")
 
 # %% ../nbs/02_config.ipynb #fb72f878
-def check_choices(cfg:Config # of any values
-                 ):
+def check_choices(cfg:Config): # of any values
     "Words that are one of a few"
     for name, choices in _ONE_OF.items():
         if (v := getattr(cfg, name)) not in choices:
@@ -447,8 +445,7 @@ _RANGES = dict(
     top_entropy_quantile=(_closed, 'a share of tokens, use a value from 0 to 1'))
 
 # %% ../nbs/02_config.ipynb #9d1feab0
-def check_ranges(cfg:Config # of the right types
-                ):
+def check_ranges(cfg:Config): # of the right types
     "Numbers that are too small, too large, or none"
     for name, low in _AT_LEAST.items():
         if (v := getattr(cfg, name)) is not None and not v >= low:
@@ -482,8 +479,7 @@ TRL_ONLY = dict(
     bf16="use mixed_precision='bf16'", off_policy_mask_threshold='not implemented')
 
 # %% ../nbs/02_config.ipynb #50575a1c
-def check_loss(cfg:'Config', # to look at
-              ):
+def check_loss(cfg:'Config'): # to look at
     "What TRL would ignore or read in another way"
     high, soft = cfg.epsilon_high, cfg.loss_type in ('cispo', 'sapo')
     if cfg.loss_type == 'cispo' and not (high or 0) >= 1:
@@ -503,8 +499,7 @@ def check_loss(cfg:'Config', # to look at
                          "one per sequence")
 
 # %% ../nbs/02_config.ipynb #1b4c94a6
-def check_life(cfg:'Config', # to look at
-              ):
+def check_life(cfg:'Config'): # to look at
     "What is kept, watched and stopped"
     if cfg.schedule_start >= cfg.steps:
         raise ValueError(f"schedule_start={cfg.schedule_start}: expected fewer rollouts than steps={cfg.steps}")
@@ -516,8 +511,7 @@ def check_life(cfg:'Config', # to look at
                          "which is 0")
 
 # %% ../nbs/02_config.ipynb #edd057fa
-def check_engine(cfg:'Config' # to look at
-                ):
+def check_engine(cfg:'Config'): # to look at
     "What the engine of a run can't do"
     if cfg.max_staleness > 1:
         raise ValueError(f"max_staleness={cfg.max_staleness}: an engine is one step ahead at most; use 0 or 1")
@@ -545,8 +539,7 @@ def parse_rewards(text:str, # 'clip+hps+0.5*loo_fid'; spaces don't matter
     return out
 
 # %% ../nbs/02_config.ipynb #61bd31cf
-def check_method(cfg:Config # of values within their ranges
-                ):
+def check_method(cfg:Config): # of values within their ranges
     "What a method needs, and what it cannot use"
     if cfg.teacher_forcing != 'causal' and cfg.method in FREE:
         raise ValueError(f"teacher_forcing={cfg.teacher_forcing!r}: method {cfg.method!r} scores free-running samples, "
@@ -573,8 +566,7 @@ def contexts(cfg:Config # its method and sizes
     return cfg.batch_size*(cfg.num_generations if cfg.method == 'grpo' else 1)
 
 # %% ../nbs/02_config.ipynb #c55e5cad
-def check_batches(cfg:Config # whose sizes must divide one another
-                 ):
+def check_batches(cfg:Config): # whose sizes must divide one another
     "Whole groups per process, whole contexts per update"
     total = contexts(cfg)
     step, fits = cfg.mini_batch_size or total, [n for n in range(1, cfg.batch_size+1) if cfg.batch_size % n == 0]
@@ -591,8 +583,7 @@ def check_batches(cfg:Config # whose sizes must divide one another
                          "mini_batch_size")
 
 # %% ../nbs/02_config.ipynb #a0f7a016
-def check_config(cfg:Config # of the right types
-                ):
+def check_config(cfg:Config): # of the right types
     "Choices, ranges, what belongs together, and the batch arithmetic"
     check_choices(cfg)
     check_ranges(cfg)
@@ -684,8 +675,7 @@ SWITCH = dict.fromkeys(('1', 'true', 'yes', 'on'),
 # %% ../nbs/02_config.ipynb #5ecb8432
 def read(value:str, # as it was typed
          kind:type, # int, float, str or bool
-         name:str='value', # for the message
-        ):
+         name:str='value'): # for the message
     "A field's value from its text"
     word = value.strip().lower()
     if kind is str: return value
@@ -792,8 +782,7 @@ def field_help() -> dict: # group: {field: comment}
 
 # %% ../nbs/02_config.ipynb #6ece4067
 def add_options(parser, # of argparse; changed in place
-                skip=(), # names that get none
-               ):
+                skip=()): # names that get none
     "An option for every field, in groups, with default and comment"
     default, kinds = Config(), {f.name: field_type(f) for f in fields(Config)}
     for title, names in field_help().items():
@@ -825,8 +814,7 @@ def _code(variant, **more):
 # %% ../nbs/02_config.ipynb #68e2ce73
 def vapi_llamagen(text:bool=False, # t2i instead of c2i
                   variant:str='paper', # in VARIANTS
-                  **kwargs, # fields that differ
-                 ):
+                  **kwargs): # fields that differ
     "VA-π for LlamaGen XL and XXL (Table 7, columns 1 and 2)"
     return Config(**{**dict(
         learning_rate=1e-6, weight_decay=1e-4, mixed_precision='bf16', # Table 7
@@ -840,8 +828,7 @@ def vapi_llamagen(text:bool=False, # t2i instead of c2i
 
 # %% ../nbs/02_config.ipynb #6bea037f
 def vapi_janus(variant:str='paper', # in VARIANTS
-               **kwargs, # fields that differ
-              ):
+               **kwargs): # fields that differ
     "VA-π for Janus-Pro 1B (Table 7, column 3)"
     # Table 7
     return vapi_llamagen(**{**dict(learning_rate=1e-7, noise_rate=.95, steps=100),
@@ -849,8 +836,7 @@ def vapi_janus(variant:str='paper', # in VARIANTS
 
 # %% ../nbs/02_config.ipynb #208a57f9
 def vapi_toy(variant:str='paper', # in VARIANTS
-             **kwargs, # fields that differ
-            ):
+             **kwargs): # fields that differ
     "VA-π on the toy system (our choice)"
     # 128 images × 8 = 1,024 samples a step
     return Config(**{**dict(learning_rate=5e-4, lr_scheduler_type='cosine',
@@ -860,8 +846,7 @@ def vapi_toy(variant:str='paper', # in VARIANTS
 
 # %% ../nbs/02_config.ipynb #46ca9333
 def loofid(variant:str='paper', # 'per_gpu': 144 samples on each of four GPUs
-           **kwargs, # fields that differ
-          ):
+           **kwargs): # fields that differ
     "LOO-FID policy tuning for LlamaGen and VQGAN (Alg. 1, App. C, D)"
     if variant == 'per_gpu': kwargs = dict(batch_size=48, num_processes=4) | kwargs
     return Config(**{**dict(
@@ -885,8 +870,7 @@ def loofid(variant:str='paper', # 'per_gpu': 144 samples on each of four GPUs
 # %% ../nbs/02_config.ipynb #ef99dc3d
 def ar_grpo(text:bool=False, # captions instead of class labels
             variant:str='paper', # in VARIANTS
-            **kwargs, # fields that differ
-           ):
+            **kwargs): # fields that differ
     "AR-GRPO for LlamaGen (released scripts)"
     code = variant == 'released_code'
     return Config(**{**dict(
@@ -902,8 +886,7 @@ def ar_grpo(text:bool=False, # captions instead of class labels
 
 # %% ../nbs/02_config.ipynb #4c623652
 def var_grpo(variant:str='paper', # 'updates': its 40,000 steps are optimiser steps
-             **kwargs, # fields that differ
-            ):
+             **kwargs): # fields that differ
     "GRPO for next-scale VAR (VAR-GRPO §5)"
     # 16 updates to a rollout
     if variant == 'updates': kwargs = dict(steps=2500) | kwargs
@@ -916,8 +899,7 @@ def var_grpo(variant:str='paper', # 'updates': its 40,000 steps are optimiser st
         mixed_precision='bf16', decode_batch_size=64), **kwargs})
 
 # %% ../nbs/02_config.ipynb #6465a4d8
-def loofid_toy(**kwargs, # fields that differ
-              ):
+def loofid_toy(**kwargs): # fields that differ
     "LOO-FID policy tuning on the toy system (our choice)"
     return loofid(**{**dict(rewards='class_score+loo_fid', normalize_rewards=True,
                             steps=60, learning_rate=1e-4, lr_scheduler_type='cosine',
@@ -928,8 +910,7 @@ def loofid_toy(**kwargs, # fields that differ
                             save_steps=20), **kwargs})
 
 # %% ../nbs/02_config.ipynb #234b44c3
-def var_toy(**kwargs, # fields that differ
-           ):
+def var_toy(**kwargs): # fields that differ
     "VAR-GRPO on the toy system (our choice)"
     return var_grpo(**{**dict(rewards='brightness', batch_size=10, mini_batch_size=80,
                               steps=30, learning_rate=1e-3, beta=.05,

@@ -75,8 +75,7 @@ def check_orientation(reward, # anything that scores pictures
                       batch, # that they belong to
                       state, # of the reward
                       scores:Tensor, # [B, G], as it gave them
-                      name:str, # of the reward, for messages
-                     ):
+                      name:str): # of the reward, for messages
     "Raise if a square answer is transposed, by scoring one image alone"
     b, g = scores.shape[:2]
     if b != g or g < 2 or scores.ndim != 2 or getattr(reward, 'together', False): return
@@ -99,14 +98,12 @@ def _parameters(f):
 class FunctionReward:
     "A function of images, and prompts if it wants them, as a `Reward`"
     def __init__(self, function, # images [N, 3, H, W] in [0, 1], prompts (list of N strings) to N numbers
-                 name:str, # of the reward, for messages
-                ):
+                 name:str): # of the reward, for messages
         self.function, self.name = function, name
         takes = _parameters(function)[1:]
         self.prompts = any(p.name == 'prompts' for p in takes) or any(p.default is p.empty for p in takes)
 
-    def to(self, device, # where the images will be
-          ):
+    def to(self, device): # where the images will be
         "Move what it holds"
         if hasattr(self.function, 'to'): self.function.to(device)
         return self

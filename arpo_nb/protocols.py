@@ -41,8 +41,7 @@ def on_host(x:Tensor, # any tensor
 def check_ids(name:str, # of the argument, for the message
               ids:Tensor, # integers of any shape
               n:int, # how many there are to choose from
-              meaning:str, # what says so
-             ):
+              meaning:str): # what says so
     ("Ids must lie in 0 ... n-1; on a device they are checked without waiting for it, "
      "and less is said")
     if ids.is_meta or not ids.numel() or torch.compiler.is_compiling(): return
@@ -56,8 +55,7 @@ def check_ids(name:str, # of the argument, for the message
 
 # %% ../nbs/01_protocols.ipynb #56c34a4f
 def check_all(good:Tensor, # of truth values
-              message:str, # of the error
-             ):
+              message:str): # of the error
     "Raise unless all are true; on a device without waiting for it, as `check_ids`"
     if good.is_meta or torch.compiler.is_compiling(): return
     if not on_host(good): return torch._assert_async(good.all(), message)
@@ -74,8 +72,7 @@ def describe_value(x, # any tensor
 # %% ../nbs/01_protocols.ipynb #d6685923
 def check_classes(cond, # [N] class ids
                   n:int, # how many there are to choose from
-                  meaning:str, # of n, as in `check_ids`
-                 ):
+                  meaning:str): # of n, as in `check_ids`
     "Refuse what is not a batch [N] of class ids in 0 ... n-1"
     if not torch.is_tensor(cond) or cond.dim() != 1 or cond.is_floating_point():
         raise ValueError("cond: expected class ids, a [N] tensor of integers, got "
@@ -98,8 +95,7 @@ class Streams:
     @classmethod
     def range(cls, seed:int, # of the run
               start:int, # number of the first image
-              n:int, # images
-             ):
+              n:int): # images
         "Streams of images `start`, ..., `start+n-1` of a run"
         return cls(seed, np.stack([np.arange(start, start+n), np.zeros(n, int)], 1))
 
@@ -107,15 +103,13 @@ class Streams:
 
 # %% ../nbs/01_protocols.ipynb #747d4203
 @patch
-def take(self:Streams, rows, # a slice or an index array
-        ):
+def take(self:Streams, rows): # a slice or an index array
     "The streams of some rows (a slice or an index array)"
     return replace(self, index=self.index[rows])
 
 # %% ../nbs/01_protocols.ipynb #793c51ba
 @patch
-def repeat(self:Streams, n:int, # members of each group
-          ):
+def repeat(self:Streams, n:int): # members of each group
     "`n` streams for every image, [N*n], one per member of its group"
     index = np.repeat(self.index, n, 0)
     return replace(self, index=np.stack(
@@ -173,8 +167,7 @@ class Batch:
 
 # %% ../nbs/01_protocols.ipynb #5e77b159
 @patch
-def to(self:Batch, device, # where the tensors go
-      ):
+def to(self:Batch, device): # where the tensors go
     "The same batch with its tensors on `device`"
     move = lambda t: t.to(device, non_blocking=True)
     return replace(self, cond=map_cond(move, self.cond),
@@ -182,8 +175,7 @@ def to(self:Batch, device, # where the tensors go
 
 # %% ../nbs/01_protocols.ipynb #aee1eba4
 @patch
-def take(self:Batch, rows:slice, # of them
-        ):
+def take(self:Batch, rows:slice): # of them
     "Some rows of the batch"
     pick = lambda x: None if x is None else x[rows]
     return Batch(map_cond(pick, self.cond), self.streams.take(rows),
@@ -222,8 +214,7 @@ class Rollout:
 
 # %% ../nbs/01_protocols.ipynb #c18e2bab
 @patch
-def take(self:Rollout, rows:slice, # of its batch
-        ):
+def take(self:Rollout, rows:slice): # of its batch
     "The rollout of some images, for a mini-batch"
     pick = (lambda x: None if x is None else x.take(rows) if isinstance(x, Batch)
             else x[rows])
@@ -357,8 +348,7 @@ def with_prompts(self:System, batch:Batch, # with class ids
 
 # %% ../nbs/01_protocols.ipynb #0a62fbc6
 @patch
-def to(self:System, device, # where the networks go
-      ):
+def to(self:System, device): # where the networks go
     "Move all of them"
     for m in self.modules(): m.to(device)
     return self

@@ -96,8 +96,7 @@ class ReconstructionReward:
                  # token grid for credit per token; None for one reward per image
                  grid:tuple|None=None,
                  # to [0, 1] first, instead of the decoder's own pixels
-                 clamp:bool=False,
-                ):
+                 clamp:bool=False):
         self.perceptual, self.mse_coef = perceptual, mse_coef
         self.perceptual_coef, self.grid = perceptual_coef, grid
         # `score_groups` decodes accordingly
@@ -141,8 +140,7 @@ def brightness_reward(images:Tensor, # [..., 3, H, W] in [0, 1]
 class BrightnessReward:
     "`brightness_reward` of every image, as a `Reward`"
     def __init__(self, threshold:float=.8, # of the luminance, in [0, 1]
-                 bright:bool=True, # reward ≥ threshold, or < threshold
-                ):
+                 bright:bool=True): # reward ≥ threshold, or < threshold
         self.threshold, self.bright = threshold, bright
 
     def __call__(self, images:Tensor, batch=None, state=None,
@@ -224,8 +222,7 @@ class WeightedSum:
                  allow_constant=(),
                  # images at a time, for rewards that do not need all together; 0 for
                  # all
-                 chunk_size:int=0,
-                ):
+                 chunk_size:int=0):
         self.allow_constant = (set(rewards) if allow_constant is True
                                else set(allow_constant))
         _check_terms(rewards, self.allow_constant)

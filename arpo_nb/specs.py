@@ -61,8 +61,7 @@ def _import(module, given):
 
 # %% ../nbs/02_specs.ipynb #e21b3fec
 def resolve(path, # 'package.module:name' or 'package.module.name'; anything but a string is its own answer
-            argument:str='name', # what a message calls it
-           ):
+            argument:str='name'): # what a message calls it
     "The object that a dotted path names"
     if not isinstance(path, str): return path
     module, _, name = path.partition(':') if ':' in path else path.rpartition('.')
@@ -216,8 +215,7 @@ def registered(group:str, # of entry points
 def pick(name:str, # a text
          own, # names of this package
          others:dict, # of `registered`
-         argument:str, # what a message calls it
-        ):
+         argument:str): # what a message calls it
     "The one entry point of a name, or None; raise where several claim it"
     found = others.get(name, [])
     claims = ['arpo_nb']*(name in own) + [e.dist.name if e.dist else e.value for e in found]

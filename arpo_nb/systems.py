@@ -220,9 +220,10 @@ def usual_guidance(model, # name, dotted path, or `ModelSpec`
     "The guidance weight that a model's own sampler has; 1 is none"
     return find_model(model).guidance
 
-# %% ../nbs/37_models.ipynb #b5132995
+# %% ../nbs/37_models.ipynb #67c4d5c5
 STARTED = 'model', 'weights', 'tokenizer_weights', 'files', 'model_args'
 
+# %% ../nbs/37_models.ipynb #b5132995
 def started_from(checkpoint, # of a run: its folder `checkpoint`, a file in that, or the run's own folder
                 ) -> dict: # names in STARTED and seed; {} where no run of ours lies
     "What the run of a checkpoint started from"
@@ -272,14 +273,15 @@ def own_images(spec:ModelSpec): # a data set
     data = resolve(spec.data)()
     return ArrayData(*data) if isinstance(data, tuple) else data
 
-# %% ../nbs/37_models.ipynb #b69a70fe
-_SEEN = {} # moments of the pictures that come with a model, by these and the weights of what saw them
-
+# %% ../nbs/37_models.ipynb #a8f89abc
 def _sum_of(net):
     "SHA-256 of a network's weights"
     total = hashlib.sha256()
     for v in net.state_dict().values(): total.update(v.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
+
+# %% ../nbs/37_models.ipynb #b69a70fe
+_SEEN = {} # moments of the pictures that come with a model, by these and the weights of what saw them
 
 def own_reference(spec:ModelSpec, # the model's record
                   net, # images to features and logits
@@ -339,8 +341,7 @@ def _loo_fid_options(cfg, spec, judge):
 
 # %% ../nbs/37_models.ipynb #080093fb
 def load_reward(cfg:Config, # its rewards and how they are combined
-                system:System, # as `load_system` makes it
-               ):
+                system:System): # as `load_system` makes it
     "The reward of free-running samples; None for methods without"
     if cfg.method not in FREE: return None
     weights, spec, random = parse_rewards(cfg.rewards), spec_of(system), cfg.weights == 'random'
@@ -366,8 +367,7 @@ def load_reward(cfg:Config, # its rewards and how they are combined
 
 # %% ../nbs/37_models.ipynb #2b90681e
 def check_rewards(cfg:Config, # of the run
-                  system:System, # as `load_system` makes it
-                 ):
+                  system:System): # as `load_system` makes it
     "Raise for a reward that is not there, before anything is loaded"
     if cfg.method not in FREE: return
     names, judged = parse_rewards(cfg.rewards), ('class_score',) if spec_of(system).judge else ()
@@ -387,8 +387,7 @@ def reward_files(cfg:Config, # of the run
 
 # %% ../nbs/37_models.ipynb #7553530b
 def check_hub_model(argument:str, # name for the message
-                    repo:str, # on the hub, as in 'google/flan-t5-xl'
-                   ):
+                    repo:str): # on the hub, as in 'google/flan-t5-xl'
     "Raise for a model of transformers that is neither in the cache nor can be asked for"
     hub = _hub()
     if any(hub.try_to_load_from_cache(repo, f'{name}{index}')
@@ -408,8 +407,7 @@ def check_hub_model(argument:str, # name for the message
 # %% ../nbs/37_models.ipynb #3e77e957
 def prompt_encoder(system:System, # as `load_system` makes it
                    # T5 encoder of a text-conditional LlamaGen: hub name or folder
-                   text_features:str='google/flan-t5-xl',
-                  ):
+                   text_features:str='google/flan-t5-xl'):
     ("What turns prompts into a system's conditions: its own encoder, the names of its"
      " classes, or T5")
     if system.encode_prompts is not None: return system.encode_prompts
@@ -439,8 +437,7 @@ def _text_data(cfg, system):
 
 # %% ../nbs/37_models.ipynb #dc1f544c
 def own_data(cfg:Config, # of the run
-             system:System, # as `load_system` makes it
-            ):
+             system:System): # as `load_system` makes it
     "The data set that `cfg.data` names"
     make = resolve(cfg.data, 'data')
     offer = dict(cfg=cfg, system=system, image_size=system.tokenizer.image_size)
@@ -461,8 +458,7 @@ def own_data(cfg:Config, # of the run
 
 # %% ../nbs/37_models.ipynb #2de5384d
 def check_data(cfg:Config, # of the run
-               system:System, # as `load_system` makes it
-              ):
+               system:System): # as `load_system` makes it
     ("Raise for a data set or a text encoder that is not there; reads nothing, and "
      "needs a system of shapes only")
     if names_object(cfg.data): return resolve(cfg.data, 'data')
@@ -485,8 +481,7 @@ def check_data(cfg:Config, # of the run
 
 # %% ../nbs/37_models.ipynb #e8f774c8
 def load_data(cfg:Config, # its model, method, data, seed and class_split
-              system:System, # as `load_system` makes it
-             ):
+              system:System): # as `load_system` makes it
     ("What a run trains on: pictures with their classes or captions, or, free-running,"
      " classes or prompts alone")
     check_data(cfg, system)
@@ -512,8 +507,7 @@ def load_metric_net(model, # name, dotted path, or record
                      "that makes one")
 
 # %% ../nbs/37_models.ipynb #3c630060
-def main(argv=None, # instead of the command line's
-        ):
+def main(argv=None): # instead of the command line's
     "python -m arpo_nb.systems [NAME ...]"
     plain_terminal()
     p = argparse.ArgumentParser(prog='python -m arpo_nb.systems',

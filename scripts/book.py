@@ -78,6 +78,12 @@ def parameters(text):
     return found
 
 
+def bare(text):
+    "Lines of a cell if each signature were one line, whatever its docments take"
+    heads = [f.body[0].lineno - f.lineno for _, f in functions(text)]
+    return len(lines(text)) - sum(n - 1 for n in heads if n > 1)
+
+
 def pictures(cell):
     "Pictures that a reader sees: of stored outputs, files, and diagrams"
     if cell['cell_type'] == 'markdown': return len(re.findall(r'!\[[^\]]*\]\(|```\{?mermaid|<svg', source(cell)))
@@ -107,7 +113,7 @@ def measure(nb):
     cells = nb['cells']
     code = [c for c in cells if c['cell_type'] == 'code']
     shown = [source(c) for c in code if visible(c)]
-    out = dict(sizes=[], own=[], used=[], follows=[], checks=sum(map(checks, shown)), pictures=sum(map(pictures, cells)),
+    out = dict(sizes=[], bare=[], own=[], used=[], follows=[], checks=sum(map(checks, shown)), pictures=sum(map(pictures, cells)),
                long=0, lines=0, docments=[], functions=[], methods=[])
     seen = set().union(*map(names, shown)) if shown else set()
     for i, c in enumerate(code):
@@ -116,6 +122,7 @@ def measure(nb):
         if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in tree(text).body): continue
         own, patched = symbols(text), methods(text)
         out['sizes'].append(len(lines(text)))
+        out['bare'].append(bare(text))
         out['long'] += sum(len(l) > 120 for l in lines(text))
         out['lines'] += len(lines(text))
         out['own'] += own
@@ -135,10 +142,15 @@ def total(counts):
 def share(flags): return round(100*sum(flags)/len(flags)) if flags else 100
 
 
+def spread(sizes):
+    "Median / nine tenths / largest"
+    sizes = sorted(sizes) or [0]
+    return f"{median(sizes):g} / {sizes[min(len(sizes) - 1, int(.9*len(sizes)))]} / {sizes[-1]}"
+
+
 def table_row(m, notebooks=1):
     "The numbers of the table, from counts"
-    sizes = sorted(m['sizes']) or [0]
-    return {'lines per export cell': f"{median(sizes):g} / {sizes[min(len(sizes) - 1, int(.9*len(sizes)))]} / {sizes[-1]}",
+    return {'lines per export cell': spread(m['sizes']), 'signatures as one line': spread(m['bare']),
             'used, %': share(m['used']), 'followed, %': share(m['follows']),
             'checks per symbol': round(m['checks']/max(len(m['own']), 1), 1), 'pictures': round(m['pictures']/notebooks, 1),
             'over 120': m['long'], 'docments, %': share(m['docments']),

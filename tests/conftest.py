@@ -14,6 +14,14 @@ def pytest_addoption(parser):
                      help='folder with golden cases, searched recursively; may be repeated (default: tests/golden)')
 
 
+# whole runs come first, so that none of them is left to one worker in the end
+LONG = 'sharding', 'free_running', 'backbones', 'runs', 'rehearse', 'own_files', 'names', 'claims', 'docs', 'run_life', 'matrix'
+
+def pytest_collection_modifyitems(items):
+    rank = {f'test_{name}.py': i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
+
+
 def pytest_generate_tests(metafunc):
     if 'golden_case' not in metafunc.fixturenames: return
     from golden_cases import discover

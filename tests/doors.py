@@ -15,9 +15,9 @@ from conftest import ROOT
 
 OURS = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 ENV = {**os.environ, **OURS} # of a subprocess
+SERVER = OURS | {'PYTHONPATH': os.pathsep.join((str(ROOT), str(ROOT/'tests')))} # which finds `warm` there
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['arpo_nb.training.launch', 'arpo_nb.systems', 'arpo_nb.evaluation.evaluate',
-                              'arpo_nb.evaluation.sample_writer', 'arpo_nb.evaluation.plots', 'matplotlib.pyplot'])
+FORKS.set_forkserver_preload(['warm'])
 
 
 class Started:
@@ -26,7 +26,7 @@ class Started:
         self.said = tempfile.TemporaryDirectory()
         files = [str(Path(self.said.name)/n) for n in ('stdout', 'stderr')]
         self.process = FORKS.Process(target=_child, args=(target, args, str(cwd or Path.cwd()), {**os.environ, **OURS, **(env or {})}, *files))
-        with patch.dict(os.environ, OURS): self.process.start() # the first start begins the server, in this environment
+        with patch.dict(os.environ, SERVER): self.process.start() # the first start begins the server
         self.args, self.files, self.pid = args, files, self.process.pid
 
     def poll(self): return self.process.exitcode

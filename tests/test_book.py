@@ -47,7 +47,7 @@ def test_what_is_counted():
                      cell('#| exports\n@patch\ndef f(self:A,\n      n # how many\n     ):\n    return n'), cell('assert A(1).f(2) == 2'),
                      cell('#| export\ndef _h(): pass\ndef g(a, b): pass'), cell('#| hide\ng(1, 2)')])
     m = book.measure(nb)
-    assert m['sizes'] == [3, 5, 2] and m['own'] == ['A', 'g'] and m['used'] == [True, False]
+    assert m['sizes'] == [3, 5, 2] and m['bare'] == [3, 3, 2] and m['own'] == ['A', 'g'] and m['used'] == [True, False]
     assert m['follows'] == [True, True, False] and m['checks'] == 1
     assert m['docments'] == [False, True, False, False] and m['functions'] == [False] and m['methods'] == [False]
 

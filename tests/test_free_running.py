@@ -23,7 +23,7 @@ BUSY = dict(beta=.2, ref_policy='ema', ref_decay=.5, entropy_coef=1e-3, entropy_
 def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig, processes):
     "Both papers in one update, and all that has a state"
     cfg = replace(preset('toy', 'vapi_loofid'), batch_size=4, num_generations=4, free_generations=4, update_dropout=True, **{**BUSY, 'mini_batch_size': 4})
-    killed_and_resumed(replace(cfg, steps=24, save_steps=3, num_processes=processes), tmp_path, sig)
+    killed_and_resumed(replace(cfg, steps=10, save_steps=3, num_processes=processes), tmp_path, sig)
 
 
 def test_two_processes_give_the_result_of_one(tmp_path):

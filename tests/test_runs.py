@@ -51,17 +51,17 @@ def begin(folder): return begin_arpo('train', folder/'job.json', '--out_dir', fo
 
 @pytest.mark.parametrize('sig, processes', [(signal.SIGTERM, 1), (signal.SIGKILL, 1)])
 def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig, processes):
-    killed_and_resumed(replace(TINY, steps=40, save_steps=3, update_dropout=True, num_processes=processes), tmp_path, sig)
+    killed_and_resumed(replace(TINY, steps=16, save_steps=3, update_dropout=True, num_processes=processes), tmp_path, sig)
 
 
 def killed_and_resumed(cfg, tmp_path, sig):
-    "A run killed after eight steps and resumed against an unbroken one"
+    "A run killed after four steps and resumed against an unbroken one"
     for name in ('whole', 'killed'):
         (tmp_path/name).mkdir(); (tmp_path/name/'job.json').write_text(to_json(cfg))
     ok(begin(tmp_path/'whole').wait())
     child = begin(tmp_path/'killed')
     log, deadline = tmp_path/'killed'/'run'/'metrics.jsonl', time.time() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 8):
+    while not (log.exists() and len(log.read_text().splitlines()) >= 4):
         assert child.poll() is None and time.time() < deadline
         time.sleep(.02)
     child.send_signal(sig); child.wait()
@@ -133,6 +133,8 @@ def test_run_pretrain_var(tmp_path):
 
 
 def test_run_bench(tmp_path):
-    ok(notebook('run_bench', image_size=64, num_generations=2, repeats=1, out_dir=tmp_path/'bench'))
+    ok(notebook('run_bench', image_size=64, num_generations=2, repeats=1, growth=2, growth_model='toy', processes=1, out_dir=tmp_path/'bench'))
     summary = json.loads((tmp_path/'bench'/'summary.json').read_text())
     assert summary['ratio'] > 0 and summary['gradient_difference'] < 1e-3
+    grown = json.loads((tmp_path/'bench'/'growth.json').read_text())
+    assert len(grown) == 15 and all(c['sizes'][1] > c['sizes'][0] and len(c['costs']) == 2 for c in grown.values())

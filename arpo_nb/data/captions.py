@@ -193,8 +193,7 @@ class T5Features:
                  length:int=120, # tokens, end mark included
                  device='cpu', # of the encoder
                  dtype=torch.bfloat16, # of the encoder
-                 clean:bool=True, # apply `clean_prompt` first
-                ):
+                 clean:bool=True): # apply `clean_prompt` first
         if isinstance(model, (str, Path)):
             transformers, model = import_transformers(), _folder_or_name(model)
             tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model)
@@ -240,8 +239,7 @@ def check_rows(a:np.ndarray, # [n, D] or [1, n, D]
 class DiskFeatures:
     "Left-padded features of captions by key, from a folder of .npy files or one .npz"
     def __init__(self, path, # of the folder or the .npz
-                 length:int=120, # rows after padding
-                ):
+                 length:int=120): # rows after padding
         path = user_path(path, 'features path')
         if not path.exists():
             raise FileNotFoundError(f"features path={str(path)!r}: no such file or "
@@ -535,8 +533,7 @@ class TextImages:
                  endless:bool=False, # begin again after the last record
                  shuffle:int|None=None, # seed for the order of shards, None keeps it
                  crop:str='adm', # key of `image_io.CROPS`
-                 captions:str='whole', # which of several, see `choose_caption`
-                ):
+                 captions:str='whole'): # which of several, see `choose_caption`
         self.sources, self.size = _sources(path), size
         self.rank, self.world_size, self.start = rank, world_size, start
         self.shuffle, self.epoch, self.endless = shuffle, start >> 40, endless
@@ -551,8 +548,7 @@ class TextImages:
 @patch
 def skip(self:TextImages, reason:str, # in a few words, for counting
          what, # record or shard
-         why='', # the error
-        ):
+         why=''): # the error
     "Count a record or shard that cannot be used, and warn of the first"
     if not self.skipped:
         warnings.warn(f"data: skipped {what}: {reason}{why and f' ({why})'}; further "
@@ -782,8 +778,7 @@ def _table_prompts(path):
 class PromptData:
     "Prompts without pictures, from a file, see `read_prompts`"
     def __init__(self, path, # of the file
-                 features, # prompts to conditions
-                ):
+                 features): # prompts to conditions
         self.prompts, self.features = read_prompts(path), features
 
     def __len__(self): return len(self.prompts)

@@ -75,8 +75,7 @@ class Pictures:
                  size:int, # side in pixels
                  open=lambda item: item, # item to a path, or to bytes
                  check:int=2000, # decode all first, if there are at most so many
-                 workers:int=8, # decoding threads
-                ):
+                 workers:int=8): # decoding threads
         self.source, self.items, self.labels = str(source), items, labels
         self.size, self.open = size, open
         self.skipped, self.left_out, self.pool = {}, 0, ThreadPoolExecutor(workers)

@@ -82,8 +82,7 @@ def _check_object(r, i, where, classes):
 # %% ../../nbs/55_geneval.ipynb #cd185c4f
 def check_prompt(p:dict, # metadata
                  where:str, # it stands, for messages
-                 classes=CLASSES, # what the detector knows
-                ):
+                 classes=CLASSES): # what the detector knows
     "Raise unless a prompt's metadata can be judged"
     if not isinstance(p, dict) or not p.get('prompt') or not p.get('include'):
         got = sorted(map(str, p)) if isinstance(p, dict) else repr(p)
@@ -329,8 +328,7 @@ class ColorClassifier:
     "Ten colours by CLIP, given how to embed pictures and texts"
     def __init__(self,
                  embed_image, # [1, 3, h, w] in [0, 1] to [1, D]
-                 embed_text, # list of n strings to [n, D]
-                ):
+                 embed_text): # list of n strings to [n, D]
         self.embed_image, self.embed_text, self.cache = embed_image, embed_text, {}
 
     def texts(self, name:str, # of a class
@@ -406,8 +404,7 @@ class StandInDetector:
     def __init__(self,
                  model=hub, # name on the hub, folder, or a model
                  size:int=800, # side the pictures are resized to
-                 device='cpu', # of the model
-                ):
+                 device='cpu'): # of the model
         named = isinstance(model, (str, Path))
         self.name = f'stand-in: {model}' if named else 'stand-in: a model passed in'
         self.size, self.device = size, device
@@ -493,8 +490,7 @@ class ClassifierDetector:
      "scored by probability; NOT GenEval")
     def __init__(self, classify, # images [N, 3, H, W] in [0, 1] to logits [N, K]
                  classes:list, # K names
-                 name:str='classifier', # that results carry
-                ):
+                 name:str='classifier'): # that results carry
         self.classify, self.classes, self.name = classify, classes, name
 
     @torch.no_grad()
@@ -523,8 +519,7 @@ def official_command(folder, # see `write_geneval`
 # %% ../../nbs/55_geneval.ipynb #17d7d604
 def check_official(repo, # clone of the evaluator's repository
                    python, # of its environment
-                   detector, # folder of its detector
-                  ):
+                   detector): # folder of its detector
     "Raise, before pictures are drawn, unless clone, Python and detector are there"
     repo, detector = user_path(repo, 'repo'), user_path(detector, 'detector')
     script = repo/'evaluation'/'evaluate_images.py'

@@ -101,8 +101,7 @@ def _same_settings(folder, path, settings):
 # %% ../../nbs/51_sample_writer.ipynb #5409c42b
 def settle(folder, # of pictures, there already
            settings:dict, # that a continuation must share
-           pattern='[0-9]*.png', # of the files that will be written
-          ):
+           pattern='[0-9]*.png'): # of the files that will be written
     "Remember a run's settings in its folder, and refuse another run's, or somebody's"
     folder = user_path(folder, 'folder')
     path = folder/'samples.json'

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../../nbs/10_elbo.ipynb #da532a29
+# %% ../../nbs/10_elbo.ipynb #b03d0b3b
 class Bound(NamedTuple):
     "The two terms of the evidence lower bound"
     reconstruction: Tensor # E_q[log p(I|x)]
@@ -22,6 +22,7 @@ class Bound(NamedTuple):
         "What lies below log p(I)"
         return self.reconstruction - self.kl
 
+# %% ../../nbs/10_elbo.ipynb #dd8a02d1
 def categorical_kl(log_p:Tensor, # [..., V]
                    log_q:Tensor, # [..., V]
                   ) -> Tensor: # [...] nats
@@ -29,6 +30,7 @@ def categorical_kl(log_p:Tensor, # [..., V]
     p = log_p.exp()
     return (p*(log_p - log_q).masked_fill(p == 0, 0)).sum(-1)
 
+# %% ../../nbs/10_elbo.ipynb #da532a29
 def elbo_terms(log_q:Tensor, # [..., S] variational posterior over all sequences
                log_lik:Tensor, # [..., S] log p(I|x)
                log_prior:Tensor, # [..., S] log π(x)

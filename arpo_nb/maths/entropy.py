@@ -12,13 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../../nbs/14_entropy.ipynb #e98ce17c
+# %% ../../nbs/14_entropy.ipynb #1ac55bbf
 def token_entropy(logits:Tensor, # [..., V]; -inf marks codes that can't be drawn
                  ) -> Tensor: # [...] in nats
     "Shannon entropy of every token's distribution (LOO-FID Eq. 28, 29)"
     logps = logits.log_softmax(-1)
     return -(logps.exp()*logps.masked_fill(logps == -torch.inf, 0)).sum(-1)
 
+# %% ../../nbs/14_entropy.ipynb #e98ce17c
 def normalized_entropy(entropy:Tensor, # [...] nats
                        vocab_size:int, # K, the full vocabulary
                       ) -> Tensor: # [...] in [0, 1]
@@ -29,8 +30,7 @@ def normalized_entropy(entropy:Tensor, # [...] nats
 C_MIN, C_MAX = 7e-5, 4e-3  # bounds of appendix C
 
 def check_unit(name, # 'entropy' or 'progress'
-               value, # of it
-              ):
+               value): # of it
     "Raise unless `value` is in [0, 1]"
     if not -1e-6 <= value <= 1 + 1e-6:
         hint = ("divide entropies in nats by log K, see normalized_entropy"

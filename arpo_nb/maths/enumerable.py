@@ -34,8 +34,7 @@ class TablePolicy(nn.Module):
                  num_classes:int=1, # conditions are ids below this
                  scale:float=1., # std of the logits; 0 for uniform
                  seed:int=0, # of the table
-                 dtype=torch.float64, # of the table
-                ):
+                 dtype=torch.float64): # of the table
         super().__init__()
         self.vocab_size, self.num_tokens = vocab_size, num_tokens
         rows = sum(vocab_size**t for t in range(num_tokens))
@@ -116,8 +115,7 @@ class PatchTokenizer(nn.Module):
                  patch:int=4, # pixels along a token's edge
                  blur:float=.15, # share of the mean grey in every patch
                  noise:float=.1, # s, std of the pixel law
-                 dtype=torch.float64, # of the levels
-                ):
+                 dtype=torch.float64): # of the levels
         super().__init__()
         self.codebook_size, self.num_tokens, self.token_grid, self.image_size = (
             codebook_size, side*side, (side, side), side*patch)

@@ -16,8 +16,7 @@ from torch import Tensor
 # %% ../../nbs/13_grpo.ipynb #612258cb
 def reward_scale(rewards, # [B, G] or [B, G, T]
                  scale_rewards, # 'group' (True), 'batch', or 'none' (False)
-                 unbiased, # sample std, or population std
-                ):
+                 unbiased): # sample std, or population std
     "The standard deviation to divide by, or None"
     if scale_rewards in ('group', True):
         return rewards.std(1, keepdim=True, unbiased=unbiased)

@@ -56,8 +56,7 @@ def wide(x, # tensor, numpy array or nested list, of floats
 # %% ../../nbs/15_moments.ipynb #edb99916
 def check_features(x:Tensor, # what should be [N, D]
                    D:int|None=None, # columns of the reference, if it is known
-                   name:str='features', # what the message calls it
-                  ):
+                   name:str='features'): # what the message calls it
     "Raise unless `x` is a finite [N, D] with N >= 2"
     if x.ndim != 2:
         raise ValueError(f"{name} must be an [N, D] tensor, got {tuple(x.shape)}; "
@@ -77,8 +76,7 @@ def check_features(x:Tensor, # what should be [N, D]
 def check_shape(t:Tensor, # any tensor
                 shape:tuple, # that it should have
                 name:str, # what the message calls it
-                hint:str, # what would have it
-               ):
+                hint:str): # what would have it
     "Raise unless a tensor has this shape and is finite"
     if t.shape != shape:
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}: {hint}")
@@ -88,8 +86,7 @@ def check_shape(t:Tensor, # any tensor
 
 # %% ../../nbs/15_moments.ipynb #533b15c2
 def check_covariance(cov:Tensor, # [D, D] float64
-                     name:str, # what the message calls it
-                    ):
+                     name:str): # what the message calls it
     "Raise unless symmetric and positive semi-definite, within float32's rounding"
     if not torch.allclose(cov, cov.T, rtol=1e-6, atol=1e-9*float(cov.abs().max())):
         raise ValueError(f"{name} is not symmetric; expected a covariance matrix, "
@@ -138,8 +135,7 @@ class Reference:
     @classmethod
     def from_features(cls, x, # [N, D], tensor or array
                       unbiased:bool=False, # divide by N-1
-                      network:str='', # name of the extractor
-                     ):
+                      network:str=''): # name of the extractor
         "Moments of real features [N, D], with covariance; `unbiased` divides by N-1"
         x = wide(x, 'features')
         check_features(x)
@@ -165,8 +161,7 @@ class Reference:
 
 # %% ../../nbs/15_moments.ipynb #c3be26af
 @patch
-def to(self:Reference, device, # where the features live
-      ):
+def to(self:Reference, device): # where the features live
     "The same reference on `device`; the copy is kept, with its root"
     device = torch.device(device)
     if self.mean.device == device: return self
@@ -325,8 +320,7 @@ def as_moments(state, # of a previous call, in any of these forms
     return Moments(*(None if t is None else wide(t, 'state') for t in state))
 
 # %% ../../nbs/15_moments.ipynb #11962a1c
-def check_eps(eps:float, # added to variances
-             ):
+def check_eps(eps:float): # added to variances
     "Raise unless this can be added to variances"
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps={eps}: expected a finite number not below 0, "
@@ -368,8 +362,7 @@ def ema_update(old:Moments, # before this step
 # %% ../../nbs/15_moments.ipynb #8751e0d5
 FIRST_STEPS = 'adopt', 'blend', 'zero', 'reference'
 
-def check_first_step(first_step:str, # adopt, blend, zero or reference
-                    ):
+def check_first_step(first_step:str): # adopt, blend, zero or reference
     "Raise unless it names one of the four readings"
     if first_step not in FIRST_STEPS:
         raise ValueError("first_step must be adopt, blend, zero or reference, "

@@ -92,8 +92,7 @@ def _fresh(u, level): # numbers in [0, 1), of a number's bits and a level
 
 # %% ../../nbs/06_sampling.ipynb #a660a3d7
 @contextmanager
-def steady_draws(on:bool=True # False leaves things as they are
-                ):
+def steady_draws(on:bool=True): # False leaves things as they are
     "Within it, tokens are drawn by halves, so that rounding seldom changes one"
     global _steady
     before, _steady = _steady, on or _steady

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/12_ste.ipynb #6d0e2b3b
+# %% ../../nbs/12_ste.ipynb #8c9530ab
 def straight_through(logits:Tensor, # [..., K]
                      temperature:float=1., # τ of the softmax
                      # [..., K] Gumbel noise: sample (released code); None: arg max
@@ -23,6 +23,7 @@ def straight_through(logits:Tensor, # [..., K]
     hard = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(soft.dtype)
     return (hard - soft).detach() + soft
 
+# %% ../../nbs/12_ste.ipynb #6d0e2b3b
 def gumbel_noise(u:Tensor, # uniform numbers in [0, 1)
                 ) -> Tensor: # as u
     "Gumbel noise from uniform numbers"

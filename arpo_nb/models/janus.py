@@ -73,8 +73,7 @@ CONFIGS = dict(janus_pro_1b=(JanusConfig(), VQ),
                                          ffn_dim=11008), VQ))
 
 # %% ../../nbs/39_janus.ipynb #1352f279
-def llama_config(cfg:JanusConfig, # the policy's
-                ):
+def llama_config(cfg:JanusConfig): # the policy's
     ("Settings of the language model for transformers; text head and embedding are "
      "not tied")
     return import_transformers('janus').LlamaConfig(
@@ -100,8 +99,7 @@ def update(self:Cache, k, # [N, heads, n, d] of n new tokens
            v, # the same of values
            layer:int, # whose they are
            *args, # unused, of transformers' interface
-           **kwargs, # unused, of transformers' interface
-          ):
+           **kwargs): # unused, of transformers' interface
     "Append keys and values of a layer, and return all so far"
     if layer not in self.layers:
         self.layers[layer] = tuple(
@@ -115,16 +113,14 @@ def update(self:Cache, k, # [N, heads, n, d] of n new tokens
 class Aligner(nn.Module):
     "Two linear layers around an exact GELU"
     def __init__(self, c_in:int, # width of a code
-                 c_out:int, # width of the language model
-                ):
+                 c_out:int): # width of the language model
         super().__init__()
         self.fc1, self.hidden_layers = (nn.Linear(c_in, c_out),
                                         nn.ModuleList([nn.Linear(c_out, c_out)]))
 
 # %% ../../nbs/39_janus.ipynb #d5fd0b00
 @patch
-def forward(self:Aligner, x, # [..., c_in]
-           ):
+def forward(self:Aligner, x): # [..., c_in]
     "Code by code"
     return self.hidden_layers[0](nn.functional.gelu(self.fc1(x)))
 
@@ -133,16 +129,14 @@ class GenerationHead(nn.Module):
     "Scores of the next code"
     def __init__(self, dim:int, # width of a state
                  hidden:int, # width between the two layers
-                 vocab_size:int, # codes, V
-                ):
+                 vocab_size:int): # codes, V
         super().__init__()
         self.proj_out, self.vision_head = (nn.Linear(dim, hidden),
                                            nn.Linear(hidden, vocab_size))
 
 # %% ../../nbs/39_janus.ipynb #48cf6682
 @patch
-def forward(self:GenerationHead, x, # [..., dim]
-           ):
+def forward(self:GenerationHead, x): # [..., dim]
     "State by state"
     return self.vision_head(nn.functional.gelu(self.proj_out(x)))
 
@@ -159,8 +153,7 @@ def _is_pair(cond):
 class JanusPolicy(nn.Module):
     ("The drawing part of Janus-Pro behind the `Policy` protocol; parameter names are "
      "transformers'")
-    def __init__(self, cfg:JanusConfig, # its shape
-                ):
+    def __init__(self, cfg:JanusConfig): # its shape
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.num_tokens, cfg.vocab_size
         self.gradient_checkpointing = False
@@ -203,8 +196,7 @@ def _check_prompts(ids, mask, c):
 
 # %% ../../nbs/39_janus.ipynb #ed86e47e
 @patch
-def check(self:JanusPolicy, cond, # what should be ids and mask
-         ):
+def check(self:JanusPolicy, cond): # what should be ids and mask
     "Refuse what is not a left-padded batch of prompts that ends in begin-of-image"
     if not _is_pair(cond):
         raise ValueError("cond: expected a pair of prompt ids [N, L] "
@@ -435,8 +427,7 @@ def encode_prompts(prompts:list, # N strings
 class PromptEncoder:
     "`encode_prompts` as `System.encode_prompts` and `captions.text_batches` want it"
     def __init__(self, tokenizer, # transformers' tokenizer of the model
-                 cfg:JanusConfig, # of the policy
-                ):
+                 cfg:JanusConfig): # of the policy
         self.tokenizer, self.ids = tokenizer, cfg.ids
         self.longest = cfg.max_positions - cfg.num_tokens + 1
 
@@ -558,8 +549,7 @@ def describe(state:dict, # name → tensor
 # %% ../../nbs/39_janus.ipynb #6701852f
 def transformers_config(cfg:JanusConfig, # of the policy
                         vq:VQConfig=VQ, # of the tokenizer
-                        **vision, # settings of the encoder to override
-                       ):
+                        **vision): # settings of the encoder to override
     "The whole model's configuration for transformers; `vision` overrides settings of its encoder"
     if (cfg.head_hidden or cfg.dim) != cfg.dim:
         raise ValueError(f"head_hidden={cfg.head_hidden}: transformers has one width, {cfg.dim}, for the aligner "
@@ -654,8 +644,7 @@ def build_janus(model:str='janus_pro_1b', # key of CONFIGS
 # %% ../../nbs/39_janus.ipynb #08788af8
 class WordHash:
     "Ids for words without a tokenizer's files, for rehearsals on random weights"
-    def __init__(self, cfg:JanusConfig, # of the policy
-                ):
+    def __init__(self, cfg:JanusConfig): # of the policy
         self.ids, self.room = cfg.ids, min([cfg.text_vocab_size,
                                             *(v for v in vars(cfg.ids).values()
                                               if v > 9)])
@@ -771,8 +760,7 @@ class Answers:
     def __init__(self,
                  model:str, # key of CONFIGS
                  weights, # see `load_text_head`
-                 tokenizer, # of its prompt encoder
-                ):
+                 tokenizer): # of its prompt encoder
         self.model, self.weights, self.tokenizer = model, weights, tokenizer
 
     def __call__(self,

@@ -94,15 +94,13 @@ def rotate(x:Tensor, # [B, T, heads, d]
 class RMSNorm(nn.Module):
     "Root-mean-square norm: computed in float32, cast back, then scaled"
     def __init__(self, dim:int, # width of a token
-                 eps:float, # added to the mean square
-                ):
+                 eps:float): # added to the mean square
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
 # %% ../../nbs/31_llamagen.ipynb #0ecb9107
 @patch
-def forward(self:RMSNorm, x, # [..., dim]
-           ):
+def forward(self:RMSNorm, x): # [..., dim]
     "To a root mean square of one, times a weight for each component"
     h = x.float()
     return (h*torch.rsqrt(h.pow(2).mean(-1, keepdim=True)
@@ -111,8 +109,7 @@ def forward(self:RMSNorm, x, # [..., dim]
 # %% ../../nbs/31_llamagen.ipynb #90e2ba13
 class Attention(nn.Module):
     "Causal self-attention with one fused projection"
-    def __init__(self, cfg:GPTConfig, # width, heads, dropout
-                ):
+    def __init__(self, cfg:GPTConfig): # width, heads, dropout
         super().__init__()
         self.heads = cfg.n_head, cfg.n_kv_head or cfg.n_head
         self.head_dim, width = (cfg.head_dim,
@@ -128,8 +125,7 @@ def forward(self:Attention, x, # [B, n, dim]
             # [B or 1, 1, n, keys], True where a row may look; None for causal
             mask=None,
             cache=None, # [2, B, kv heads, length, d] of earlier tokens, or None
-            pos=0, # of the first token; a tensor [1] for fixed shapes
-           ):
+            pos=0): # of the first token; a tensor [1] for fixed shapes
     "Every token looks at itself and those before it"
     n, kv = self.heads
     h = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
@@ -151,8 +147,7 @@ def forward(self:Attention, x, # [B, n, dim]
 # %% ../../nbs/31_llamagen.ipynb #f79fec72
 class FeedForward(nn.Module):
     "Gated MLP, w2(silu(w1 x) · w3 x)"
-    def __init__(self, cfg:GPTConfig, # width and dropout
-                ):
+    def __init__(self, cfg:GPTConfig): # width and dropout
         super().__init__()
         self.w1, self.w3 = (nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
                             for _ in range(2))
@@ -161,16 +156,14 @@ class FeedForward(nn.Module):
 
 # %% ../../nbs/31_llamagen.ipynb #ff44ffc5
 @patch
-def forward(self:FeedForward, x, # [..., dim]
-           ):
+def forward(self:FeedForward, x): # [..., dim]
     "Token by token"
     return self.drop(self.w2(F.silu(self.w1(x))*self.w3(x)))
 
 # %% ../../nbs/31_llamagen.ipynb #4507c499
 class Block(nn.Module):
     "Pre-norm attention and MLP"
-    def __init__(self, cfg:GPTConfig, # width, heads, dropout
-                ):
+    def __init__(self, cfg:GPTConfig): # width, heads, dropout
         super().__init__()
         self.attention, self.feed_forward = Attention(cfg), FeedForward(cfg)
         self.attention_norm, self.ffn_norm = (RMSNorm(cfg.dim, cfg.norm_eps),
@@ -182,8 +175,7 @@ def forward(self:Block, x, # [B, n, dim]
             rope, # see `Attention`
             mask=None, # see `Attention`
             cache=None, # see `Attention`
-            pos=0, # see `Attention`
-           ):
+            pos=0): # see `Attention`
     "Attention, then MLP, each normed and added"
     x = x + self.attention(self.attention_norm(x), rope, mask, cache, pos)
     return x + self.feed_forward(self.ffn_norm(x))
@@ -191,8 +183,7 @@ def forward(self:Block, x, # [B, n, dim]
 # %% ../../nbs/31_llamagen.ipynb #2849367d
 class ClassEmbedding(nn.Module):
     "One prefix token per class id; id `num_classes` is the null class"
-    def __init__(self, cfg:GPTConfig, # classes, width, whether there is a null class
-                ):
+    def __init__(self, cfg:GPTConfig): # classes, width, whether there is a null class
         super().__init__()
         self.num_classes, self.p = cfg.num_classes, cfg.cond_dropout
         self.embedding_table = nn.Embedding(cfg.num_classes + (cfg.cond_dropout > 0),
@@ -210,8 +201,7 @@ def null(self:ClassEmbedding, cond:Tensor, # [N] class ids
     return torch.full_like(cond, self.num_classes)
 
 @patch
-def check(self:ClassEmbedding, cond, # what should be [N] class ids
-         ):
+def check(self:ClassEmbedding, cond): # what should be [N] class ids
     "Refuse what is not a batch of class ids"
     null = f", null class {self.num_classes}" if self.p else ''
     check_classes(cond, self.embedding_table.num_embeddings,
@@ -219,8 +209,7 @@ def check(self:ClassEmbedding, cond, # what should be [N] class ids
 
 # %% ../../nbs/31_llamagen.ipynb #4626f53b
 @patch
-def forward(self:ClassEmbedding, cond, # [N] class ids
-           ):
+def forward(self:ClassEmbedding, cond): # [N] class ids
     "One prefix token each, [N, 1, dim]"
     if self.training and self.p:
         cond = torch.where(torch.rand(cond.shape, device=cond.device) < self.p,
@@ -230,24 +219,21 @@ def forward(self:ClassEmbedding, cond, # [N] class ids
 # %% ../../nbs/31_llamagen.ipynb #8feea9c9
 class CaptionMLP(nn.Module):
     "Two linear layers around a tanh-approximated GELU"
-    def __init__(self, cfg:GPTConfig, # widths of features and tokens
-                ):
+    def __init__(self, cfg:GPTConfig): # widths of features and tokens
         super().__init__()
         self.fc1, self.fc2 = (nn.Linear(cfg.caption_dim, cfg.dim, bias=False),
                               nn.Linear(cfg.dim, cfg.dim, bias=False))
 
 # %% ../../nbs/31_llamagen.ipynb #826eaa10
 @patch
-def forward(self:CaptionMLP, x, # [..., caption_dim]
-           ):
+def forward(self:CaptionMLP, x): # [..., caption_dim]
     "Feature by feature"
     return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
 
 # %% ../../nbs/31_llamagen.ipynb #174e7637
 class CaptionEmbedding(nn.Module):
     "Prefix tokens from left-padded text features"
-    def __init__(self, cfg:GPTConfig, # length and width of captions
-                ):
+    def __init__(self, cfg:GPTConfig): # length and width of captions
         super().__init__()
         self.p, self.cap_proj = cfg.cond_dropout, CaptionMLP(cfg)
         self.register_buffer('uncond_embedding',
@@ -263,8 +249,7 @@ def null(self:CaptionEmbedding, cond:tuple, # features [N, L, D] and mask [N, L]
 
 # %% ../../nbs/31_llamagen.ipynb #8bf65424
 @patch
-def check(self:CaptionEmbedding, cond, # what should be features and mask
-         ):
+def check(self:CaptionEmbedding, cond): # what should be features and mask
     "Refuse what is not left-padded text features and their mask"
     want = tuple(self.uncond_embedding.shape)
     if (not isinstance(cond, (tuple, list)) or len(cond) != 2 or cond[0].dim() != 3
@@ -283,8 +268,7 @@ def check(self:CaptionEmbedding, cond, # what should be features and mask
 
 # %% ../../nbs/31_llamagen.ipynb #58ea527c
 @patch
-def forward(self:CaptionEmbedding, cond, # features [N, L, D] and mask [N, L]
-           ):
+def forward(self:CaptionEmbedding, cond): # features [N, L, D] and mask [N, L]
     "One prefix token for each feature, [N, L, dim]"
     feats = cond[0]
     if self.training and self.p:
@@ -296,8 +280,7 @@ def forward(self:CaptionEmbedding, cond, # features [N, L, D] and mask [N, L]
 class GPT(nn.Module):
     ("LlamaGen's transformer behind the `Policy` protocol; parameter names are the "
      "official ones")
-    def __init__(self, cfg:GPTConfig, # its shape
-                ):
+    def __init__(self, cfg:GPTConfig): # its shape
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
@@ -335,8 +318,7 @@ def prefix(self:GPT, cond, # N conditions
     return self.cls_embedding(cond).to(self.tok_embeddings.weight.dtype)
 
 @patch
-def null_cond(self:GPT, cond, # N conditions
-             ):
+def null_cond(self:GPT, cond): # N conditions
     "The unconditional counterpart of a condition"
     return self.cls_embedding.null(cond)
 
@@ -404,8 +386,7 @@ def forward(self:GPT, context:Tensor, # [N, T] codes
 
 # %% ../../nbs/31_llamagen.ipynb #aaab25f3
 @patch
-def example_cond(self:GPT, n:int, # how many
-                ):
+def example_cond(self:GPT, n:int): # how many
     "`n` conditions of the right shape, without content"
     if self.cfg.cond == 'class': return torch.zeros(n, dtype=torch.long)
     return (torch.zeros(n, self.cfg.cond_len, self.cfg.caption_dim),
@@ -452,8 +433,7 @@ def _packed(weight, bias, packed, rows):
 # %% ../../nbs/31_llamagen.ipynb #bc332316
 @contextmanager
 def packed_weights(module:nn.Module, # its linear layers
-                   rows:int, # of the products to come; others are computed as usual
-                  ):
+                   rows:int): # of the products to come; others are computed as usual
     "Rearrange float32 weights for fast products on a CPU with MKL, within a `with`"
     layers = [m for m in module.modules() if isinstance(m, nn.Linear)
               and m.weight.device.type == 'cpu' and m.weight.dtype == torch.float32]
@@ -495,13 +475,14 @@ def _check_batch(policy, cond, n):
         raise ValueError(f"streams: {n} random streams for {describe_value(cond)}, "
                          "expected one per condition")
 
-# %% ../../nbs/31_llamagen.ipynb #5bae4f3c
+# %% ../../nbs/31_llamagen.ipynb #d7560d69
 def _prefix_logits(policy, x, mask, cache):
     "Logits of the first token, from prefix tokens that go through the blocks together"
     n = x.shape[1]
     seen = None if mask is None else mask[:, :, :n, :n]
     return policy.head(policy.trunk(x, policy.rope[:n], seen, cache)[:, -1])
 
+# %% ../../nbs/31_llamagen.ipynb #5bae4f3c
 def _step_logits(step, tokens, pos, mask, cache, end):
     ("Logits of the token after `tokens`, which stand at `pos`; an `end` fixes all "
      "shapes")

@@ -20,8 +20,7 @@ from .tokenizers import Downsample, Middle, ResBlock, Upsample
 from ..protocols import check_ids
 
 # %% ../../nbs/32_multiscale_vq.ipynb #177838b4
-def check_patch_nums(patch_nums, # sides, as a config has them
-                    ):
+def check_patch_nums(patch_nums): # sides, as a config has them
     "Refuse what is not the sides of growing square maps"
     sides = (patch_nums if isinstance(patch_nums, (tuple, list))
              and all(type(p) is int for p in patch_nums) else ())
@@ -82,16 +81,14 @@ class FusedAttn(nn.Module):
     ("Single-head self-attention over pixels, with one convolution for queries, keys "
      "and values")
     def __init__(self, c:int, # channels
-                 groups:int, # of the group norm
-                ):
+                 groups:int): # of the group norm
         super().__init__()
         self.norm, self.qkv, self.proj_out = (nn.GroupNorm(groups, c, 1e-6),
                                               nn.Conv2d(c, 3*c, 1), nn.Conv2d(c, c, 1))
 
 # %% ../../nbs/32_multiscale_vq.ipynb #f46c2cdf
 @patch
-def forward(self:FusedAttn, x, # [B, c, h, w]
-           ):
+def forward(self:FusedAttn, x): # [B, c, h, w]
     "Every pixel looks at all others"
     # [B, 1, hw, c]
     q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)
@@ -110,8 +107,7 @@ class Stage(nn.Module):
                  attn:bool, # attention after each block
                  # what changes the resolution at the end, or None
                  resize:nn.Module|None,
-                 name:str, # official name of that module
-                ):
+                 name:str): # official name of that module
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups)
                                    for i in range(n))
@@ -122,8 +118,7 @@ class Stage(nn.Module):
 
 # %% ../../nbs/32_multiscale_vq.ipynb #3ee06ddf
 @patch
-def forward(self:Stage, x, # [B, c_in, h, w]
-           ):
+def forward(self:Stage, x): # [B, c_in, h, w]
     "Block after block, then the change of resolution"
     for i, block in enumerate(self.block):
         x = block(x)
@@ -133,8 +128,7 @@ def forward(self:Stage, x, # [B, c_in, h, w]
 # %% ../../nbs/32_multiscale_vq.ipynb #5e14ca81
 class Encoder(nn.Module):
     "Pixels in [-1, 1] to latents, [B, 3, H, W] to [B, C, h, w]"
-    def __init__(self, cfg:MultiScaleConfig, # widths and depths
-                ):
+    def __init__(self, cfg:MultiScaleConfig): # widths and depths
         super().__init__()
         widths, g, last = ([cfg.ch*m for m in cfg.ch_mult], cfg.num_groups,
                            len(cfg.ch_mult)-1)
@@ -149,8 +143,7 @@ class Encoder(nn.Module):
 
 # %% ../../nbs/32_multiscale_vq.ipynb #3921dc68
 @patch
-def forward(self:Encoder, x, # [B, 3, H, W] in [-1, 1]
-           ):
+def forward(self:Encoder, x): # [B, 3, H, W] in [-1, 1]
     "Down through the stages, then to C channels"
     for f in (self.conv_in, *self.down, self.mid): x = f(x)
     return self.conv_out(F.silu(self.norm_out(x)))
@@ -158,8 +151,7 @@ def forward(self:Encoder, x, # [B, 3, H, W] in [-1, 1]
 # %% ../../nbs/32_multiscale_vq.ipynb #31c26b01
 class Decoder(nn.Module):
     "Latents to pixels in about [-1, 1], [B, C, h, w] to [B, 3, H, W]"
-    def __init__(self, cfg:MultiScaleConfig, # widths and depths
-                ):
+    def __init__(self, cfg:MultiScaleConfig): # widths and depths
         super().__init__()
         widths, g, last = ([cfg.ch*m for m in cfg.ch_mult], cfg.num_groups,
                            len(cfg.ch_mult)-1)
@@ -174,8 +166,7 @@ class Decoder(nn.Module):
 
 # %% ../../nbs/32_multiscale_vq.ipynb #aa61460c
 @patch
-def forward(self:Decoder, z, # [B, C, h, w]
-           ):
+def forward(self:Decoder, z): # [B, C, h, w]
     "Up through the stages, then to colours"
     for f in (self.conv_in, self.mid, *reversed(self.up)): z = f(z)
     return self.conv_out(F.silu(self.norm_out(z)))
@@ -194,15 +185,13 @@ def phi_table(num_phis:int, # K
 class Phi(nn.Conv2d):
     "h to (1-r) h + r conv(h)"
     def __init__(self, c:int, # channels
-                 ratio:float, # share of the convolution, r
-                ):
+                 ratio:float): # share of the convolution, r
         super().__init__(c, c, 3, padding=1)
         self.ratio = abs(ratio)
 
 # %% ../../nbs/32_multiscale_vq.ipynb #a3fe7f27
 @patch
-def forward(self:Phi, h, # [N, C, h, w]
-           ):
+def forward(self:Phi, h): # [N, C, h, w]
     "The map, partly smoothed"
     return h*(1 - self.ratio) + super(Phi, self).forward(h)*self.ratio
 
@@ -218,8 +207,7 @@ def _phis(cfg):
 # %% ../../nbs/32_multiscale_vq.ipynb #6b0d719b
 class MultiScaleQuantizer(nn.Module):
     "Residual quantisation of a latent map at growing resolutions, with one codebook"
-    def __init__(self, cfg:MultiScaleConfig, # codebook, sides and phis
-                ):
+    def __init__(self, cfg:MultiScaleConfig): # codebook, sides and phis
         super().__init__()
         self.patch_nums, self.sizes = cfg.patch_nums, scale_sizes(cfg.patch_nums)
         self.znorm = cfg.using_znorm
@@ -321,8 +309,7 @@ def f_hats(self:MultiScaleQuantizer, codes:Tensor, # [N, T, C] of all scales
 class MultiScaleVQ(nn.Module):
     ("VAR's image tokenizer behind the `Tokenizer` protocol; parameter names are the "
      "official ones")
-    def __init__(self, cfg:MultiScaleConfig, # its shape
-                ):
+    def __init__(self, cfg:MultiScaleConfig): # its shape
         super().__init__()
         self.cfg, self.image_size = cfg, cfg.image_size
         self.codebook_size, self.num_tokens = cfg.codebook_size, cfg.num_tokens

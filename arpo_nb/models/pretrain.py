@@ -72,8 +72,7 @@ def train_classifier(images:Tensor, # [N, 28, 28] uint8
                      batch_size:int=128, # examples a step
                      learning_rate:float=3e-3, # at its peak
                      seed:int=0, # of weights and order
-                     **kwargs, # of `fit`: weight_decay, progress
-                    ):
+                     **kwargs): # of `fit`: weight_decay, progress
     "Train a `ToyNet`; returns it with its losses"
     torch.manual_seed(seed)
     net = ToyNet(widths)
@@ -98,8 +97,7 @@ def train_tokenizer(images:Tensor, # [N, 28, 28] uint8
                     batch_size:int=64, # examples a step
                     learning_rate:float=2e-3, # at its peak
                     seed:int=0, # of weights and order
-                    **kwargs, # of `fit`: weight_decay, progress
-                   ):
+                    **kwargs): # of `fit`: weight_decay, progress
     ("Train a `VQModel` on MSE + perceptual + VQ losses (VA-π Eq. 2); returns it with "
      "its losses")
     torch.manual_seed(seed)
@@ -121,8 +119,7 @@ def train_policy(tokens:Tensor, # [N, T] token ids
                  batch_size:int=128, # examples a step
                  learning_rate:float=3e-3, # at its peak
                  seed:int=0, # of weights and order
-                 **kwargs, # of `fit`: weight_decay, progress
-                ):
+                 **kwargs): # of `fit`: weight_decay, progress
     "Train a `GPT` by maximum likelihood; returns it with its losses"
     torch.manual_seed(seed)
     gpt = GPT(cfg)
@@ -136,8 +133,7 @@ def train_policy(tokens:Tensor, # [N, T] token ids
 def revive_codes(vq:MultiScaleVQ, # changed in place
                  images:Tensor, # [N, 3, H, W] in [0, 1]
                  unused:Tensor, # [K] bool, codes to replace
-                 generator:torch.Generator, # of the choice of residuals
-                ):
+                 generator:torch.Generator): # of the choice of residuals
     "Move unused codes to random residuals of a batch"
     q, f = vq.quantize, vq.latents(images)
     f_hats = [torch.zeros_like(f), *q.f_hats(q.embedding(q.encode(f)))]
@@ -155,8 +151,7 @@ def train_multiscale(images:Tensor, # [N, 28, 28] uint8
                      learning_rate:float=2e-3, # at its peak
                      seed:int=0, # of weights and order
                      window:int=50, # steps after which an unused code is moved
-                     **kwargs, # of `fit`: weight_decay, progress
-                    ):
+                     **kwargs): # of `fit`: weight_decay, progress
     "Train a `MultiScaleVQ`, reviving codes unused for `window` steps; returns it with its losses"
     torch.manual_seed(seed)
     vq, look = MultiScaleVQ(cfg).to(memory_format=FAST), perceptual.requires_grad_(False).to(memory_format=FAST)
@@ -185,8 +180,7 @@ def train_next_scale(tokens:Tensor, # [N, T] token ids of all scales
                      batch_size:int=128, # examples a step
                      learning_rate:float=3e-3, # at its peak
                      seed:int=0, # of weights and order
-                     **kwargs, # of `fit`: weight_decay, progress
-                    ):
+                     **kwargs): # of `fit`: weight_decay, progress
     "Train a `VAR` by maximum likelihood; returns it with its losses"
     torch.manual_seed(seed)
     policy, g = VAR(cfg, quantizer), torch.Generator().manual_seed(seed)

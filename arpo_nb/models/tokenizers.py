@@ -47,8 +47,7 @@ class ResBlock(nn.Module):
     "Two normalised 3×3 convolutions around a shortcut"
     def __init__(self, c_in:int, # channels that come
                  c_out:int, # channels that go
-                 groups:int, # of the group norms
-                ):
+                 groups:int): # of the group norms
         super().__init__()
         self.norm1, self.conv1 = (nn.GroupNorm(groups, c_in, 1e-6),
                                   nn.Conv2d(c_in, c_out, 3, padding=1))
@@ -58,8 +57,7 @@ class ResBlock(nn.Module):
 
 # %% ../../nbs/30_tokenizers.ipynb #e5c459b4
 @patch
-def forward(self:ResBlock, x, # [B, c, h, w]
-           ):
+def forward(self:ResBlock, x): # [B, c, h, w]
     "Two convolutions, added to what came"
     h = self.conv1(F.silu(self.norm1(x)))
     h = self.conv2(F.silu(self.norm2(h)))
@@ -69,16 +67,14 @@ def forward(self:ResBlock, x, # [B, c, h, w]
 class AttnBlock(nn.Module):
     "Single-head self-attention over pixels"
     def __init__(self, c:int, # channels
-                 groups:int, # of the group norms
-                ):
+                 groups:int): # of the group norms
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, 1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
 # %% ../../nbs/30_tokenizers.ipynb #a063f795
 @patch
-def forward(self:AttnBlock, x, # [B, c, h, w]
-           ):
+def forward(self:AttnBlock, x): # [B, c, h, w]
     "Every position looks at all, and adds what it sees"
     h = self.norm(x)
     # [B, 1, hw, c]
@@ -91,8 +87,7 @@ def forward(self:AttnBlock, x, # [B, c, h, w]
 # %% ../../nbs/30_tokenizers.ipynb #89d7e55f
 class Downsample(nn.Module):
     "Halve the resolution; the padding is right and below only"
-    def __init__(self, c:int, # channels
-                ):
+    def __init__(self, c:int): # channels
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
@@ -104,8 +99,7 @@ class Downsample(nn.Module):
 # %% ../../nbs/30_tokenizers.ipynb #356229e4
 class Upsample(nn.Module):
     "Double the resolution"
-    def __init__(self, c:int, # channels
-                ):
+    def __init__(self, c:int): # channels
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
@@ -119,8 +113,7 @@ class Middle(nn.Module):
     "Residual block, attention, residual block, as VQGAN and VAR's tokenizer have them"
     def __init__(self, c:int, # channels
                  groups:int, # of the group norms
-                 attn=AttnBlock, # class of the attention, made from both
-                ):
+                 attn=AttnBlock): # class of the attention, made from both
         super().__init__()
         self.block_1, self.attn_1 = ResBlock(c, c, groups), attn(c, groups)
         self.block_2 = ResBlock(c, c, groups)
@@ -143,8 +136,7 @@ class Level(nn.Module):
                  n:int, # residual blocks
                  groups:int, # of the group norms
                  attn:bool, # whether attention follows each of them
-                 resize:str|None, # 'downsample', 'upsample' or None
-                ):
+                 resize:str|None): # 'downsample', 'upsample' or None
         super().__init__()
         self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups)
                                  for i in range(n))
@@ -157,8 +149,7 @@ class Level(nn.Module):
 
 # %% ../../nbs/30_tokenizers.ipynb #2b75f741
 @patch
-def forward(self:Level, x, # [B, c, h, w]
-           ):
+def forward(self:Level, x): # [B, c, h, w]
     "Blocks, and the change of resolution"
     for i, block in enumerate(self.res):
         x = block(x)
@@ -168,8 +159,7 @@ def forward(self:Level, x, # [B, c, h, w]
 # %% ../../nbs/30_tokenizers.ipynb #c8da7b44
 class Encoder(nn.Module):
     "Pixels in [-1, 1] to latents, [B, 3, H, W] to [B, z, h, w]"
-    def __init__(self, cfg:VQConfig, # widths, levels and codebook
-                ):
+    def __init__(self, cfg:VQConfig): # widths, levels and codebook
         super().__init__()
         widths, g, last = ([cfg.ch*m for m in cfg.encoder_ch_mult], cfg.num_groups,
                            len(cfg.encoder_ch_mult)-1)
@@ -183,8 +173,7 @@ class Encoder(nn.Module):
 
 # %% ../../nbs/30_tokenizers.ipynb #a3968532
 @patch
-def forward(self:Encoder, x, # [B, c, h, w]
-           ):
+def forward(self:Encoder, x): # [B, c, h, w]
     "Down to [B, z, h, w]"
     x = self.conv_in(x)
     for block in [*self.conv_blocks, *self.mid]: x = block(x)
@@ -193,8 +182,7 @@ def forward(self:Encoder, x, # [B, c, h, w]
 # %% ../../nbs/30_tokenizers.ipynb #93f9616f
 class Decoder(nn.Module):
     "Latents to pixels in about [-1, 1], [B, z, h, w] to [B, 3, H, W]"
-    def __init__(self, cfg:VQConfig, # widths, levels and codebook
-                ):
+    def __init__(self, cfg:VQConfig): # widths, levels and codebook
         super().__init__()
         widths, g, last = ([cfg.ch*m for m in cfg.decoder_ch_mult][::-1],
                            cfg.num_groups, len(cfg.decoder_ch_mult)-1)
@@ -209,8 +197,7 @@ class Decoder(nn.Module):
 
 # %% ../../nbs/30_tokenizers.ipynb #52187d3c
 @patch
-def forward(self:Decoder, z, # [B, z, h, w] latents
-           ):
+def forward(self:Decoder, z): # [B, z, h, w] latents
     "Up to [B, 3, H, W]"
     z = self.conv_in(z)
     for block in [*self.mid, *self.conv_blocks]: z = block(z)
@@ -219,8 +206,7 @@ def forward(self:Decoder, z, # [B, z, h, w] latents
 # %% ../../nbs/30_tokenizers.ipynb #c34831f3
 class Quantizer(nn.Module):
     "Nearest-code lookup on the unit sphere, with LlamaGen's training losses"
-    def __init__(self, cfg:VQConfig, # widths, levels and codebook
-                ):
+    def __init__(self, cfg:VQConfig): # widths, levels and codebook
         super().__init__()
         self.l2_norm = cfg.codebook_l2_norm
         self.embedding = nn.Embedding(cfg.codebook_size, cfg.codebook_embed_dim)
@@ -280,8 +266,7 @@ def losses(self:Quantizer,
 # %% ../../nbs/30_tokenizers.ipynb #3d05121a
 def check_picture(images, # [B, 3, H, W] in [0, 1]
                   downsample:int, # pixels along the edge of a token
-                  side:int, # of a tokenizer
-                 ):
+                  side:int): # of a tokenizer
     "Raise unless these are float RGB images whose sides a tokenizer can shrink"
     if (images.dim() != 4 or images.shape[1] != 3
             or any(s % downsample for s in images.shape[2:])
@@ -295,8 +280,7 @@ def check_picture(images, # [B, 3, H, W] in [0, 1]
 class VQModel(nn.Module):
     ("LlamaGen's image tokenizer behind the `Tokenizer` protocol; parameter names are "
      "the official ones")
-    def __init__(self, cfg:VQConfig, # widths, levels and codebook
-                ):
+    def __init__(self, cfg:VQConfig): # widths, levels and codebook
         super().__init__()
         self.cfg, self.image_size, self.codebook_size = (
             cfg, cfg.image_size, cfg.codebook_size)
@@ -372,8 +356,7 @@ def decoder_parameters(self:VQModel):
 @patch
 def forward(self:VQModel, images:Tensor, # [B, 3, H, W] in [0, 1]
             beta:float=0.25, # weight of the commitment term
-            entropy_ratio:float=0., # weight of the entropy term
-           ):
+            entropy_ratio:float=0.): # weight of the entropy term
     ("Straight-through reconstruction of `images` and the VQ losses, for training "
      "a tokenizer")
     z = self.latents(images).permute(0, 2, 3, 1)

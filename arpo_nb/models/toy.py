@@ -31,7 +31,7 @@ ASSETS = (Path(__file__).parent.parent/'assets' if '__file__' in globals()
 CLASSES = ['T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal',
            'shirt', 'sneaker', 'bag', 'ankle boot']
 
-# %% ../../nbs/35_toy.ipynb #0471ee03
+# %% ../../nbs/35_toy.ipynb #e7511f56
 def _at_most(f, n):
     "The next n bytes, or as many as there are; room is made for what is there and not for what is promised"
     pieces = []
@@ -40,6 +40,7 @@ def _at_most(f, n):
         n -= len(piece)
     return b''.join(pieces)
 
+# %% ../../nbs/35_toy.ipynb #0471ee03
 def read_idx(path:str|Path, # an IDX file of unsigned bytes, gzipped or not
             ) -> Tensor: # uint8, in the shape the file states
     "Read an IDX file"
@@ -85,8 +86,7 @@ class ToyNet(nn.Module):
     def __init__(self,
                  # channels at 32², 16² and 8² pixels; the last is the feature length D
                  widths:tuple,
-                 num_classes:int=10, # length of the logits
-                ):
+                 num_classes:int=10): # length of the logits
         super().__init__()
         conv = lambda a, b, stride: nn.Sequential(
             nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
@@ -169,17 +169,18 @@ def toy_metric() -> MetricNet:
     b, ref = load_weights(ToyNet(NET_B), ASSETS/'net_b.safetensors'), load_file(ASSETS/'reference.safetensors')
     return MetricNet('FID on toy features', b.eval(), ref['mu'], ref['sigma'], ref['features'].float())
 
-# %% ../../nbs/35_toy.ipynb #bcd9a2d3
+# %% ../../nbs/35_toy.ipynb #b31e6683
 _LOOFID = 'arpo_nb.config:loofid_toy'
 TOY_RECIPES = dict(vapi=Recipe('arpo_nb.config:vapi_toy'), mle='vapi', ste='vapi', tokenizer='vapi', mixed='vapi',
                    vapi_loofid='mixed', loofid=Recipe(_LOOFID), grpo='loofid',
                    ar_grpo=Recipe(_LOOFID, dict(rewards='class_score')), var_grpo=Recipe('arpo_nb.config:var_toy'))
+
+# %% ../../nbs/35_toy.ipynb #bcd9a2d3
 TOY = dict(num_classes=10, class_names=CLASSES, image_size=32, perceptual=toy_judge, judge=attrgetter('perceptual'),
            data=toy_pictures, reference='own', metric=toy_metric, arms='toy',
            brightness=(.3, .15), # clothes on black are dark pictures
            mixed=dict(batch_size=12, free_generations=12, learning_rate=1e-4),
            rows={'VA-π': dict(model='llamagen_xxl'),
                  'LOO-FID': dict(model='llamagen_l', guided=True, tables=(1, 4, 7, 8))})
-
 SPECS = [ModelSpec('toy', build_toy, 'LlamaGen on Fashion-MNIST', **TOY, recipes=TOY_RECIPES,
                    defaults=dict(baselines='mle', arms='instance_only,fid_only', each=8))]

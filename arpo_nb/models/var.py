@@ -91,8 +91,7 @@ class Projection(nn.Linear):
 # %% ../../nbs/33_var.ipynb #71fc0a8b
 class SelfAttention(nn.Module):
     "Multi-head attention with normalised queries and keys"
-    def __init__(self, cfg:VARConfig, # width, heads, normalisation
-                ):
+    def __init__(self, cfg:VARConfig): # width, heads, normalisation
         super().__init__()
         c, self.heads = cfg.width, cfg.heads
         self.mat_qkv, self.proj = Projection(c, 3*c, bias=False), nn.Linear(c, c)
@@ -115,8 +114,7 @@ def q_scale(self:SelfAttention) -> Tensor: # [1, H, 1, 1], at most 100
 @patch
 def forward(self:SelfAttention, x, # [N, n, C]
             mask=None, # [n, n], True or 0 where a row may look; None for everywhere
-            cache=None, # a `Cache` with earlier tokens, to which these are added
-           ):
+            cache=None): # a `Cache` with earlier tokens, to which these are added
     "Every token looks at those that mask or cache show it"
     bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
     qkv = self.mat_qkv(x, bias).unflatten(-1, (3, self.heads, -1))
@@ -132,15 +130,13 @@ def forward(self:SelfAttention, x, # [N, n, C]
 class MLP(nn.Module):
     "Two linear layers around a tanh-approximated GELU"
     def __init__(self, c:int, # width of a token
-                 hidden:int, # width between the two layers
-                ):
+                 hidden:int): # width between the two layers
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(c, hidden), nn.Linear(hidden, c)
 
 # %% ../../nbs/33_var.ipynb #0a00e4ca
 @patch
-def forward(self:MLP, x, # [..., C]
-           ):
+def forward(self:MLP, x): # [..., C]
     "Token by token"
     return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
 
@@ -157,8 +153,7 @@ def _norm(x, scale, shift, eps):
 # %% ../../nbs/33_var.ipynb #49dd6d7d
 class Block(nn.Module):
     "Attention and MLP under adaptive layer norm"
-    def __init__(self, cfg:VARConfig, # width, heads, shared modulation or not
-                ):
+    def __init__(self, cfg:VARConfig): # width, heads, shared modulation or not
         super().__init__()
         c, self.eps = cfg.width, cfg.norm_eps
         self.attn, self.ffn = SelfAttention(cfg), MLP(c, round(c*cfg.mlp_ratio))
@@ -181,8 +176,7 @@ def modulate(self:Block, cond:Tensor, # [N, C] embedded labels
 def forward(self:Block, x, # [N, n, C]
             six, # of `modulate`
             mask=None, # see `SelfAttention`
-            cache=None, # see `Cache`
-           ):
+            cache=None): # see `Cache`
     "Attention, then MLP, each modulated, gated and added"
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six
     x = torch.addcmul(x, gamma1,
@@ -192,8 +186,7 @@ def forward(self:Block, x, # [N, n, C]
 # %% ../../nbs/33_var.ipynb #26c0aeba
 class OutputNorm(nn.Module):
     "Adaptive layer norm before the head: (scale, shift) from the condition"
-    def __init__(self, cfg:VARConfig, # width and epsilon
-                ):
+    def __init__(self, cfg:VARConfig): # width and epsilon
         super().__init__()
         self.ada_lin, self.eps = modulation(cfg.width, 2), cfg.norm_eps
 
@@ -206,16 +199,14 @@ def modulate(self:OutputNorm, cond, # [N, C] embedded labels
 
 @patch
 def forward(self:OutputNorm, x, # [N, n, C]
-            two, # of `modulate`
-           ):
+            two): # of `modulate`
     "What the head gets to see"
     return _norm(x, *two, self.eps)
 
 # %% ../../nbs/33_var.ipynb #b59fc3f6
 class Float32Linear(nn.Linear):
     "A linear layer whose result is in float32"
-    def forward(self, x, # [..., C] in any precision
-               ):
+    def forward(self, x): # [..., C] in any precision
         "Logits in float32"
         return super().forward(x).float()
 
@@ -249,8 +240,7 @@ class VAR(nn.Module):
     has_sampler_logps = True # `generate` can return them
     def __init__(self, cfg:VARConfig, # its shape
                  # of the tokenizer; borrowed, neither trained nor saved
-                 quantizer:MultiScaleQuantizer,
-                ):
+                 quantizer:MultiScaleQuantizer):
         super().__init__()
         self.cfg, self.sizes = cfg, scale_sizes(cfg.patch_nums)
         self.vocab_size, c = cfg.vocab_size, cfg.width
@@ -287,8 +277,7 @@ def _apply(self:VAR, fn, *args, **kwargs):
 @patch
 @torch.no_grad()
 def init_weights(self:VAR, gamma:float=1e-3, # factor of the gates
-                 head:float=.02, # factor of the head
-                ):
+                 head:float=.02): # factor of the head
     ("VAR's initialisation: small gates and a small head, so a fresh model is "
      "almost the identity with flat logits")
     c, depth = self.cfg.width, self.cfg.depth
@@ -316,16 +305,16 @@ def randomise(policy:VAR, # changed in place
                             and 'emb.' not in name else 1.)
     return policy
 
-# %% ../../nbs/33_var.ipynb #6ed62887
+# %% ../../nbs/33_var.ipynb #a3ffb09a
 @patch
 def check_cond(self:VAR, cond, # what should be [N] class ids
-               null:bool=False, # whether the null class is allowed
-              ):
+               null:bool=False): # whether the null class is allowed
     "Refuse what is not a batch of class ids"
     n = self.cfg.num_classes
     more = f', null class {n}' if null else '; the null class is for guidance alone'
     check_classes(cond, n + null, f'num_classes={n}{more}')
 
+# %% ../../nbs/33_var.ipynb #6ed62887
 @patch
 def null_cond(self:VAR, cond:Tensor, # [N] class ids
              ) -> Tensor:
@@ -342,12 +331,13 @@ def modulations(self:VAR, cond:Tensor, # [N, C] embedded labels
     return [b.modulate(cond, shared)
             for b in self.blocks], self.head_nm.modulate(cond)
 
-# %% ../../nbs/33_var.ipynb #84d244f3
+# %% ../../nbs/33_var.ipynb #03270385
 @patch
 def positions(self:VAR) -> Tensor:
     "Position plus level embedding, [1, T, C]"
     return self.pos_1LC + self.lvl_embed(self.lvl_1L)
 
+# %% ../../nbs/33_var.ipynb #84d244f3
 @patch
 @torch.no_grad()
 def seen(self:VAR, context:Tensor, # [N, T] codes
@@ -557,7 +547,7 @@ def load_var(policy:VAR, # filled in place
                          "the old model with VARConfig(attn_l2_norm=False)")
     return load_strict(policy, state, path)
 
-# %% ../../nbs/33_var.ipynb #0e11f00d
+# %% ../../nbs/33_var.ipynb #d706053b
 def own_tokenizer(weights # None, 'random', or a path
                  ) -> str|None: # FILE#vae_local
     "The tokenizer in a transformer's file, as VAR's training script keeps it there"
@@ -565,6 +555,7 @@ def own_tokenizer(weights # None, 'random', or a path
     if part is not None or not path.is_file() or path.name.endswith('.json'): return None
     return f'{path}#vae_local' if 'vae_local' in _states(_read_file(path)) else None
 
+# %% ../../nbs/33_var.ipynb #0e11f00d
 def load_tokenizer(vq:MultiScaleVQ, # filled in place
                    path, # published file, or a checkpoint of VAR's training script
                   ) -> MultiScaleVQ: # the same

@@ -61,8 +61,7 @@ class Level(nn.Module):
                  c_out:int, # channels of all blocks
                  n:int, # residual blocks
                  attn:bool, # attention after each block
-                 resize:str|None, # 'downsample', 'upsample', or None
-                ):
+                 resize:str|None): # 'downsample', 'upsample', or None
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, 32)
                                    for i in range(n))
@@ -74,8 +73,7 @@ class Level(nn.Module):
 
 # %% ../../nbs/34_vqgan.ipynb #d3063a26
 @patch
-def forward(self:Level, x, # [B, c_in, h, w]
-           ):
+def forward(self:Level, x): # [B, c_in, h, w]
     "Block after block, then the change of resolution"
     for i, block in enumerate(self.block):
         x = block(x)
@@ -96,8 +94,7 @@ def _levels(cfg, extra, resize):
 # %% ../../nbs/34_vqgan.ipynb #5c90c20f
 class Encoder(nn.Module):
     "Pixels in [-1, 1] to latents, [B, 3, H, W] to [B, z, h, w]"
-    def __init__(self, cfg:VQGANConfig, # widths and depths
-                ):
+    def __init__(self, cfg:VQGANConfig): # widths and depths
         super().__init__()
         widths, self.down = _levels(cfg, 0, ('downsample', len(cfg.ch_mult)-1))
         self.conv_in, self.mid = nn.Conv2d(3, cfg.ch, 3, padding=1), Middle(widths[-1], 32)
@@ -106,8 +103,7 @@ class Encoder(nn.Module):
 
 # %% ../../nbs/34_vqgan.ipynb #01551d0d
 @patch
-def forward(self:Encoder, x, # [B, 3, H, W] in [-1, 1]
-           ):
+def forward(self:Encoder, x): # [B, 3, H, W] in [-1, 1]
     "Down through the levels, then to z channels"
     for block in (self.conv_in, *self.down, self.mid): x = block(x)
     return self.conv_out(F.silu(self.norm_out(x)))
@@ -115,8 +111,7 @@ def forward(self:Encoder, x, # [B, 3, H, W] in [-1, 1]
 # %% ../../nbs/34_vqgan.ipynb #a62f50c3
 class Decoder(nn.Module):
     "Latents to pixels in about [-1, 1], [B, z, h, w] to [B, 3, H, W]"
-    def __init__(self, cfg:VQGANConfig, # widths and depths
-                ):
+    def __init__(self, cfg:VQGANConfig): # widths and depths
         super().__init__()
         widths, self.up = _levels(cfg, 1, ('upsample', 0))
         self.conv_in, self.mid = (nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1),
@@ -126,8 +121,7 @@ class Decoder(nn.Module):
 
 # %% ../../nbs/34_vqgan.ipynb #e293e47d
 @patch
-def forward(self:Decoder, z, # [B, z, h, w]
-           ):
+def forward(self:Decoder, z): # [B, z, h, w]
     "Up through the levels, then to colours"
     for block in (self.conv_in, self.mid, *reversed(self.up)): z = block(z)
     return self.conv_out(F.silu(self.norm_out(z)))
@@ -136,8 +130,7 @@ def forward(self:Decoder, z, # [B, z, h, w]
 class Codebook(nn.Module):
     "Nearest-code lookup in Euclidean distance"
     def __init__(self, codebook_size:int, # codes, K
-                 embed_dim:int, # length of a code, C
-                ):
+                 embed_dim:int): # length of a code, C
         super().__init__()
         self.embedding = nn.Embedding(codebook_size, embed_dim)
         nn.init.uniform_(self.embedding.weight, -1/codebook_size, 1/codebook_size)
@@ -187,8 +180,7 @@ def unmap(ids:Tensor, # positions in `used`; M or more counts as 0, as in the or
 class VQGAN(nn.Module):
     ("The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the "
      "official ones")
-    def __init__(self, cfg:VQGANConfig, # its shape
-                ):
+    def __init__(self, cfg:VQGANConfig): # its shape
         super().__init__()
         self.cfg, self.image_size, self.codebook_size = cfg, cfg.image_size, cfg.codebook_size
         side = cfg.image_size//cfg.downsample
@@ -242,7 +234,7 @@ def decode(self:VQGAN, tokens:Tensor, # ids, row by row
     check_ids('tokens', tokens, self.codebook_size, 'codebook_size')
     return self._decode_rows(self.quantize.embedding(tokens), clamp, grid)
 
-# %% ../../nbs/34_vqgan.ipynb #dca0aa3f
+# %% ../../nbs/34_vqgan.ipynb #0c0bb1e4
 @patch
 def decode_probs(self:VQGAN, probs:Tensor, # rows that sum to 1
                  clamp:bool=True, # to [0, 1]
@@ -250,6 +242,7 @@ def decode_probs(self:VQGAN, probs:Tensor, # rows that sum to 1
     "(Relaxed) one-hot rows [B, T, K] to pixels, differentiable in `probs`"
     return self._decode_rows(probs @ self.quantize.embedding.weight, clamp)
 
+# %% ../../nbs/34_vqgan.ipynb #dca0aa3f
 @patch
 def decoder_parameters(self:VQGAN): # list of parameters
     "What tokenizer post-training moves: everything after the codebook (VA-π App. C.2)"
@@ -295,8 +288,7 @@ class CINConfig:
 # %% ../../nbs/34_vqgan.ipynb #fd15990f
 class Attention(nn.Module):
     "Causal self-attention with biases"
-    def __init__(self, cfg:CINConfig, # width and heads
-                ):
+    def __init__(self, cfg:CINConfig): # width and heads
         super().__init__()
         self.key, self.query, self.value, self.proj = (
             nn.Linear(cfg.n_embd, cfg.n_embd) for _ in range(4))
@@ -306,8 +298,7 @@ class Attention(nn.Module):
 @patch
 def forward(self:Attention, x, # [N, n, D]
             cache=None, # [2, N, heads, T, d] of earlier tokens, or None
-            pos=0, # of the first token
-           ):
+            pos=0): # of the first token
     "Every token looks at itself and those before it"
     q, k, v = (f(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
                for f in (self.query, self.key, self.value))
@@ -321,8 +312,7 @@ def forward(self:Attention, x, # [N, n, D]
 # %% ../../nbs/34_vqgan.ipynb #e1e9a12a
 class Block(nn.Module):
     "Pre-norm attention and MLP"
-    def __init__(self, cfg:CINConfig, # width and heads
-                ):
+    def __init__(self, cfg:CINConfig): # width and heads
         super().__init__()
         self.ln1, self.ln2, self.attn = (nn.LayerNorm(cfg.n_embd),
                                          nn.LayerNorm(cfg.n_embd), Attention(cfg))
@@ -333,8 +323,7 @@ class Block(nn.Module):
 @patch
 def forward(self:Block, x, # [N, n, D]
             cache=None, # see `Attention`
-            pos=0, # see `Attention`
-           ):
+            pos=0): # see `Attention`
     "Attention, then MLP, each normed and added"
     x = x + self.attn(self.ln1(x), cache, pos)
     return x + self.mlp(self.ln2(x))
@@ -344,8 +333,7 @@ class CINTransformer(nn.Module):
     ("VQGAN's class-conditional transformer behind the `Policy` protocol; parameter "
      "names are the official ones")
 
-    def __init__(self, cfg:CINConfig, # its shape
-                ):
+    def __init__(self, cfg:CINConfig): # its shape
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
         self.gradient_checkpointing = False
@@ -362,8 +350,7 @@ class CINTransformer(nn.Module):
 
 # %% ../../nbs/34_vqgan.ipynb #6a7d2b69
 @patch
-def check(self:CINTransformer, cond, # what should be [N] class ids
-         ):
+def check(self:CINTransformer, cond): # what should be [N] class ids
     "Refuse what is not a batch of class ids"
     check_classes(cond, self.cfg.num_classes, 'num_classes; there is no null class')
 
@@ -406,10 +393,9 @@ def forward(self:CINTransformer, context:Tensor, # [N, T] codes
     "Teacher-forced logits [N, T, V]"
     return self.head(self.hidden(context, cond))
 
-# %% ../../nbs/34_vqgan.ipynb #3bac23ce
+# %% ../../nbs/34_vqgan.ipynb #5a416d7d
 @patch
-def null_cond(self:CINTransformer, cond, # [N] class ids
-             ):
+def null_cond(self:CINTransformer, cond): # [N] class ids
     "There is none"
     raise ValueError("cfg_scale: this model has no null class and "
                      "was trained without "
@@ -417,6 +403,7 @@ def null_cond(self:CINTransformer, cond, # [N] class ids
                      "cfg_scale=1 (guidance 1 in run_eval, rollout_cfg_scale=1 "
                      "in a configuration)")
 
+# %% ../../nbs/34_vqgan.ipynb #3bac23ce
 @patch
 def example_cond(self:CINTransformer, n:int, # how many
                 ) -> Tensor:

@@ -42,7 +42,7 @@ def top_k_accuracy(logits:Tensor, # [N, classes]
             f'top{k}': hits.any(1).double().mean().item(),
             f'per_item_top{k}': hits.any(1)}
 
-# %% ../../nbs/54_classifier.ipynb #719d5e6e
+# %% ../../nbs/54_classifier.ipynb #15ee1c9f
 def load_resnet50(weights:str|None=None, # None for the published file, 'random', or a path
                  ):
     "ResNet-50 with its V2 weights"
@@ -54,6 +54,7 @@ def load_resnet50(weights:str|None=None, # None for the published file, 'random'
                        if s.keys() == net.state_dict().keys()
                        else f'a network of {len(s)} tensors')
 
+# %% ../../nbs/54_classifier.ipynb #719d5e6e
 @torch.no_grad()
 def classify(batches, # iterable of (images [n, 3, H, W], labels [n])
              net, # images [n, 3, 224, 224] to logits [n, classes]

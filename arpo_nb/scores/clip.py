@@ -37,7 +37,7 @@ def import_open_clip(): # the module
                           "open_clip_torch: pip install 'arpo_nb[rewards]'") from e
     return open_clip
 
-# %% ../../nbs/23_clip.ipynb #8d8f17b5
+# %% ../../nbs/23_clip.ipynb #4bb11193
 def cubic(x:Tensor # in pixels from the centre
          ) -> Tensor: # weights
     "Keys' cubic kernel, a = −1/2"
@@ -45,15 +45,17 @@ def cubic(x:Tensor # in pixels from the centre
     return torch.where(x < 1, (1.5*x - 2.5)*x*x + 1,
                        torch.where(x < 2, ((-.5*x + 2.5)*x - 4)*x + 2, 0.))
 
+# %% ../../nbs/23_clip.ipynb #8d8f17b5
 def triangle(x:Tensor # in pixels from the centre
             ) -> Tensor: # weights
     "The kernel of linear interpolation"
     return (1 - x.abs()).clamp(min=0)
 
-# %% ../../nbs/23_clip.ipynb #3b7a40f9
+# %% ../../nbs/23_clip.ipynb #fffbcd8a
 # kernel and the half-width of its support
 FILTERS = dict(bicubic=(cubic, 2), bilinear=(triangle, 1))
 
+# %% ../../nbs/23_clip.ipynb #3b7a40f9
 @lru_cache(64)
 def resize_matrix(src:int, # side that comes, in pixels
                   dst:int, # side that goes
@@ -140,11 +142,12 @@ def hps_preprocess(images:Tensor, # [N, 3, H, W] in [0, 1]
     left, top = (size - w)//2, (size - h)//2
     return standardise(F.pad(x, (left, size - w - left, top, size - h - top)))
 
-# %% ../../nbs/23_clip.ipynb #e48df7a7
+# %% ../../nbs/23_clip.ipynb #f5a6eff2
 @lru_cache(1)
 def _tokenizer():
     return import_open_clip().SimpleTokenizer()
 
+# %% ../../nbs/23_clip.ipynb #e48df7a7
 def tokenize(prompts:list, # N strings
              length:int=77) -> Tensor: # [N, length] int64, zeros after the end
     "CLIP's tokens of some prompts"
@@ -169,12 +172,13 @@ def check_arch(arch) -> dict|None: # the config, None for None
                      f"name{f', did you mean {near[0]!r}?' if near else ''}; open_clip.list_models() lists them, "
                      "or pass a config as a dict")
 
-# %% ../../nbs/23_clip.ipynb #f38649d0
+# %% ../../nbs/23_clip.ipynb #b1568747
 CLIPS = dict(clip_l14=('ViT-L-14', True), clip_b32=('ViT-B-32', True), clip_l14_openai=('ViT-L-14', True),
              clip_b32_openai=('ViT-B-32', True))
 CLIPS |= {f'hps_v{v}': ('ViT-H-14', False) for v in ('2.1', '2.0')} # architecture, quick-GELU
 SCORES = *CLIPS, 'aesthetic' # of single pictures, by name
 
+# %% ../../nbs/23_clip.ipynb #f38649d0
 def _archive_state(path):
     "The tensors of one of OpenAI's original files, which are TorchScript archives; None for any other file"
     path, _ = split_part(path)
@@ -234,8 +238,7 @@ class CLIPScorer(nn.Module):
                  # 'auto': float16 autocast on a GPU, float32 elsewhere; or 'float16',
                  # 'bfloat16', 'float32'
                  precision:str='auto',
-                 max_cached:int=20_000, # prompts remembered
-                ):
+                 max_cached:int=20_000): # prompts remembered
         super().__init__()
         check_precision(precision)
         self.model, self.preprocess = model, preprocess
@@ -302,11 +305,12 @@ def score(self:CLIPScorer, images:Tensor, # [N, 3, H, W] in [0, 1]
                      self.embed_texts(prompts, images.device))
     return (images*texts).sum(-1)
 
-# %% ../../nbs/23_clip.ipynb #6c4a128a
+# %% ../../nbs/23_clip.ipynb #eb42038f
 SCALES = dict(cosine=lambda c: c, percent=lambda c: 100*c,
               torchmetrics=lambda c: (100*c).clamp(min=0),
               clipscore=lambda c: 2.5*c.clamp(min=0))
 
+# %% ../../nbs/23_clip.ipynb #6c4a128a
 def cosine_scores(image_features:Tensor, # [..., D], any length
                   text_features:Tensor, # [..., D]
                   # cosine, percent (HPSv2's benchmark), torchmetrics, or clipscore (the
@@ -323,8 +327,7 @@ def cosine_scores(image_features:Tensor, # [..., D], any length
 # %% ../../nbs/23_clip.ipynb #eea42356
 class AestheticHead(nn.Module):
     "LAION's aesthetic predictor V2: five linear layers on a unit embedding"
-    def __init__(self, dim:int=768, # length of an embedding
-                ):
+    def __init__(self, dim:int=768): # length of an embedding
         super().__init__()
         sizes, drops = (dim, 1024, 128, 64, 16, 1), (.2, .2, .1, 0, 0)
         layers = [m for i, d in enumerate(drops)
@@ -363,8 +366,7 @@ def affine_score(embeddings:Tensor, # [N, D], any length
 # %% ../../nbs/23_clip.ipynb #1b01ef67
 class CLIPReward:
     "Cosine of image and prompt: CLIPScore, or HPSv2 with its weights and preprocessing"
-    def __init__(self, scorer:CLIPScorer # with a network and its preprocessing
-                ):
+    def __init__(self, scorer:CLIPScorer): # with a network and its preprocessing
         self.scorer = scorer
 
 # %% ../../nbs/23_clip.ipynb #f73ec3c9
@@ -389,8 +391,7 @@ def __call__(self:CLIPReward, images:Tensor, batch:Batch, state=None,
 class AestheticReward:
     "LAION's aesthetic score V2 of every image"
     def __init__(self, scorer:CLIPScorer, # of ViT-L/14
-                 head:AestheticHead, # LAION's, or one of its shape
-                ):
+                 head:AestheticHead): # LAION's, or one of its shape
         self.scorer, self.head = scorer, head.eval().requires_grad_(False)
 
 # %% ../../nbs/23_clip.ipynb #8c2f6e17

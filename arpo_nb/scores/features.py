@@ -26,8 +26,7 @@ class LPIPSFeatures(nn.Module):
                  # a random trunk with the real heads, for rehearsals; no download
                  random:bool=False,
                  # of the trunk: a local file, or None for the published one
-                 weights=None,
-                ):
+                 weights=None):
         super().__init__()
         if net not in TRUNKS:
             raise ValueError(f"net={net!r}: choose one of {', '.join(TRUNKS)}")

@@ -21,8 +21,7 @@ class LiteNet:
     "EfficientNet-lite0 as a network of `metrics`"
     name = 'EfficientNet-lite0 (not FID)'
     def __init__(self, net:nn.Module, # timm's EfficientNet-lite0
-                 size:int=224, # side the images are resized to
-                ):
+                 size:int=224): # side the images are resized to
         self.net, self.size = net, size
 
 # %% ../../nbs/56_lite_features.ipynb #04904fc5

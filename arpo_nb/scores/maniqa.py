@@ -22,8 +22,7 @@ from ..weights import import_torchvision, locate
 # %% ../../nbs/24_maniqa.ipynb #3a65d127
 class ChannelAttention(nn.Module):
     "Attention between channels, with a residual"
-    def __init__(self, positions:int, # of a channel, P
-                ):
+    def __init__(self, positions:int): # of a channel, P
         super().__init__()
         self.c_q, self.c_k, self.c_v = (nn.Linear(positions, positions)
                                         for _ in range(3))
@@ -76,8 +75,7 @@ class WindowAttention(nn.Module):
     "Attention inside windows, with a bias per relative position"
     def __init__(self, dim:int, # channels, C
                  heads:int, # of the attention
-                 size:int, # side of a window, or of a crop in pixels
-                ):
+                 size:int): # side of a window, or of a crop in pixels
         super().__init__()
         self.heads, self.qkv, self.proj = (heads, nn.Linear(dim, 3*dim),
                                            nn.Linear(dim, dim))
@@ -103,8 +101,7 @@ def forward(self:WindowAttention, x:Tensor, # [B*windows, size², C]
 class MLP(nn.Module):
     "Two linear layers with a GELU between them"
     def __init__(self, dim:int, # channels, C
-                 hidden:int, # width of the MLP
-                ):
+                 hidden:int): # width of the MLP
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
     def forward(self, x # [..., C]
@@ -120,8 +117,7 @@ class SwinBlock(nn.Module):
                  heads:int, # of the attention
                  size:int, # side of a window, or of a crop in pixels
                  shift:int, # of the windows, in positions; 0 for none
-                 hidden:int, # width of the MLP
-                ):
+                 hidden:int): # width of the MLP
         super().__init__()
         self.side, self.size, self.shift = side, size, shift
         self.norm1, self.attn = nn.LayerNorm(dim), WindowAttention(dim, heads, size)
@@ -149,8 +145,7 @@ class SwinLayer(nn.Module):
                  depth:int, # blocks
                  heads:int, # of the attention
                  size:int, # side of a window, or of a crop in pixels
-                 hidden:int, # width of the MLP
-                ):
+                 hidden:int): # width of the MLP
         super().__init__()
         self.side = side
         self.blocks = nn.ModuleList(SwinBlock(dim, side, heads, size, size//2*(i % 2),
@@ -174,8 +169,7 @@ class ScaledSwin(nn.Module):
                  heads:tuple, # of the attention
                  size:int, # side of a window, or of a crop in pixels
                  hidden:int, # width of the MLP
-                 scale:float, # of a layer's output before it is added
-                ):
+                 scale:float): # of a layer's output before it is added
         super().__init__()
         self.scale = scale
         self.layers = nn.ModuleList(SwinLayer(dim, side, d, h, size, hidden)
@@ -203,8 +197,7 @@ class MANIQA(nn.Module):
                  scale:float=.8, # of a layer's output before it is added
                  vit:str='vit_base_patch8_224', # timm's name of the backbone
                  blocks:tuple=(6, 7, 8, 9), # whose outputs are read
-                 vit_options:dict|None=None, # of timm's model, for a smaller backbone
-                ):
+                 vit_options:dict|None=None): # of timm's model, for a smaller backbone
         super().__init__()
         import_torchvision()
         try: import timm
@@ -274,8 +267,7 @@ class MANIQAReward:
     def __init__(self, net:MANIQA, # which reads a crop
                  num_crops:int=0, # random crops (20 in the original); 0 for the fixed grid
                  seed:int=0, # of random crops
-                 chunk_size:int=16, # crops per forward, 0 for all
-                ):
+                 chunk_size:int=16): # crops per forward, 0 for all
         self.net, self.num_crops, self.seed, self.chunk_size = (
             net.eval().requires_grad_(False), num_crops, seed,
             check_chunk_size(chunk_size))

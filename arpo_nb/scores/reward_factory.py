@@ -66,8 +66,7 @@ class PCA:
 
     @classmethod
     def fit(cls, reference:Reference, # with a covariance
-            k:int, # directions, 1 to D
-           ):
+            k:int): # directions, 1 to D
         "The first `k` directions of a reference with covariance"
         if reference.cov is None:
             raise ValueError("pca: needs the reference's covariance, got "
@@ -96,8 +95,7 @@ def reference(self:PCA) -> Reference:
 
 # %% ../../nbs/25_reward_factory.ipynb #63a18337
 @patch
-def save(self:PCA, path, # a safetensors file
-        ):
+def save(self:PCA, path): # a safetensors file
     "Write a safetensors file, never over another's"
     refuse_foreign(path := user_path(path),
                    lambda p: self._PARTS == {*read_state_dict(p)})
@@ -106,8 +104,7 @@ def save(self:PCA, path, # a safetensors file
 
 # %% ../../nbs/25_reward_factory.ipynb #7d41c0aa
 @patch(cls_method=True)
-def load(cls:PCA, path, # a safetensors file
-        ):
+def load(cls:PCA, path): # a safetensors file
     "Read what `save` wrote"
     path = user_path(path, 'pca')
     if not path.exists():

@@ -110,8 +110,7 @@ def _environment():
 
 # %% ../../nbs/42_launch.ipynb #81658eb3
 def end(child, # `Popen`
-        stop_s:float, # seconds to wait before it is terminated
-       ):
+        stop_s:float): # seconds to wait before it is terminated
     "Wait for a child that was asked to stop; then end it"
     # torchrun gives its own 30 s
     for wait, then in ((stop_s, child.terminate), (40, child.kill), (None, None)):

@@ -21,8 +21,7 @@ from .rollout import Guided, rollout_logps
 
 # %% ../../nbs/45_objectives.ipynb #058680ef
 def choose_forcing(policy, # `Policy`
-                   kind:str, # 'causal', or another that the policy knows
-                  ):
+                   kind:str): # 'causal', or another that the policy knows
     "Tell a policy which state scores which token under teacher forcing"
     if kind == getattr(policy, 'teacher_forcing', 'causal'): return
     if not hasattr(policy, 'teacher_forcing'):

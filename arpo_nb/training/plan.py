@@ -83,23 +83,32 @@ def _example(system):
     return (torch.zeros(1, dtype=torch.long, device='meta') if system.num_classes
             else map_cond(lambda x: x.to('meta'), system.policy.example_cond(1)))
 
-def _flops(f):
-    with (FlopCounterMode(display=False) as counter, torch.no_grad(),
-          torch.device('meta')): f()
-    return counter.get_total_flops()
+_COUNTED = {} # operations, by what a network is made of
+
+def _flops(f, network, *sizes):
+    "Operations of a call; of one network they are counted once in a process"
+    key = f"{network} {getattr(network, 'cfg', '')} {sizes}"
+    if key not in _COUNTED:
+        with (FlopCounterMode(display=False) as counter, torch.no_grad(),
+              torch.device('meta')): f()
+        _COUNTED[key] = counter.get_total_flops()
+    return _COUNTED[key]
 
 def flops_of_one(system # `System` on the meta device
                 ) -> dict: # operations for one context, or one image
     "What each network computes in one pass"
     policy, tokenizer, side = system.policy, system.tokenizer, system.tokenizer.image_size
+    sizes = policy.num_tokens, side
     ids = torch.zeros(1, policy.num_tokens, dtype=torch.long, device='meta')
     image = torch.zeros(1, 3, side, side, device='meta')
-    passes = dict(trunk=lambda: policy.head(policy.hidden(ids, _example(system))),
-                  decode=lambda: tokenizer.decode(ids),
-                  encode=lambda: tokenizer.encode(image))
+    trunk = lambda: policy.head(policy.hidden(ids, _example(system)))
+    out = dict(trunk=_flops(trunk, policy, 'trunk', *sizes),
+               decode=_flops(lambda: tokenizer.decode(ids), tokenizer, 'decode', *sizes),
+               encode=_flops(lambda: tokenizer.encode(image), tokenizer, *sizes))
     if system.perceptual is not None:
-        passes |= dict(perceptual=lambda: system.perceptual.features(image))
-    return {k: _flops(f) for k, f in passes.items()}
+        out['perceptual'] = _flops(lambda: system.perceptual.features(image),
+                                   system.perceptual, side)
+    return out
 
 # %% ../../nbs/43_plan.ipynb #pl_fl3
 def flop_estimate(cfg:Config, system # `System` on the meta device

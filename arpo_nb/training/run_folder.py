@@ -251,8 +251,7 @@ class MetricsLog:
     "metrics.jsonl, cut back to the step a run resumes at"
     def __init__(self, path:Path, # of the file
                  start:int, # the step about to be made
-                 write:bool=True, # only one process does
-                ):
+                 write:bool=True): # only one process does
         self.path, self.rows, self.on = path, [], write
         if path.exists(): self.rows = [r for r in read_rows(path) if r['step'] < start]
         if write: write_text(path, ''.join(json.dumps(r) + '\n' for r in self.rows))

@@ -64,8 +64,7 @@ class Place:
 # %% ../../nbs/46_steps.ipynb #32417632
 def check_needs(system:System, # that rolls out
                 cfg:Config, # its method, weights and guidance
-                reward=None, # `Reward` that was given
-               ):
+                reward=None): # `Reward` that was given
     "Raise if a rollout lacks its perceptual network, its reward or its null class"
     own = reward is None or cfg.method != 'vapi'
     if uses_perceptual(cfg) and system.perceptual is None and own:
@@ -116,7 +115,7 @@ def _corrected(r, cfg):
         r.old_logps, r.sampler_logps, cfg.vllm_importance_sampling_mode,
         cfg.vllm_importance_sampling_clip_min, cfg.vllm_importance_sampling_clip_max))
 
-# %% ../../nbs/46_steps.ipynb #5941611e
+# %% ../../nbs/46_steps.ipynb #d0cc5d48
 def how_to_sample(cfg:Config # of the run
                  ) -> dict: # arguments that `free_running` and `draw_samples` share
     "How many samples, from which distribution, in pieces of which size"
@@ -126,6 +125,7 @@ def how_to_sample(cfg:Config # of the run
                 top_p=cfg.rollout_top_p, logprob_cfg=cfg.logprob_cfg,
                 generate_batch_size=cfg.generate_batch_size)
 
+# %% ../../nbs/46_steps.ipynb #5941611e
 def asked(system:System, # turns prompts into conditions
           cfg:Config, # its `prompt` stands for those of the data
           batch:Batch, # conditions or prompts
@@ -233,8 +233,7 @@ class RollOut:
                  reward=None,
                  ref_policy=None, # for the KL
                  here:Place|None=None, # where; None for one process
-                 sampler=None, # engine of `load_sampler`, for free-running samples
-                ):
+                 sampler=None): # engine of `load_sampler`, for free-running samples
         self.sampler = sampler or load_sampler(cfg, system.policy)
         check_needs(system, cfg, reward)
         self.system, self.cfg, self.ref_policy = system, cfg, ref_policy
@@ -269,6 +268,13 @@ def __call__(self:RollOut, batch:Batch, # of this process
     with steady_draws(self.cfg.steady_draws):
         return ways.get(self.cfg.method, self.forced)(batch, state, following)
 
+# %% ../../nbs/46_steps.ipynb #c2bb309e
+@patch
+def _request(self:RollOut, batch):
+    "Streams and conditions of a step's samples"
+    cond = asked(self.system, self.cfg, batch).cond
+    return batch.streams.repeat(self.g), repeat_cond(cond, self.g)
+
 # %% ../../nbs/46_steps.ipynb #bda16758
 @patch
 def drawn(self:RollOut, batch:Batch, # of this step
@@ -286,13 +292,7 @@ def drawn(self:RollOut, batch:Batch, # of this step
     if following is not None: ahead.begin(*self._request(following))
     return got
 
-@patch
-def _request(self:RollOut, batch):
-    "Streams and conditions of a step's samples"
-    cond = asked(self.system, self.cfg, batch).cond
-    return batch.streams.repeat(self.g), repeat_cond(cond, self.g)
-
-# %% ../../nbs/46_steps.ipynb #c77da95e
+# %% ../../nbs/46_steps.ipynb #5006842a
 @patch
 def forced(self:RollOut, batch:Batch, # with images
            state, # of the reward
@@ -305,6 +305,7 @@ def forced(self:RollOut, batch:Batch, # with images
     r, state, stats = self._judge(r, self.reward, state)
     return {'': r}, state, stats
 
+# %% ../../nbs/46_steps.ipynb #c77da95e
 @patch
 def free(self:RollOut, batch:Batch, # conditions or prompts
          state, # of the reward

@@ -106,8 +106,7 @@ def accelerator(cfg:Config, # its `num_processes` and `mixed_precision`
 
 # %% ../../nbs/41_trainer.ipynb #09b4b678
 def on_first(acc:Accelerator, # this process among the others
-             f, # called without arguments; its result must be picklable
-            ):
+             f): # called without arguments; its result must be picklable
     "Call `f` on the first process; every process gets its result or its error"
     box, error = [None, None], None
     if acc.is_main_process:
@@ -120,8 +119,7 @@ def on_first(acc:Accelerator, # this process among the others
 
 # %% ../../nbs/41_trainer.ipynb #f267ef77
 def all_see(acc:Accelerator, # this process among the others
-            path:Path, # a file
-           ):
+            path:Path): # a file
     "Raise on every process unless all of them see a file"
     here = torch.tensor([int(path.is_file())], device=acc.device)
     blind = [i for i, s in enumerate(acc.gather(here).tolist()) if not s]
@@ -204,8 +202,7 @@ class Watch:
                  cfg:Config, # its `sample_every` and `eval_every`
                  out:Path, # folder of the run; pictures go to its `samples`
                  average, # the policy's moving average, or None
-                 evaluate, # function of a `System` to numbers, or None
-                ):
+                 evaluate): # function of a `System` to numbers, or None
         self.acc, self.cfg, self.out, self.evaluate = acc, cfg, out, evaluate
         self.alone = not acc.is_fsdp2 # a sharded policy needs every process
         self.systems = {'': system}
@@ -265,8 +262,7 @@ class Training:
                  stop, # `StopSignal`
                  reward=None, # see `train`
                  callbacks=(), # see `train`
-                 evaluate=None, # see `train`
-                ):
+                 evaluate=None): # see `train`
         self.acc, self.system, self.data = acc, system, data
         self.cfg, self.out = cfg, out
         self.diary, self.stop, self.reward = diary, stop, reward
@@ -537,8 +533,7 @@ def note(self:Training, step:int, # from 0
 # %% ../../nbs/41_trainer.ipynb #d738a53f
 @patch
 def keep(self:Training, step:int, # from 0
-         last:bool, # whether the run ends with it
-        ):
+         last:bool): # whether the run ends with it
     "Snapshots and checkpoints, where it is their turn"
     c, made = self.cfg, step + 1
     if c.keep_every and made % c.keep_every == 0: self._snapshot()

@@ -32,8 +32,7 @@ from ..specs import is_dotted, resolve
 class RunLog:
     "What a process says, with the time, in a file of its own"
     def __init__(self, out:Path, # folder of the run
-                 rank:int=0, # number of the process
-                ):
+                 rank:int=0): # number of the process
         self.path = Path(out)/(f'run.{rank}.log' if rank else 'run.log')
 
     def say(self, text:str): # a line or more
@@ -59,8 +58,7 @@ def note(self:RunLog, message, # of the warning
          filename:str, # where
          lineno:int, # where
          file=None, # to show it in
-         line=None, # of the source
-        ):
+         line=None): # of the source
     "Keep a warning, and show it as before"
     self.say(f'warning: {message}')
     self.shown(message, category, filename, lineno, file, line)
@@ -91,8 +89,7 @@ def find_trackers(names:str, # joined by commas
 def start_trackers(acc:Accelerator, # this process among the others
                    cfg:Config, # its `log_with` and `tracker_project`
                    out:Path, # folder of the run; its `logs` is for files of trackers
-                   trackers, # of `find_trackers`
-                  ):
+                   trackers): # of `find_trackers`
     "Begin to log to what `cfg.log_with` names"
     if not cfg.log_with: return
     acc.project_configuration.set_directories(str(out))
@@ -130,8 +127,7 @@ def fixed_conditions(system:System, # that draws
 
 # %% ../../nbs/47_watching.ipynb #de0c13de
 def write_picture(path:Path, # of a PNG
-                  pixels:np.ndarray, # [H, W, 3] uint8
-                 ):
+                  pixels:np.ndarray): # [H, W, 3] uint8
     "A PNG that is never there by half"
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, lambda f: Image.fromarray(pixels).save(f, 'PNG'))
@@ -155,8 +151,7 @@ class EarlyStopping:
     "Counts values of a metric since the best one"
     def __init__(self, cfg:Config, # metric, direction and patience
                  best=None, # value so far, of a run that is resumed
-                 waited:int=0, # values since then
-                ):
+                 waited:int=0): # values since then
         self.cfg, self.best, self.waited = cfg, best, waited
 
     def state(self) -> dict:
@@ -204,14 +199,12 @@ class LivePlot:
     "Curves in a notebook, redrawn in place"
     def __init__(self,
                  metrics=('reward/mean', 'policy/entropy'), # which, a panel for each
-                 every:int=1, # steps between two drawings
-                ):
+                 every:int=1): # steps between two drawings
         self.metrics, self.every, self.rows, self.handle = metrics, every, [], None
 
     def __call__(self, step:int, # from 0
                  row:dict, # its metrics
-                 system=None, # not looked at
-                ):
+                 system=None): # not looked at
         "Take in a step, and draw"
         self.rows.append(row)
         if step % self.every == 0: self.show()
