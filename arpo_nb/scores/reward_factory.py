@@ -25,11 +25,12 @@ from .clip import (CLIPReward, CLIPScorer, aesthetic_reward, build_clip, check_a
 from .maniqa import maniqa_reward
 from ..weights import FILES, require
 
-# %% ../../nbs/25_reward_factory.ipynb #99ca069c
+# %% ../../nbs/25_reward_factory.ipynb #63ab13f0
 CLIP_OF = dict(clip='clip_l14', clip_b32='clip_b32', hps='hps_v2.1',
                aesthetic='clip_l14') | {f'hps_v2.{i}': f'hps_v2.{i}' for i in (0, 1)}
 REWARDS = *CLIP_OF, 'maniqa', 'brightness', 'darkness', 'loo_fid'
 
+# %% ../../nbs/25_reward_factory.ipynb #99ca069c
 def read_rewards(# 'clip+0.5*hps' as in a config, 'clip:1,hps:0.5', or a dict of weights
                  spec,
                 ) -> dict: # name → weight
