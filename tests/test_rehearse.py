@@ -1,5 +1,6 @@
 "Rehearsals: three cells of the table, what stands in for what is run, and where a GPU may have to wait"
 import ast
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from arpo_nb.models.llamagen import GPT, GPTConfig
 from arpo_nb.models.multiscale_vq import MultiScaleConfig, MultiScaleVQ
 from arpo_nb.models.var import VAR, VARConfig
 from arpo_nb.models.vqgan import CINConfig, CINTransformer
-from arpo_nb.training.ledger import Ledger
+from arpo_nb.training.ledger import Ledger, Phase
 from arpo_nb.training import steps
-from arpo_nb.training.plan import Plan, check_memory, make_plan, memory_bounds, network_bytes
-from arpo_nb.training.rehearse import _Stage, build, load_rehearsals, propose, rehearse
+from arpo_nb.training import plan as planning
+from arpo_nb.training import rehearse as rehearsing
+from arpo_nb.training.plan import Plan, check_memory, fitted, make_plan, memory_bounds, network_bytes
+from arpo_nb.training.rehearse import Rehearsal, _Stage, build, load_rehearsals, propose, rehearse
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,10 +83,10 @@ def test_a_new_question_is_seen(monkeypatch):
     assert 'steps.judge' in {asker(line) for line in rehearse(tiny('vapi')).syncs}
 
 
-@pytest.mark.parametrize('more', [{}, dict(gradient_checkpointing=True),
-    dict(mixed_precision='bf16', gradient_checkpointing=True, micro_batch_size=1)])
-def test_stand_ins_cost_what_they_stand_for(monkeypatch, more):
-    cfg = replace(tiny('vapi', **more), mini_batch_size=2)
+@pytest.mark.parametrize('method, more', [('vapi', {}), ('vapi', dict(gradient_checkpointing=True)), ('var_grpo', {}),
+    ('vapi', dict(mixed_precision='bf16', gradient_checkpointing=True, micro_batch_size=1))])
+def test_stand_ins_cost_what_they_stand_for(monkeypatch, method, more):
+    cfg = replace(tiny(method, **more), mini_batch_size=2)
     short = rehearse(cfg)
     monkeypatch.setattr(Ledger, 'block', lambda self, unit, about='': None)
     monkeypatch.setattr(Ledger, 'once', lambda self, f, name, about='': f)
@@ -132,6 +135,24 @@ def test_propose_keeps_the_step(cells):
     small, r = propose(cfg, cells['vapi'].peak)
     assert r.peak <= .9*cells['vapi'].peak and small.batch_size == cfg.batch_size
     with pytest.raises(MemoryError, match='whatever the pieces'): propose(cfg, 1e6)
+
+
+def test_auto_finds_pieces_for_a_real_model():
+    cfg = preset('llamagen_b', 'mle')
+    assert fitted(cfg, memory=(80e9, 'the GPU')) == cfg
+    small = fitted(cfg, memory=(5e9, 'the GPU'))
+    changed = {k for k in vars(cfg) if getattr(cfg, k) != getattr(small, k)}
+    assert changed == {'decode_batch_size'} and rehearse(small).peak <= .9*5e9 < rehearse(cfg).peak
+
+
+def test_a_plan_builds_its_rewards_once(monkeypatch):
+    calls, cfg = [], replace(preset('llamagen_b', 'ar_grpo'), rewards='aesthetic', weights='random')
+    def rehearse_quickly(cfg, **how):
+        calls.append(how)
+        return Rehearsal(cfg, 1, dict(update=Phase(peak=5, kinds=dict(a=5))), Counter(), [], 0)
+    monkeypatch.setattr(rehearsing, 'rehearse', rehearse_quickly)
+    plan = make_plan(cfg)
+    assert plan.peak == 5 and calls[0]['parts'][1] is plan.reward
 
 
 def graph_breaks(f, *args):

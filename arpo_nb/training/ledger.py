@@ -410,7 +410,9 @@ def seen(x # an argument: tensors, numbers, records, objects
     if is_dataclass(x) and not isinstance(x, type):
         return type(x), tuple(seen(getattr(x, f.name)) for f in fields(x))
     if x is None or isinstance(x, (int, float, str, torch.dtype)): return x
-    return type(x), tuple((k, v) for k, v in _state(x) if not isinstance(v, tuple))
+    held = getattr(x, '__dict__', {}) # of a tensor that it holds, what counts is the shape
+    return type(x), tuple((k, seen(held[k]) if isinstance(held.get(k), Tensor) else v)
+                          for k, v in _state(x) if not isinstance(v, tuple))
 
 def mood() -> tuple:
     "What a call depends on besides its arguments"
@@ -468,6 +470,18 @@ def blank(out # of `likes`
     new = lambda x: torch.empty_strided(x[0], x[1], dtype=x[2], device=x[3])
     return tree_map(lambda x: new(x.like) if isinstance(x, _Like) else x, out)
 
+# %% ../../nbs/44_ledger.ipynb #6d985851
+def _given(objects, before):
+    "Attributes that each object got by a call; None where they can't be given again"
+    out = []
+    for x, old in zip(objects, before):
+        new = dict(set(_state(x)) - set(old))
+        now = {k: vars(x)[k] for k in new} if hasattr(x, '__dict__') else new
+        if not all(v is None or isinstance(v, (int, float, str, Tensor))
+                   for v in now.values()): return None
+        out.append(likes(now))
+    return out
+
 # %% ../../nbs/44_ledger.ipynb #6d985861
 @patch
 def once(self:Ledger, f, # any function
@@ -481,18 +495,20 @@ def once(self:Ledger, f, # any function
         key = name, about, self.world, seen(args), seen(kwargs), mood(), self.stack[-1]
         if name != 'unit': key += len(self.cast_units), # weights that are cast already
         if torch.is_grad_enabled(): return f(*args, **kwargs)
-        if key in records: return self._repeat(records[key])
+        if key in records: return self._repeat(records[key], objects)
         before, cast = list(map(_state, objects)), set(self.cast_units)
         with self.frame() as frame: out = f(*args, **kwargs)
         homes = {x.untyped_storage() for x in tensors(args, kwargs)}
         same = not any(x.untyped_storage() in homes for x in tensors(out))
-        if before == list(map(_state, objects)) and same:
+        frame.given = _given(objects, before)
+        if frame.given is not None and same:
             frame.out, frame.cast = likes(out), self._halves(frame)
             frame.units = self.cast_units - cast
             records[key] = frame
         return out
     return call
 
+# %% ../../nbs/44_ledger.ipynb #6d985862
 @patch
 def _halves(self:Ledger, frame) -> list:
     "Sizes of the casts that a stretch leaves behind"
@@ -508,8 +524,10 @@ def _hold_casts(self:Ledger, sizes):
     return new
 
 @patch
-def _repeat(self:Ledger, frame):
+def _repeat(self:Ledger, frame, objects):
     self.again(frame)
+    for x, new in zip(objects, frame.given):
+        for k, v in new.items(): setattr(x, k, blank(v))
     if torch.is_autocast_enabled('cpu'):
         self._hold_casts(frame.cast)
         self.cast_units |= frame.units

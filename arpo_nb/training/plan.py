@@ -194,12 +194,14 @@ class Plan:
     shards: int = 1 # processes that the policy is cut over
     disk: dict = field(default_factory=dict) # part → bytes the folder grows to
     bounds: tuple = (0, 0) # bytes of a device, of `memory_bounds`
+    # as the plan built it, for a rehearsal
+    reward: object = field(default=None, repr=False, compare=False)
 
     @property
     def memory(self) -> dict: # kind → bytes of a device
         "What is held at the fullest moment of the rehearsal"
         aside = {k: v for k, v in self.networks.items() if k == 'metric'}
-        return rehearsed(self.cfg, self.shards).kinds | aside
+        return rehearsed(self.cfg, self.shards, self.reward).kinds | aside
 
     @property
     def peak(self) -> int: # bytes of a device
@@ -287,7 +289,7 @@ def make_plan(cfg:Config, # any run
     networks = network_bytes(system, reward, metric)
     return Plan(cfg, files, step_words(cfg, shards), networks,
                 _operations(cfg, system), missing, shards, disk_estimate(cfg, system),
-                memory_bounds(cfg, system, networks, shards))
+                memory_bounds(cfg, system, networks, shards), reward)
 
 def as_one(cfg:Config, # of the run
            missing:list # exceptions

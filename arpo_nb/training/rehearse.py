@@ -21,7 +21,7 @@ import warnings
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -715,14 +715,19 @@ def propose(cfg:Config, memory:float, # bytes of a device
                       "model")
 
 # %% ../../nbs/44_rehearse.ipynb #b2bcfe22
-def rehearsed(cfg:Config, shards:int=1 # see `rehearse`
+def rehearsed(cfg:Config, shards:int=1, # see `rehearse`
+              reward=None, # of `build_reward`, where it is there already
              ) -> Rehearsal:
     "A rehearsal that is remembered for as long as this process lives"
     aside = {name: getattr(Config(), name) for name in (*ASIDE, 'seed', 'data')}
-    return replace(_remembered(replace(cfg, **aside), shards), cfg=cfg)
+    key = plain, _ = replace(cfg, **aside), shards
+    if key not in _REMEMBERED:
+        there = reward is not None and not _is_small(cfg)
+        parts = (shapes_of(cfg), reward) if there else None
+        _REMEMBERED[key] = rehearse(plain, shards=shards, parts=parts)
+    return replace(_REMEMBERED[key], cfg=cfg)
 
-@lru_cache(64)
-def _remembered(cfg, shards): return rehearse(cfg, shards=shards)
+_REMEMBERED = {} # (configuration, shards) → `Rehearsal`
 
 # %% ../../nbs/44_rehearse.ipynb #44f20a02
 def load_rehearsals(folder # `results`
@@ -789,7 +794,7 @@ def main(argv=None # instead of the command line's
     p.add_argument('--fit', action='store_true', help='look for the pieces that fit the device')
     args = p.parse_args(argv)
     cfg = override(preset(args.model, args.method, args.variant), args.set)
-    if not args.fit: return print(describe_rehearsal(rehearse(cfg, shards=args.shards), args.device))
+    if not args.fit: return print(describe_rehearsal(rehearsed(cfg, args.shards), args.device))
     fits, r = propose(cfg, DEVICES[args.device].memory)
     changed = {k: v for k, v in asdict(fits).items() if v != getattr(cfg, k)}
     print(describe_rehearsal(r, args.device), f'\n  with {changed or "nothing changed"}')
