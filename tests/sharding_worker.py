@@ -1,21 +1,28 @@
 "What test_sharding.py starts: every setting under DDP and under FSDP2 on the CPU, and runs cut short and continued across layouts"
+import copy
 import json
 import os
 import shutil
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser, prepare_multi_gpu_env
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.device_mesh import init_device_mesh
 
 from arpo_nb.config import Config
+from arpo_nb.models.llamagen import GPT
+from arpo_nb.models.toy import toy_gpt_config
 from arpo_nb.systems import load_data, load_reward
 from arpo_nb.training.processes import load_once
+from arpo_nb.training.sharding import Sharded, shard
 from arpo_nb.training.trainer import accelerator, train
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +82,23 @@ def error(*args, **kwargs):
     except Exception as e: return str(e)
 
 
+def copied(rank):
+    "Gradients by a policy in parts that are copied, one part and two copies here: of two micro-batches, less those by hand"
+    torch.manual_seed(0)
+    whole = GPT(toy_gpt_config()).eval()
+    torch.nn.init.normal_(whole.output.weight)
+    parts = shard(copy.deepcopy(whole), 'cpu', mesh=init_device_mesh('cpu', (2, 1), mesh_dim_names=('copies', 'parts')))
+    objective = Sharded(SimpleNamespace(model=parts), nullcontext)
+    tokens = torch.randint(whole.vocab_size, (2, 2, 1, whole.num_tokens))
+    def back(policy, x): policy.head(policy.hidden(x, x[:, 0]*0)).logsumexp(-1).mean().backward()
+    for i in range(2):
+        objective.set_requires_gradient_sync(i == 1)
+        back(parts, tokens[rank, i])
+    for x in tokens.flatten(0, 1): back(whole, x)
+    both = [(p.grad.full_tensor(), q.grad/2) for p, q in zip(parts.parameters(), whole.parameters()) if q.grad is not None]
+    return max(float((p - q).abs().max()/q.abs().max()) for p, q in both)
+
+
 def main(out):
     pretend_accelerator()
     rank, found = int(os.environ['RANK']), {}
@@ -87,6 +111,7 @@ def main(out):
             if rank == 0: shutil.copytree(out/start, out/f'{start}_{goal}')
             torch.distributed.barrier()
             if goal != 'one': found[f'{start}_{goal}'] = run(RESUMED, out/f'{start}_{goal}', 'SHARDED' if goal == 'fsdp' else '')
+    found['copies'] = copied(rank)
     found['tokenizer'] = error(dict(BASE, method='tokenizer'), out/'tokenizer', 'FULL')
     found['seeds'] = error(dict(VAPI, seed=rank), out/'seeds', 'FULL')
     (out/f'found{rank}.json').write_text(json.dumps(found))

@@ -68,6 +68,10 @@ def test_fsdp_is_ddp_is_one_process(found, tmp_path, name):
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=3e-6) for k in a)
 
 
+def test_copies_of_parts_are_averaged(found):
+    assert all(f['copies'] < 1e-5 for f in found[1])
+
+
 def test_continues_across_layouts(found, tmp_path):
     out, (first, _) = found
     whole = run(RESUMED, tmp_path/'whole')

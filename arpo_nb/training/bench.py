@@ -48,6 +48,7 @@ def update_of(policy, # in eval mode
     if not repeated: return objective, r
     return objective, replace(r, context=r.context.expand(-1, num_generations, -1), targets=None)
 
+# %% ../../nbs/52_bench.ipynb #f48b3287
 def vapi_update(size:str='B', # LlamaGen size
                 image_size:int=256, # pixels
                 *args, **kwargs # of `update_of`

@@ -167,8 +167,7 @@ class Sharded(nn.Module):
         with self.autocast(): return self.objective(rollout)
 
     def set_requires_gradient_sync(self, on:bool): # off between micro-batches
-        "Gradients become parts after every micro-batch; only copies of parts wait for the last"
-        self.objective.model.set_requires_all_reduce(on)
+        "What accelerate asks for; gradients become parts after every micro-batch all the same"
 
 # %% ../../nbs/48_sharding.ipynb #8b382662
 def shard_options(acc:Accelerator # under FSDP
