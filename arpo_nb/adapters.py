@@ -137,6 +137,7 @@ def hidden(self:BasePolicy, context, # tokens
     "The policy's states, without adapters"
     with without_adapters(self.policy): return self.policy.hidden(context, cond)
 
+# %% ../nbs/09_adapters.ipynb #69dca3d6
 @patch
 def head(self:BasePolicy, states, # of `hidden`
         ) -> torch.Tensor: # logits

@@ -104,6 +104,7 @@ _KINDS = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a FIFO', stat.S_IFCHR: 'a dev
 def _patient(path, flags):
     return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0)) # should it be a FIFO now
 
+# %% ../nbs/08_files.ipynb #a4b0f169
 def open_file(path, # of a plain file
              ): # binary stream
     "A plain file, open for reading bytes; anything else is refused unopened"

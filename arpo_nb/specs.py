@@ -205,6 +205,7 @@ def _entry_points(group, places):
     for e in entry_points(group=group): out.setdefault(e.name, []).append(e)
     return out
 
+# %% ../nbs/02_specs.ipynb #6910b27b
 def registered(group:str, # of entry points
               ) -> dict: # name: list of entry points, one for each package that has it
     "What installed packages register"

@@ -607,6 +607,7 @@ def _records(self:TextImages, sources, number, skip):
             if path.is_dir() or isinstance(e, (ImportError, MemoryError)) or _names_columns(e, path): raise
             skip(f'rest of a shard ({_reason(e)})', path, e)
 
+# %% ../../nbs/09_text_data.ipynb #8242767a
 @patch
 def _count(self:TextImages):
     "Records of an epoch, none of them read"
@@ -728,11 +729,13 @@ def _of_features(self:TextData):
     "Captions that the encoder has cut, and of which it had nothing left"
     return getattr(self.features, 'truncated', 0), getattr(self.features, 'emptied', 0)
 
+# %% ../../nbs/09_text_data.ipynb #c3786029
 @patch
 def counts(self:TextData) -> dict:
     "Records skipped, captions cut and captions emptied, up to the last batch"
     return self.seen
 
+# %% ../../nbs/09_text_data.ipynb #88aa62ce
 @patch
 def _load(self:TextData, steps, before):
     "The next batch, and what had to be left out so far"
@@ -783,16 +786,19 @@ class PromptData:
 
     def __len__(self): return len(self.prompts)
 
-    def load(self, rows, # numbers of prompts
-            ) -> tuple:
-        "None, conditions and prompts of some rows"
-        texts = [self.prompts[i] for i in rows]
-        return None, self.features(texts), texts
+# %% ../../nbs/09_text_data.ipynb #d6a54eaa
+@patch
+def load(self:PromptData, rows, # numbers of prompts
+        ) -> tuple:
+    "None, conditions and prompts of some rows"
+    texts = [self.prompts[i] for i in rows]
+    return None, self.features(texts), texts
 
-    def counts(self) -> dict:
-        "Prompts cut, and prompts that cleaning emptied, where they are counted"
-        return {k: getattr(self.features, k) for k in ('truncated', 'emptied')
-                if hasattr(self.features, k)}
+@patch
+def counts(self:PromptData) -> dict:
+    "Prompts cut, and prompts that cleaning emptied, where they are counted"
+    return {k: getattr(self.features, k) for k in ('truncated', 'emptied')
+            if hasattr(self.features, k)}
 
 # %% ../../nbs/09_text_data.ipynb #2d71ead2
 class NamedClasses:
@@ -803,12 +809,14 @@ class NamedClasses:
     def __call__(self, prompts:list) -> Tensor: # [N] class ids
         return torch.tensor([self.id(p) for p in prompts])
 
-    def id(self, prompt:str, # that names a class
-          ) -> int:
-        "The longest name wins: ankle boot, not boot"
-        named = lambda n: re.search(rf'(?<!\w){re.escape(n)}(?!\w)', prompt.lower())
-        found = [n for n in self.ids if named(n)]
-        if found: return self.ids[max(found, key=len)]
-        raise ValueError(f"prompt {prompt!r} names no class of this model; its classes "
-                         f"are {', '.join(list(self.ids)[:12])}"
-                         f"{', …' if len(self.ids) > 12 else ''}")
+# %% ../../nbs/09_text_data.ipynb #4e559630
+@patch
+def id(self:NamedClasses, prompt:str, # that names a class
+      ) -> int:
+    "The longest name wins: ankle boot, not boot"
+    named = lambda n: re.search(rf'(?<!\w){re.escape(n)}(?!\w)', prompt.lower())
+    found = [n for n in self.ids if named(n)]
+    if found: return self.ids[max(found, key=len)]
+    raise ValueError(f"prompt {prompt!r} names no class of this model; its classes "
+                     f"are {', '.join(list(self.ids)[:12])}"
+                     f"{', …' if len(self.ids) > 12 else ''}")

@@ -49,6 +49,7 @@ MAX_PIXELS = 1 << 27
 _BITS = {'1': 1, 'L': 1, 'P': 1, 'I;16': 16, 'I;16B': 16, 'LA': 16, 'RGB': 24,
          'RGBA': 32}
 
+# %% ../../nbs/07_image_io.ipynb #481c0b71
 def _check_promise(image, size, name):
     "Raise if a header promises more pixels than may be, or than can be in `size` bytes"
     w, h = image.size
@@ -80,6 +81,7 @@ _TURNS = dict(enumerate((
     Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90), 2))
 
+# %% ../../nbs/07_image_io.ipynb #f0756bc1
 def _upright(image):
     "A picture turned as its EXIF note says; a note that cannot be read says nothing"
     try: turn = _TURNS.get(image.getexif().get(0x0112))

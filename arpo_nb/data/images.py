@@ -50,11 +50,13 @@ class ArrayData:
 
     def __len__(self): return len(self.images)
 
-    def load(self, rows, # row numbers [n]
-            ) -> tuple: # pixels, class ids
-        "Pixels [n, 3, H, W] in [0, 1] and class ids [n] of some rows"
-        rows = torch.as_tensor(rows)
-        return self.to_pixels(self.images[rows]), self.labels[rows]
+# %% ../../nbs/04_data.ipynb #6996e437
+@patch
+def load(self:ArrayData, rows, # row numbers [n]
+        ) -> tuple: # pixels, class ids
+    "Pixels [n, 3, H, W] in [0, 1] and class ids [n] of some rows"
+    rows = torch.as_tensor(rows)
+    return self.to_pixels(self.images[rows]), self.labels[rows]
 
 # %% ../../nbs/04_data.ipynb #b027362d
 def read_image(file, # path, or bytes
@@ -378,10 +380,12 @@ class LabelData:
 
     def __len__(self): return len(self.labels)
 
-    def load(self, rows, # row numbers [n]
-            ) -> tuple: # None, class ids
-        "None, and class ids [n]"
-        return None, self.labels[torch.as_tensor(rows)]
+# %% ../../nbs/04_data.ipynb #f8b9ef9a
+@patch
+def load(self:LabelData, rows, # row numbers [n]
+        ) -> tuple: # None, class ids
+    "None, and class ids [n]"
+    return None, self.labels[torch.as_tensor(rows)]
 
 # %% ../../nbs/04_data.ipynb #947d9dcc
 def batches(data, # has a length and `load(rows)`

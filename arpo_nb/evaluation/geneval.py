@@ -331,17 +331,19 @@ class ColorClassifier:
                  embed_text): # list of n strings to [n, D]
         self.embed_image, self.embed_text, self.cache = embed_image, embed_text, {}
 
-    def texts(self, name:str, # of a class
-             ) -> Tensor: # [10, D]
-        "Unit vectors of the ten colours of a class, kept"
-        if name in self.cache: return self.cache[name]
-        phrase = lambda c: [f'a photo of a {c} {name}',
-                            f'a photo of a {c}-colored {name}',
-                            f'a photo of a {c} object']
-        mean = lambda t: F.normalize(F.normalize(t, dim=-1).mean(0), dim=-1)
-        self.cache[name] = torch.stack([mean(self.embed_text(phrase(c)))
-                                        for c in COLORS])
-        return self.cache[name]
+# %% ../../nbs/55_geneval.ipynb #8c4f7065
+@patch
+def texts(self:ColorClassifier, name:str, # of a class
+         ) -> Tensor: # [10, D]
+    "Unit vectors of the ten colours of a class, kept"
+    if name in self.cache: return self.cache[name]
+    phrase = lambda c: [f'a photo of a {c} {name}',
+                        f'a photo of a {c}-colored {name}',
+                        f'a photo of a {c} object']
+    mean = lambda t: F.normalize(F.normalize(t, dim=-1).mean(0), dim=-1)
+    self.cache[name] = torch.stack([mean(self.embed_text(phrase(c)))
+                                    for c in COLORS])
+    return self.cache[name]
 
 # %% ../../nbs/55_geneval.ipynb #a8f15d19
 @patch

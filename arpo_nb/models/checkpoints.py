@@ -56,11 +56,13 @@ _NOT_WEIGHTS = {
     b'<html': 'a web page', b'\x1f\x8b': 'a gzip archive, to be unpacked first',
     b'gguf': 'a GGUF file of another program'}
 
+# %% ../../nbs/38_checkpoints.ipynb #c526d9fa
 def _check_head(path, head):
     found = (w for mark, w in _NOT_WEIGHTS.items() if head.lower().startswith(mark))
     if what := next(found, None):
         raise _damaged(path, f'this is {what}, not a checkpoint')
 
+# %% ../../nbs/38_checkpoints.ipynb #31aeb553
 def _looks_like_safetensors(head):
     return head[8:9] == b'{' and 2 <= int.from_bytes(head[:8], 'little') <= 1 << 27
 
@@ -72,6 +74,7 @@ def _no_room(path, e):
         return MemoryError(f"{path}: not enough memory to read it ({e})")
     return _damaged(path, 'asks for more memory than its size can fill')
 
+# %% ../../nbs/38_checkpoints.ipynb #8c4b649c
 def _read_safetensors(path):
     from safetensors.torch import load_file
     try: return load_file(path)
@@ -87,6 +90,7 @@ def _zip_names(path):
     except Exception as e:
         raise _damaged(path, f'truncated or damaged download [{e}]') from e
 
+# %% ../../nbs/38_checkpoints.ipynb #9ae8a8f4
 def is_torchscript(path, # of a file
                   ) -> bool:
     "Whether a file is an archive of TorchScript, a program of its own"
@@ -200,10 +204,12 @@ def _read_file(path):
 WRAPPERS = 'model', 'module', 'state_dict'
 AVERAGED = 'ema', 'model_ema', 'ema_model', 'ema_state_dict', 'state_dict_ema'
 
+# %% ../../nbs/38_checkpoints.ipynb #2580c63d
 def _is_state(d):
     if not isinstance(d, dict) or not d: return False
     return all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in d.items())
 
+# %% ../../nbs/38_checkpoints.ipynb #8409816d
 def _states(data):
     "The models in a file's contents by their keys, '' for the contents themselves"
     if not isinstance(data, dict): return {}
@@ -218,6 +224,7 @@ def _plain_name(k):
     k = re.sub(r'^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+', '', k)
     return k.replace('_fsdp_wrapped_module.', '')
 
+# %% ../../nbs/38_checkpoints.ipynb #8b77779c
 def _plain_names(state):
     "Names without the prefixes of training"
     state = {_plain_name(k): v for k, v in state.items()}
@@ -225,6 +232,7 @@ def _plain_names(state):
     # as the trainer saves it
     return {k.removeprefix('model.'): v for k, v in state.items()}
 
+# %% ../../nbs/38_checkpoints.ipynb #aeae8c99
 def _most_alike(states, wanted):
     "The key of the model, not of averaged weights, that has half of some names or more"
     share = {k: len(_plain_names(v).keys() & {*wanted}) for k, v in states.items()
@@ -371,6 +379,7 @@ _INDEX = {
         'StorageMeta', '_MEM_FORMAT_ENCODING', 'TensorStorageMetadata',
         'MetadataIndex')}
 
+# %% ../../nbs/38_checkpoints.ipynb #a157c721
 def _plain_index(index, file):
     "The contents of an index, by an unpickler that knows nothing else"
     class Plain(pickle.Unpickler):
@@ -423,6 +432,7 @@ def _read_shards(path, *how):
                         f"first is {lost[0]!r} of {shards[lost[0]].name}; copy index "
                         "and shards again")
 
+# %% ../../nbs/38_checkpoints.ipynb #1d8e2969
 def _parts_in(path):
     "The folder of a sharded checkpoint, here or one below, or None"
     return next((p for p in (path, path/SHARDED) if (p/'.metadata').exists()), None)
@@ -652,6 +662,7 @@ _OF_TEXT = dict(vapi=Recipe('arpo_nb.config:vapi_llamagen', dict(text=True)),
                 ar_grpo=Recipe('arpo_nb.config:ar_grpo', dict(text=True)))
 TEXT = dict(recipes={**PAPERS, **_OF_TEXT})
 
+# %% ../../nbs/38_checkpoints.ipynb #baee9e8e
 def _guided(size, text): # paper: its sampler where its rows are guided
     ("LOO-FID: Table 1. VA-π §5.2: 2.0 for XL and 1.75 for XXL; text as in its GenEval "
      "script. AR-GRPO: its test scripts")
@@ -673,4 +684,5 @@ def _spec(name, size, side, text):
                      layout="LlamaGen's: a torch file, tensors under `model`",
                      sampling=_guided(size, text), **(TEXT if text else CLASSES))
 
+# %% ../../nbs/38_checkpoints.ipynb #41270b41
 SPECS = [_spec(name, *shape) for name, shape in MODELS.items()]

@@ -316,6 +316,7 @@ def head(self:JanusPolicy, hidden:Tensor, # states
     "[..., dim] to [..., V] float32"
     return self.generation_head(hidden).float()
 
+# %% ../../nbs/39_janus.ipynb #48593b8c
 @patch
 def forward(self:JanusPolicy, context:Tensor, # [N, T] codes
             cond:tuple, # ids and mask
@@ -574,6 +575,7 @@ def merge_policy(ours:dict, # tensors after training, of a policy or of `tokeniz
     return {k: ours.get(k.removeprefix('model.'), v).to(v.dtype)
             for k, v in full.items()}
 
+# %% ../../nbs/39_janus.ipynb #d876d3ae
 def tokenizer_names(state:dict) -> dict:
     "A tokenizer's tensors under the names that transformers has for them"
     return {f'vqmodel.{_rename(k, VQ_RENAMED)}': v for k, v in state.items()}

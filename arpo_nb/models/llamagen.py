@@ -200,6 +200,7 @@ def null(self:ClassEmbedding, cond:Tensor, # [N] class ids
                          "one (cond_dropout=0); use cfg_scale=1")
     return torch.full_like(cond, self.num_classes)
 
+# %% ../../nbs/31_llamagen.ipynb #3dd5636d
 @patch
 def check(self:ClassEmbedding, cond): # what should be [N] class ids
     "Refuse what is not a batch of class ids"
@@ -377,6 +378,7 @@ def head(self:GPT, hidden:Tensor, # states
     "[..., dim] to [..., V] logits in float32"
     return self.output(hidden).float()
 
+# %% ../../nbs/31_llamagen.ipynb #c02c2c4e
 @patch
 def forward(self:GPT, context:Tensor, # [N, T] codes
             cond, # N conditions

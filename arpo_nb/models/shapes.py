@@ -23,12 +23,14 @@ from ..specs import PAPERS, ModelSpec, split_args
 # %% ../../nbs/38_shapes.ipynb #983dcfa1
 def _shapes(state): return {k: tuple(v.shape) for k, v in state.items()}
 
+# %% ../../nbs/38_shapes.ipynb #dff9ea1e
 def _numbered(names, prefix):
     "How many numbered parts begin with a prefix"
     rests = (k.removeprefix(prefix) for k in names if k.startswith(prefix))
     parts = {rest.split('.')[0] for rest in rests}
     return 1 + max((int(p) for p in parts if p.isdigit()), default=-1)
 
+# %% ../../nbs/38_shapes.ipynb #94b62bbd
 def _need(shape, keys, what):
     lost = [k for k in keys if k not in shape]
     if not lost: return
@@ -99,6 +101,7 @@ def _hidden(hidden, dim):
     if multiple: return dict(multiple_of=multiple)
     return dict(multiple_of=1, ffn_dim_multiplier=(hidden + .5)/usual)
 
+# %% ../../nbs/38_shapes.ipynb #d514b81c
 def _condition(s):
     "Classes or captions"
     text = s.get('cls_embedding.uncond_embedding')
@@ -113,6 +116,7 @@ UNPUBLISHED = dict(B1=dict(n_layer=22, n_head=32, dim=2048),
                    B7=dict(n_layer=32, n_head=32, dim=4096),
                    XXXL=dict(n_layer=48, n_head=40, dim=2560))
 
+# %% ../../nbs/38_shapes.ipynb #a2a4738c
 def _heads(layers, dim, n_head):
     "Given, or known of a size of the authors"
     known = {(z['n_layer'], z['dim']): z['n_head']
@@ -183,8 +187,10 @@ def _agree(seen, args, path):
                              "leave it out, or give another file")
     return seen | args
 
+# %% ../../nbs/38_shapes.ipynb #3336e61e
 def _prefixed(args): return {f'vq_{k}': v for k, v in args.items()}
 
+# %% ../../nbs/38_shapes.ipynb #9e540197
 def _nameless(model, example):
     return (f"model={model!r}: stands for files of your own, none is published under "
             "it; give weights=FILE, or with weights='random' its shape, as in "
@@ -276,6 +282,7 @@ def _of_file(name, build, shape, vq, title, **more):
                      layout=f"{family}'s, or a checkpoint of its training script",
                      **more)
 
+# %% ../../nbs/38_shapes.ipynb #c5abfca4
 SPECS = [
     _of_file('var', build_var, var_args, 'var_vae', 'VAR', **CLASSES,
              tokenizer_inside=own_tokenizer, recipes={**PAPERS, 'grpo': 'var_grpo'}),

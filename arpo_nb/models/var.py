@@ -197,6 +197,7 @@ def modulate(self:OutputNorm, cond, # [N, C] embedded labels
     "Two vectors for each image"
     return self.ada_lin(cond)[:, None].chunk(2, -1)
 
+# %% ../../nbs/33_var.ipynb #1ab37e4b
 @patch
 def forward(self:OutputNorm, x, # [N, n, C]
             two): # of `modulate`

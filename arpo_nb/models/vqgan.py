@@ -198,6 +198,7 @@ def latents(self:VQGAN, images:Tensor, # in [0, 1]
     check_picture(images, self.cfg.downsample, self.image_size)
     return self.quant_conv(self.encoder(2*images - 1))
 
+# %% ../../nbs/34_vqgan.ipynb #694dc9cd
 @patch
 def encode(self:VQGAN, images:Tensor, # in [0, 1]
           ) -> Tensor:

@@ -74,11 +74,13 @@ def avg_pool(x # [N, C, H, W]
     "Mean over 3×3, of the places that are there"
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
+# %% ../../nbs/26_inception.ipynb #2c95db78
 def max_pool(x # [N, C, H, W]
             ): # the same
     "Largest of 3×3"
     return F.max_pool2d(x, 3, 1, 1)
 
+# %% ../../nbs/26_inception.ipynb #9d516bc2
 def halve(x # [N, C, H, W]
          ): # [N, C, h, w]
     "Largest of 3×3, at every second place"

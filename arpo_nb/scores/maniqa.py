@@ -27,12 +27,14 @@ class ChannelAttention(nn.Module):
         self.c_q, self.c_k, self.c_v = (nn.Linear(positions, positions)
                                         for _ in range(3))
 
-    def forward(self, x:Tensor # [B, C, P]
-               ) -> Tensor: # the same
-        "Every channel looks at every channel"
-        scores = self.c_q(x) @ self.c_k(x).transpose(1, 2)*x.shape[-1]**-.5
-        y = scores.softmax(-1) @ self.c_v(x)
-        return x + y.transpose(1, 2).reshape(x.shape) # sic: see the text
+# %% ../../nbs/24_maniqa.ipynb #3c1c9e78
+@patch
+def forward(self:ChannelAttention, x:Tensor # [B, C, P]
+           ) -> Tensor: # the same
+    "Every channel looks at every channel"
+    scores = self.c_q(x) @ self.c_k(x).transpose(1, 2)*x.shape[-1]**-.5
+    y = scores.softmax(-1) @ self.c_v(x)
+    return x + y.transpose(1, 2).reshape(x.shape) # sic: see the text
 
 # %% ../../nbs/24_maniqa.ipynb #e2e94e26
 def windows(x:Tensor, # [B, H, W, C]

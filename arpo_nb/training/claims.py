@@ -51,6 +51,7 @@ class Miniature:
 def _toy(method, sweep=False, **changes): return Miniature('toy', method, changes, sweep)
 def _var(**changes): return Miniature('toy_var', 'var_grpo', changes, shares=True)
 
+# %% ../../nbs/62_claims.ipynb #1eb383d2
 MINIATURES = { # the toy: teacher forcing
     'base': _toy(None, sweep=True), 'vapi': _toy('vapi', sweep=True),
     'mle': _toy('mle'), 'mle_slow': _toy('mle', learning_rate=1e-4), 'mle_noise': _toy('mle', noise_rate=.5),
@@ -248,6 +249,7 @@ def value(result:dict, # of an arm on a seed
     for part in parts: result = result[part]
     return float(result[name])
 
+# %% ../../nbs/62_claims.ipynb #7d2254c9
 def read_rule(rule:str, # such as 'vapi.fid < base.fid'
              ) -> tuple: # left, '<' or '>', right; sides are (arm, path) or a number
     "The parts of a comparison"
@@ -473,6 +475,7 @@ def spread(values:list, # of numbers
     mean, n = sum(values)/len(values), len(values)
     return f'{mean:.3f}' + (f' ± {(sum((v - mean)**2 for v in values)/(n - 1))**.5:.3f}' if n > 1 else '')
 
+# %% ../../nbs/62_claims.ipynb #08c059a1
 def measured(table:list, # of `judge`
             ) -> str:
     "The comparisons of a claim with their numbers"
@@ -487,6 +490,7 @@ def measured(table:list, # of `judge`
 _HEADS = ('paper', 'where', 'what it says', 'code', 'real run', 'its cost, in the paper; at least, rehearsed',
           'miniature', 'measured', 'verdict')
 
+# %% ../../nbs/62_claims.ipynb #6beb2070
 def _ledger_row(c, results, seeds, found):
     verdict, table = judge(c, results, seeds)
     how = f"`make claims ONLY={','.join(arms_of(c))}`" if c.rules else ''
@@ -495,6 +499,7 @@ def _ledger_row(c, results, seeds, found):
     cells = c.paper, c.where, c.says, f'[{c.code}]({c.code}.ipynb)', real, cost, how, measured(table), verdict
     return '| ' + ' | '.join(cells) + ' |'
 
+# %% ../../nbs/62_claims.ipynb #317d66b3
 def ledger(results:dict, # of `load_results`
            claims:tuple=CLAIMS, # rows
            seeds:int=5, # that a verdict needs

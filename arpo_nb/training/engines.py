@@ -147,6 +147,7 @@ def _place(at): # 'HOST:PORT'
         raise ValueError(f"at={at!r}: expected HOST:PORT, as in node7:29600")
     return host, int(port)
 
+# %% ../../nbs/49_engines.ipynb #b4d61cb8
 def come(at:str, # 'HOST:PORT' of a process that trains
          wait:float=300.): # seconds until it must be there
     "Sample for that process"

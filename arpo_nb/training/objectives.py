@@ -52,6 +52,7 @@ def trained(self:Objective) -> nn.Module:
     "The network that moves"
     return self.system.policy
 
+# %% ../../nbs/45_objectives.ipynb #5e6e158d
 @patch
 def candidates(self:Objective) -> list:
     "Those of its parameters that may"
@@ -178,13 +179,15 @@ class TokenizerPostTraining(Objective):
         "What turns codes into pixels"
         return self.model.decoder_parameters()
 
-    def forward(self, rollout:Rollout): # with samples
-        "Loss and metrics of a rollout"
-        with autocast(rollout.tokens.device.type, enabled=False):
-            pixels = self.model.decode(rollout.tokens.flatten(0, 1), clamp=False)
-            pixels = pixels.unflatten(0, rollout.tokens.shape[:2])
-            loss = reconstruction(pixels, rollout, self.system, self.cfg)
-        return loss, {'reward/mean': -loss.detach()}
+# %% ../../nbs/45_objectives.ipynb #0cffb976
+@patch
+def forward(self:TokenizerPostTraining, rollout:Rollout): # with samples
+    "Loss and metrics of a rollout"
+    with autocast(rollout.tokens.device.type, enabled=False):
+        pixels = self.model.decode(rollout.tokens.flatten(0, 1), clamp=False)
+        pixels = pixels.unflatten(0, rollout.tokens.shape[:2])
+        loss = reconstruction(pixels, rollout, self.system, self.cfg)
+    return loss, {'reward/mean': -loss.detach()}
 
 # %% ../../nbs/45_objectives.ipynb #a3ccf77f
 # of a configuration's `method`

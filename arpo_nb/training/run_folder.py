@@ -256,11 +256,13 @@ class MetricsLog:
         if path.exists(): self.rows = [r for r in read_rows(path) if r['step'] < start]
         if write: write_text(path, ''.join(json.dumps(r) + '\n' for r in self.rows))
 
-    def write(self, row:dict): # metrics of a step
-        "Keep a row, and append it to the file"
-        self.rows.append(row)
-        if not self.on: return
-        line = json.dumps(row) + '\n'
-        try:
-            with self.path.open('a', encoding='utf-8') as f: f.write(line)
-        except OSError as e: raise in_words(e, self.path, len(line)) from e
+# %% ../../nbs/47_run_folder.ipynb #78a5dcfa
+@patch
+def write(self:MetricsLog, row:dict): # metrics of a step
+    "Keep a row, and append it to the file"
+    self.rows.append(row)
+    if not self.on: return
+    line = json.dumps(row) + '\n'
+    try:
+        with self.path.open('a', encoding='utf-8') as f: f.write(line)
+    except OSError as e: raise in_words(e, self.path, len(line)) from e
