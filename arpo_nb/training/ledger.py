@@ -31,6 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # %% ../../nbs/44_ledger.ipynb #bf3be3b2
 DEVICE = torch.device('cpu', 0) # plays the accelerator; plain 'cpu' is the host
 
+# %% ../../nbs/44_ledger.ipynb #8ad4322c
 def tensors(*things # of any depth
            ) -> list:
     "All tensors in nested lists, tuples and dictionaries"
@@ -62,6 +63,7 @@ _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
 
+# %% ../../nbs/44_ledger.ipynb #23aade96
 def flops_of(func, args, kwargs, out) -> int: # multiply and add counted as two
     "Operations of one call, by torch's formulas; element-wise work counts as none"
     packet = func._overloadpacket
@@ -78,6 +80,7 @@ def nbytes(x:Tensor # of any kind, perhaps without content
     x = getattr(x, '_local_tensor', x)
     return x.numel()*x.element_size()
 
+# %% ../../nbs/44_ledger.ipynb #8751030b
 def bytes_moved(ins:list, # tensors
                 outs:list # tensors
                ) -> int:
@@ -101,12 +104,14 @@ SMALL = 64 # elements up to which a tensor has a shadow
 _GATHERS = {'sum', 'mean', 'amin', 'amax', 'min', 'max', 'std', 'var', 'cat', 'stack',
             'linalg_vector_norm', 'clone', 'copy_', '_to_copy', 'lerp_'}
 
+# %% ../../nbs/44_ledger.ipynb #8735ccf0
 def _harmless(func) -> bool: # no number says where in memory another one lies
     "Whether a call may be repeated on numbers that nobody knows"
     name = func._opname
     return name != 'as_strided' and (torch.Tag.pointwise in func.tags or func.is_view
                                      or name in _GATHERS or name.startswith('_foreach'))
 
+# %% ../../nbs/44_ledger.ipynb #3bdc451e
 class Shadows:
     "Real values beside small fake tensors, so that the loop's questions have answers"
     def __init__(self):
@@ -200,14 +205,16 @@ class Frame:
         self.syncs, self.born, self.out = Counter(), weakref.WeakSet(), None
         self.sums = sums
 
-    def mark(self, phase:str, # that is going on
-             now:Counter): # kind → bytes held
-        "Remember what was held at most, above what was held before"
-        held = now.total() - self.base.total()
-        if held > self.peaks.get(phase, (-1,))[0]:
-            more = Counter(now)
-            more.subtract(self.base)
-            self.peaks[phase] = held, more
+# %% ../../nbs/44_ledger.ipynb #6a2032ec
+@patch
+def mark(self:Frame, phase:str, # that is going on
+         now:Counter): # kind → bytes held
+    "Remember what was held at most, above what was held before"
+    held = now.total() - self.base.total()
+    if held > self.peaks.get(phase, (-1,))[0]:
+        more = Counter(now)
+        more.subtract(self.base)
+        self.peaks[phase] = held, more
 
 # %% ../../nbs/44_ledger.ipynb #e7f47c9d
 class Ledger(TorchDispatchMode):
@@ -352,14 +359,6 @@ def enter(self:Ledger, func, # of torch.ops
              sums=bool(added) and added[0] == 'gradients')
 
 # %% ../../nbs/44_ledger.ipynb #257b284d
-def _waits(func, args, kwargs, ins, outs) -> bool:
-    ("Whether the host waits for a call: it does for copies either way that may not be "
-     "late")
-    if func._opname not in ('_to_copy', 'copy_', 'copy') or not outs: return False
-    late = kwargs.get('non_blocking', len(args) > 2 and args[2])
-    here, there = ([x.device == DEVICE for x in xs] for xs in (outs, ins))
-    return any(there) and not all(here) or not all(there) and any(here) and not late
-
 @patch
 def _kind(self:Ledger, func, ins, x):
     "What a new storage is for"
@@ -368,6 +367,15 @@ def _kind(self:Ledger, func, ins, x):
     cast = func._opname == '_to_copy' and ins[0].dtype != x.dtype
     return f'{known[0]} in half' if cast and known[0] in TRAINED else self.stack[-1]
 TRAINED = 'parameters', 'frozen networks', 'gathered'
+
+# %% ../../nbs/44_ledger.ipynb #50d93c68
+def _waits(func, args, kwargs, ins, outs) -> bool:
+    ("Whether the host waits for a call: it does for copies either way that may not be "
+     "late")
+    if func._opname not in ('_to_copy', 'copy_', 'copy') or not outs: return False
+    late = kwargs.get('non_blocking', len(args) > 2 and args[2])
+    here, there = ([x.device == DEVICE for x in xs] for xs in (outs, ins))
+    return any(there) and not all(here) or not all(there) and any(here) and not late
 
 # %% ../../nbs/44_ledger.ipynb #257b284f
 @patch
@@ -380,6 +388,7 @@ def add(self:Ledger, phase:str, # name
     for f in self.frames:
         if f.sums or not sums: f.work[phase, call] += n
 
+# %% ../../nbs/44_ledger.ipynb #df9bbd6a
 @patch
 @contextmanager
 def during(self:Ledger, name:str): # of a phase
@@ -464,6 +473,7 @@ def likes(out # tensors of any depth
     return tree_map_only(Tensor,
                          lambda x: _Like((x.shape, x.stride(), x.dtype, x.device)), out)
 
+# %% ../../nbs/44_ledger.ipynb #d388687e
 def blank(out # of `likes`
          ):
     "Fresh tensors in the place of those that a call returned"

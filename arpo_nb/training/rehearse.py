@@ -532,6 +532,7 @@ SIZES = ('batch_size', 'mini_batch_size', 'micro_batch_size', 'generate_batch_si
 
 def _kind(cfg): return tuple((k, v) for k, v in vars(cfg).items() if k not in SIZES)
 
+# %% ../../nbs/44_rehearse.ipynb #2f541d0d
 def _add_buckets(ledger, n, steps): # of the optimiser
     "Data parallelism keeps a copy of all gradients, and sends it before each step"
     size = max(kinds.get('gradients', 0) for _, kinds in ledger.curve)
@@ -682,6 +683,7 @@ def _cut(cfg:Config, r:Rehearsal, limit:float) -> dict: # field → size, 0 for 
 # kinds that no smaller pieces make smaller
 STAYS = 'parameters', 'gradients', 'optimiser state', 'frozen networks', 'buckets'
 
+# %% ../../nbs/44_rehearse.ipynb #4174a688
 def _smaller(cfg:Config, r:Rehearsal, limit:float,
              whole:Config) -> Config|None: # as it was asked for
     "The next configuration to try, None at the end"

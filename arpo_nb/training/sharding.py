@@ -302,6 +302,7 @@ def numbered(optim:dict # state of an optimiser, by name
     groups = [{**g, 'params': [number[n] for n in g['params']]} for g in optim['param_groups']]
     return dict(state={number[n]: s for n, s in optim['state'].items()}, param_groups=groups)
 
+# %% ../../nbs/48_sharding.ipynb #56f20b41
 def named(optim:dict, # state of an optimiser, by number
           policy:nn.Module, # whose names they are
           opt # optimiser of its parameters
