@@ -39,6 +39,7 @@ def _damaged(path, why):
     return BadFile(path, f"{why} ({size:,} bytes{expected}). Delete it and download it "
                          f"again{source}.")
 
+# %% ../../nbs/38_checkpoints.ipynb #b44653aa
 class Refused(ValueError):
     "A file that names a Python object which could run code when loaded"
     def __init__(self, path, # of the file
@@ -106,6 +107,7 @@ def _check_sums(path, entries):
                 while file.read(1 << 20): pass
     except Exception as e: raise _damaged(path, f'damaged download [{e}]') from e
 
+# %% ../../nbs/38_checkpoints.ipynb #b6f7794e
 def _check_zip(path):
     "Raise unless a zip is one that torch.save wrote: nothing packed, and no program"
     try:
@@ -136,6 +138,7 @@ def _names_in(raw):
     except Exception: return names, protocol, False
     return names, protocol, True
 
+# %% ../../nbs/38_checkpoints.ipynb #23c5930f
 def _pickle_names(path, zipped):
     "`_names_in` of a file"
     try:
@@ -189,6 +192,7 @@ def _read_torch(path, zipped):
     except Exception as e: # whatever the reader stumbles over
         raise _damaged(path, 'truncated or damaged download') from e
 
+# %% ../../nbs/38_checkpoints.ipynb #574451ce
 def _read_file(path):
     "The contents of one file, tensors mapped from disk where possible"
     with open_file(path) as f: head = f.read(64)
@@ -253,6 +257,7 @@ def _asked_for(states, path, part, averaged):
     raise BadFile(path, "ema=True, but there are no `ema` weights in it, only: "
                         f"{listed}; use ema=False")
 
+# %% ../../nbs/38_checkpoints.ipynb #7ab92791
 def _no_weights(data, states, path, averaged):
     "The error for contents among which none is the model"
     if averaged:
@@ -297,6 +302,7 @@ def _check_kind(v, path, where):
         raise BadFile(path, f"promises {need:,} bytes of numbers and holds {have:,}; "
                             "save it again", where)
 
+# %% ../../nbs/38_checkpoints.ipynb #d84db8bf
 def _is_mask(name, v, high):
     if 'mask' not in name or high > 0: return False
     return bool(((v == 0) | (v == -torch.inf)).all())
@@ -466,6 +472,7 @@ def _count(shape, pattern, part):
     found = (int(k.split('.')[part]) for k in shape if re.match(pattern, k))
     return 1 + max(found, default=-1)
 
+# %% ../../nbs/38_checkpoints.ipynb #510b34e3
 def _gpt_words(shape):
     layers, dim = _count(shape, r'layers\.', 1), shape['tok_embeddings.weight'][1]
     text = 'cls_embedding.uncond_embedding' in shape
@@ -474,6 +481,7 @@ def _gpt_words(shape):
         if (s['n_layer'], s['dim']) == (layers, dim): return f"LlamaGen GPT-{n}, {cond}"
     return f"a LlamaGen transformer with {layers} layers of width {dim}, {cond}"
 
+# %% ../../nbs/38_checkpoints.ipynb #689666bd
 def _var_words(shape):
     _, tokens, width = shape['pos_1LC']
     return (f"VAR-d{_count(shape, r'blocks[.]', 1)}, width {width}, {tokens} tokens in "
@@ -486,12 +494,14 @@ def _multiscale_words(shape):
     return (f"a multi-scale tokenizer of VAR, {scales} scales, {codes[0]} codes of "
             f"{codes[1]}")
 
+# %% ../../nbs/38_checkpoints.ipynb #3970ad4a
 def _vq_words(shape):
     levels = _count(shape, r'encoder\.conv_blocks\.\d', 2) or 1
     codes, fold = shape['quantize.embedding.weight'], 2**(levels - 1)
     return (f"a LlamaGen tokenizer that shrinks {fold}-fold (VQ-{fold}), {codes[0]} "
             f"codes of {codes[1]}")
 
+# %% ../../nbs/38_checkpoints.ipynb #f8bec438
 def looks_like(state:dict, # name → tensor
               ) -> str: # in words
     "What model a state dict belongs to, judged by its shapes"
@@ -510,6 +520,7 @@ def _some(names):
     more = f' and {len(names)-6} more' if len(names) > 6 else ''
     return ', '.join(sorted(names)[:6]) + more
 
+# %% ../../nbs/38_checkpoints.ipynb #8943a116
 def _misfits(want, state):
     "What does not agree, by kind"
     both = want.keys() & state.keys()
@@ -521,6 +532,7 @@ def _misfits(want, state):
                 mistyped={f'{k} {state[k].dtype} instead of {want[k].dtype}'
                           for k in both if len({*real(k)}) > 1})
 
+# %% ../../nbs/38_checkpoints.ipynb #c780e128
 def check_fit(module:nn.Module, # left as it is
               state:dict, # name → tensor
               path, # where it came from, for the message
@@ -616,6 +628,7 @@ def _llamagen_paths(model, text, image_size, weights, tokenizer_weights, *where)
     wanted = zip(names, (weights, tokenizer_weights))
     return [None if w == 'random' else locate(n, w, *where) for n, w in wanted]
 
+# %% ../../nbs/38_checkpoints.ipynb #73d34359
 def _filled(makes, paths):
     "Modules in eval mode, with the weights of those paths that are given"
     with torch.device('meta'): shapes = [make() for make in makes]

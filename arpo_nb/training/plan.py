@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACK', 'SOURCES', 'MODEL_ERRORS', 'PEAKS', 'CURES', 'DECODER', 'network_bytes', 'trained_parameters', 'disk_estimate',
-           'flops_of_one', 'flop_estimate', 'memory_bounds', 'Plan', 'find_files', 'step_words', 'check_disk',
-           'make_plan', 'as_one', 'memory_words', 'describe', 'device_memory', 'copies_on', 'fits_surely', 'refuse',
+           'flops_of_one', 'flop_estimate', 'memory_bounds', 'Plan', 'find_files', 'step_words', 'check_disk', 'as_one',
+           'make_plan', 'memory_words', 'describe', 'device_memory', 'copies_on', 'fits_surely', 'refuse',
            'check_memory', 'shards_of', 'fitted', 'eval_command', 'sampling_memory', 'check_sampling']
 
 # %% ../../nbs/43_plan.ipynb #2c01a9b3
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from fastcore.basics import patch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..adapters import adapt, is_adapted
@@ -55,6 +56,7 @@ def network_bytes(system, # `System`, may be on the meta device
 # %% ../../nbs/43_plan.ipynb #pl_disk1
 def _count(modules): return sum(p.numel() for m in modules for p in m.parameters())
 
+# %% ../../nbs/43_plan.ipynb #0cbe59b2
 def trained_parameters(cfg:Config, system # `System`, may be on the meta device
                       ) -> list:
     "What a run moves: the adapters, where there are some"
@@ -62,6 +64,7 @@ def trained_parameters(cfg:Config, system # `System`, may be on the meta device
     every = list(system.policy.parameters())
     return [p for p in every if p.requires_grad] if is_adapted(system.policy) else every
 
+# %% ../../nbs/43_plan.ipynb #10907601
 def disk_estimate(cfg:Config, system # `System`, may be on the meta device
                  ) -> dict: # bytes
     "What a run's checkpoints take, by part; the old one goes when the new one is whole"
@@ -83,6 +86,7 @@ def _example(system):
     return (torch.zeros(1, dtype=torch.long, device='meta') if system.num_classes
             else map_cond(lambda x: x.to('meta'), system.policy.example_cond(1)))
 
+# %% ../../nbs/43_plan.ipynb #f1556262
 _COUNTED = {} # operations, by what a network is made of
 
 def _flops(f, network, *sizes):
@@ -94,6 +98,7 @@ def _flops(f, network, *sizes):
         _COUNTED[key] = counter.get_total_flops()
     return _COUNTED[key]
 
+# %% ../../nbs/43_plan.ipynb #6975427e
 def flops_of_one(system # `System` on the meta device
                 ) -> dict: # operations for one context, or one image
     "What each network computes in one pass"
@@ -131,6 +136,7 @@ def flop_estimate(cfg:Config, system # `System` on the meta device
            'update': (free + forced)*trunk*back*cfg.num_iterations}
     return {k: v for k, v in out.items() if v}
 
+# %% ../../nbs/43_plan.ipynb #105ba916
 def _operations(cfg, system):
     "`flop_estimate`, where the model can be counted without numbers"
     try: return flop_estimate(cfg, system)
@@ -147,6 +153,11 @@ def _width(policy):
     if blocks is not None: return wide(blocks)[0], len(blocks)
     return max(wide(policy), default=0), 1
 
+# %% ../../nbs/43_plan.ipynb #e537befc
+# methods with gradients through the decoder, which keeps all its maps for them
+BACK = 'ste', 'tokenizer'
+
+# %% ../../nbs/43_plan.ipynb #e04df680
 def _rows(cfg):
     "Contexts in a pass, samples drawn at a time, pictures at a time, of one process"
     mine = share(cfg)
@@ -155,9 +166,6 @@ def _rows(cfg):
     drawn = min(cfg.generate_batch_size or 10**9, samples)*(cfg.method in FREE)
     seen = passed if cfg.method in BACK else min(cfg.decode_batch_size, samples)
     return passed, drawn, seen
-
-# methods with gradients through the decoder, which keeps all its maps for them
-BACK = 'ste', 'tokenizer'
 
 # %% ../../nbs/43_plan.ipynb #pl_mem2
 def memory_bounds(cfg:Config, system, # `System`, may be on the meta device
@@ -197,16 +205,17 @@ class Plan:
     # as the plan built it, for a rehearsal
     reward: object = field(default=None, repr=False, compare=False)
 
-    @property
-    def memory(self) -> dict: # kind → bytes of a device
-        "What is held at the fullest moment of the rehearsal"
-        aside = {k: v for k, v in self.networks.items() if k == 'metric'}
-        return rehearsed(self.cfg, self.shards, self.reward).kinds | aside
+# %% ../../nbs/43_plan.ipynb #53be3d0d
+@patch(as_prop=True)
+def memory(self:Plan) -> dict: # kind → bytes of a device
+    "What is held at the fullest moment of the rehearsal"
+    aside = {k: v for k, v in self.networks.items() if k == 'metric'}
+    return rehearsed(self.cfg, self.shards, self.reward).kinds | aside
 
-    @property
-    def peak(self) -> int: # bytes of a device
-        "All of that"
-        return sum(self.memory.values())
+@patch(as_prop=True)
+def peak(self:Plan) -> int: # bytes of a device
+    "All of that"
+    return sum(self.memory.values())
 
 # %% ../../nbs/43_plan.ipynb #pl_plan2
 def find_files(cfg:Config, # of the run
@@ -243,6 +252,7 @@ def step_words(cfg:Config, shards:int # see `make_plan`
     if shards > 1: out['policy sharded over'] = f'{shards} processes'
     return out
 
+# %% ../../nbs/43_plan.ipynb #a50db133
 def _check_guidance(cfg, system):
     "Raise for a policy that has nothing to guide away from"
     if cfg.method not in FREE or cfg.rollout_cfg_scale == 1: return
@@ -264,6 +274,15 @@ def check_disk(files:list): # of `plan_file`
                    f'set {variable} to a folder on another disk')
 
 # %% ../../nbs/43_plan.ipynb #49222f12
+def as_one(cfg:Config, # of the run
+           missing:list # exceptions
+          ) -> Exception:
+    "What is missing, in one error"
+    if len(missing) == 1: return missing[0]
+    return FileNotFoundError(f'{cfg.model}: {len(missing)} things are missing:\n'
+                             + '\n'.join(f'- {e}' for e in missing))
+
+# %% ../../nbs/43_plan.ipynb #458c25c1
 def make_plan(cfg:Config, # any run
               cache_dir=None, offline=None, # see `plan_file`
               missing_ok:bool=False, # list what can't be had instead of raising
@@ -291,25 +310,19 @@ def make_plan(cfg:Config, # any run
                 _operations(cfg, system), missing, shards, disk_estimate(cfg, system),
                 memory_bounds(cfg, system, networks, shards), reward)
 
-def as_one(cfg:Config, # of the run
-           missing:list # exceptions
-          ) -> Exception:
-    "What is missing, in one error"
-    if len(missing) == 1: return missing[0]
-    return FileNotFoundError(f'{cfg.model}: {len(missing)} things are missing:\n'
-                             + '\n'.join(f'- {e}' for e in missing))
-
 # %% ../../nbs/43_plan.ipynb #pl_words1
 # where a file comes from, in the words of `describe`
 SOURCES = dict(local='given', cache='in the cache', package='in its package',
                hub='to be downloaded', url='to be downloaded')
 
+# %% ../../nbs/43_plan.ipynb #032a60d9
 def _sizes(title, sizes, unit=1e9, word='GB', digits=2):
     "A total and its parts"
     total = sum(sizes.values())
     return [f'  {title}: {total/unit:.{digits}f} {word}',
             *(f'    {k}: {v/unit:.{digits}f} {word}' for k, v in sizes.items())]
 
+# %% ../../nbs/43_plan.ipynb #77273f9a
 def memory_words(plan:Plan, # of `make_plan`
                  # rehearse in any case, and not only where the bounds leave it open
                  exact:bool=True,
@@ -334,6 +347,7 @@ MODEL_ERRORS = NotImplementedError, RuntimeError, AttributeError, TypeError, Imp
 PEAKS = dict(H200=(989e12, 67e12), H100=(989e12, 67e12), A100=(312e12, 19.5e12),
              L40=(181e12, 90e12), V100=(125e12, 15.7e12))
 
+# %% ../../nbs/43_plan.ipynb #6d3b94c3
 def _file_words(plan):
     if not plan.files and not plan.missing:
         return ['  files: none needed, weights are random or come with the package']
@@ -341,6 +355,7 @@ def _file_words(plan):
                           f"{SOURCES[f['source']]})" for f in plan.files),
             *(f'    missing: {e}' for e in plan.missing)]
 
+# %% ../../nbs/43_plan.ipynb #08979811
 def _peak_words(cfg, total):
     "Seconds of a step on the GPU that is there, at the speed its maker promises"
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ''
@@ -348,6 +363,7 @@ def _peak_words(cfg, total):
     return [f'  at the peak of {n} × {k}: {total/speeds[single]/n:.2f} s a step'
             for k, speeds in PEAKS.items() if k in name]
 
+# %% ../../nbs/43_plan.ipynb #5d742b66
 def describe(plan:Plan, cfg:Config, # whose plan it is
              exact:bool=True, # see `memory_words`
             ) -> str:
@@ -370,12 +386,14 @@ def device_memory() -> tuple: # bytes, whose
     kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return torch.cuda.mem_get_info()[0] + kept, 'the GPU'
 
+# %% ../../nbs/43_plan.ipynb #ec54efc6
 def copies_on(whose:str, # second of `device_memory`
               cfg:Config # of the run
              ) -> int:
     "Processes that share that memory"
     return cfg.num_processes if whose == 'this machine' else 1
 
+# %% ../../nbs/43_plan.ipynb #0908dc9b
 def fits_surely(plan:Plan, # of `make_plan`
                 memory:tuple|None=None, # None asks `device_memory`
                ) -> bool:
@@ -390,6 +408,7 @@ CURES = dict(decode='decode_batch_size', encode='decode_batch_size',
              **dict.fromkeys(('update', 'backward', 'score', 'reference'),
                              'micro_batch_size'))
 
+# %% ../../nbs/43_plan.ipynb #d8bc15ef
 def refuse(cfg:Config, # of the run
            needed:int, # bytes
            parts:dict, # what → bytes
@@ -432,6 +451,7 @@ def shards_of(cfg:Config, # of the run
     if not launcher: return shard_count(cfg)
     return read_launcher(launcher)['shards'] or cfg.num_processes
 
+# %% ../../nbs/43_plan.ipynb #1f080a85
 def fitted(cfg:Config, # of the run
            batch:str='auto', # '' for the configuration as it is
            launcher:str='', # see `shards_of`
