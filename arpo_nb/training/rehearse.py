@@ -67,6 +67,7 @@ def fake_twins(*networks:nn.Module, # on the meta device
         for store in (m._parameters, m._buffers):
             store.update({k: twin(x) for k, x in store.items() if x is not None})
 
+# %% ../../nbs/44_rehearse.ipynb #f1ab6143
 def networks_in(x, # anything: a reward, a system, a list, None
                 depth:int=5 # attributes of attributes that are looked into
                ) -> list:
@@ -83,6 +84,13 @@ def networks_in(x, # anything: a reward, a system, a list, None
 def _is_small(cfg): # its judge comes along, and computes its own reference
     return bool(find_model(cfg.model).judge)
 
+# %% ../../nbs/44_rehearse.ipynb #31b8a265
+def _moments(spec, net) -> Reference:
+    "Of the right length"
+    d = net(systems.own_images(spec).load(range(2))[0])[0].shape[1]
+    return Reference(torch.zeros(d), torch.ones(d), torch.eye(d))
+
+# %% ../../nbs/44_rehearse.ipynb #c9439541
 def build_reward(cfg:Config, system:System # on the meta device
                 ): # `Reward`, its networks on the meta device
     "The reward of a run without its files; None for methods that have none"
@@ -95,11 +103,7 @@ def build_reward(cfg:Config, system:System # on the meta device
     if hasattr(reward, 'rewards'): reward.allow_constant = set(reward.rewards)
     return reward
 
-def _moments(spec, net) -> Reference:
-    "Of the right length"
-    d = net(systems.own_images(spec).load(range(2))[0])[0].shape[1]
-    return Reference(torch.zeros(d), torch.ones(d), torch.eye(d))
-
+# %% ../../nbs/44_rehearse.ipynb #eb3ca617
 def build(cfg:Config) -> tuple: # system and reward, large networks on the meta device
     "Everything a run holds, in its real shapes, with random weights and without memory"
     with warnings.catch_warnings():
@@ -484,11 +488,13 @@ def share(cfg:Config # of all of them
 ASIDE = ('eval_every', 'sample_every', 'keep_every', 'log_with', 'callbacks',
          'early_stopping_patience', 'metric_for_best_model', 'resume_from_checkpoint')
 
+# %% ../../nbs/44_rehearse.ipynb #8b89684d
 def _two_steps(cfg, steps, shards): # of the loop, as one process plays it
     aside = {name: getattr(Config(), name) for name in ASIDE}
     return replace(cfg if shards > 1 else share(cfg), steps=steps, save_steps=steps,
                    warmup_steps=0, **aside)
 
+# %% ../../nbs/44_rehearse.ipynb #76ea31b5
 def _as_they_are(nets): # function that makes them so again
     "Networks before they are watched: closures of rewards hold theirs, and no copy does"
     before = [(m, dict(m._parameters), dict(m._buffers), set(vars(m)))
@@ -500,11 +506,13 @@ def _as_they_are(nets): # function that makes them so again
             for k in vars(m).keys() - names: del vars(m)[k]
     return again
 
+# %% ../../nbs/44_rehearse.ipynb #5d158abd
 def _twin(parts): # their tensors have no content, and are replaced, not written to
     nets = networks_in(parts)
     held = {id(x): x for net in nets for x in (*net.parameters(), *net.buffers())}
     return copy.deepcopy(parts, held)
 
+# %% ../../nbs/44_rehearse.ipynb #accefa75
 def _let_go(stage):
     "Drop what the trainer made; where torch's tensors lie in circles, its collector may fall"
     for m in (m for net in stage.nets for m in net.modules()):
@@ -513,6 +521,7 @@ def _let_go(stage):
     if (opt := getattr(stage.opt, 'optimizer', stage.opt)) is None: return
     opt.state.clear(), opt.param_groups.clear()
 
+# %% ../../nbs/44_rehearse.ipynb #dea41936
 @contextmanager
 def _without_content(shards):
     "Where a rehearsal happens: no numbers, no memories, no files that stay"
@@ -592,12 +601,14 @@ class Device:
     single: float # float32 operations per second
     link: float # bytes per second to its neighbours, one way
 
+# %% ../../nbs/44_rehearse.ipynb #7c937b62
 DEVICES = {'A100 80GB': Device(80e9, 2.039e12, 312e12, 19.5e12, 300e9),
            'H100': Device(80e9, 3.35e12, 989e12, 67e12, 450e9),
            'H200': Device(141e9, 4.8e12, 989e12, 67e12, 450e9),
            'L40S': Device(48e9, .864e12, 362e12, 91.6e12, 32e9),
            'RTX 4090': Device(24e9, 1.008e12, 165e12, 82.6e12, 32e9)}
 
+# %% ../../nbs/44_rehearse.ipynb #f252115f
 def seconds(phase:Phase, # of a rehearsal
             device:Device # of `DEVICES`
            ) -> float:
@@ -616,6 +627,7 @@ def step_seconds(r:Rehearsal, # of `rehearse`
     out = {name: seconds(p, device)/steps for name, p in r.phases.items()}
     return {k: v for k, v in out.items() if v}
 
+# %% ../../nbs/44_rehearse.ipynb #e5769859
 def describe_rehearsal(r:Rehearsal, # of `rehearse`
                        device:str='A100 80GB' # key of `DEVICES`
                       ) -> str:
@@ -666,6 +678,7 @@ def _pieces(cfg:Config, phase:str) -> dict: # field → images or samples in a p
     forced = now('micro_batch_size', contexts(one))
     return free if drawn and cfg.method == 'grpo' else free | forced
 
+# %% ../../nbs/44_rehearse.ipynb #bbd882b0
 def _cut(cfg:Config, r:Rehearsal, limit:float) -> dict: # field → size, 0 for none
     "What the pieces of each phase that is too large must at least be halved to"
     out = {}
@@ -738,9 +751,11 @@ def load_rehearsals(folder # `results`
     path = Path(folder)/'rehearsal.json'
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
 
+# %% ../../nbs/44_rehearse.ipynb #0f4f206a
 SHORT = dict(micro_batch_size='micro', generate_batch_size='generate',
              decode_batch_size='decode')
 
+# %% ../../nbs/44_rehearse.ipynb #96c51ec5
 def cell_words(cell:dict|None, device:str='A100 80GB') -> str: # Markdown
     "A cell of the table in words"
     if not cell: return ''
@@ -751,6 +766,7 @@ def cell_words(cell:dict|None, device:str='A100 80GB') -> str: # Markdown
     return (f"{cell['bytes']/1e9:.1f} GB, {cell['seconds'][device]:.3g} s"
             + (f" ({', '.join(parts)})" if parts else ''))
 
+# %% ../../nbs/44_rehearse.ipynb #b20441c4
 def rehearsal_table(found:dict, # of `load_rehearsals`
                     counts:tuple=('1', '8', '64'), # devices
                     device:str='A100 80GB') -> str: # Markdown
