@@ -83,6 +83,7 @@ MINIATURES |= { # the toy VAR
 SIZES = dict(reduced=dict(toy=1/3, toy_var=1/2, images=2048), full=dict(toy=1., toy_var=1., images=4096),
              probe=dict(toy=0., toy_var=0., images=256)) # one step: that the command works, no verdict
 
+# %% ../../nbs/62_claims.ipynb #1e9a205f
 def miniature_config(name:str, # in MINIATURES
                      seed:int=0, # of the run
                      size:str='reduced', # in SIZES
@@ -171,6 +172,7 @@ def result_path(folder, # of results
     "Where an arm's result lies"
     return Path(folder)/size/name/f'{seed}.json'
 
+# %% ../../nbs/62_claims.ipynb #3dc15176
 def load_results(folder:str|Path, # of results
                  size:str='reduced', # in SIZES
                 ) -> dict: # arm → {seed: result}
@@ -514,6 +516,7 @@ def ledger(results:dict, # of `load_results`
 COLUMNS = dict(fid='FID on toy features ↓', inception_score='IS ↑', precision='precision ↑', recall='recall ↑',
     accuracy='class accuracy ↑')
 
+# %% ../../nbs/62_claims.ipynb #cda885f9
 def seed_table(results:dict, # of `load_results`
                arms:dict, # arm → what its row is called; 'base.sharp' is the base at its best temperature
                columns:dict=COLUMNS, # path of a number → title
