@@ -49,4 +49,4 @@ def build_toy_var(
 # %% ../../nbs/34_var_toy.ipynb #cd5fddc7
 SPECS = [ModelSpec('toy_var', build_toy_var, 'VAR on Fashion-MNIST', **TOY, recipes={**TOY_RECIPES, 'grpo': 'var_grpo'},
                    defaults=dict(baselines='mle', arms='instance_only,fid_only', each=8, rewards='class_score',
-                                 experiments='half_labels,vapi,loofid', sweeps='kl,groups', brightness=.95))]
+                                 experiments='half_labels,vapi,loofid', sweeps='kl,groups', brightness=.9))]
