@@ -1008,14 +1008,18 @@ BASELINES = dict(mle=dict(method='mle', noise_rate=0.), # continued maximum like
                  token_credit=dict(credit='token')) # ours
 
 # %% ../nbs/02_config.ipynb #5ca375a7
+def _picked(names, known, argument):
+    "Those of the known names that are 'all', 'none', or joined by commas"
+    if names == 'all': return list(known)
+    picked = [] if names in ('none', '') else [n.strip() for n in names.split(',')]
+    if bad := [n for n in picked if n not in known]:
+        raise ValueError(f"{argument}={names!r}: no {bad[0]!r}; choose from {', '.join(known)}, or 'all', or 'none'")
+    return picked
+
 def choose_baselines(names:str # 'all', 'none', or names joined by commas
                     ) -> dict: # name: changed fields
     "Baselines by name"
-    picked = (list(BASELINES) if names == 'all' else [] if names in ('none', '')
-              else [n.strip() for n in names.split(',')])
-    if bad := [n for n in picked if n not in BASELINES]:
-        raise ValueError(f"baselines={names!r}: no {bad[0]!r}; choose from {', '.join(BASELINES)}, or 'all', or 'none'")
-    return {n: BASELINES[n] for n in picked}
+    return {n: BASELINES[n] for n in _picked(names, BASELINES, 'baselines')}
 
 # %% ../nbs/02_config.ipynb #c8344975
 LOOFID_ABLATIONS = dict( # changed fields, by the paper's tables
@@ -1075,9 +1079,7 @@ def choose_arms(names:str, # 'all', 'none', or names joined by commas
                ) -> dict: # name: changed fields; steps below 1 are a share of the run's
     "Rows of the LOO-FID or the VAR-GRPO paper's tables, or the toy's versions of them"
     known = ARMS[paper][find_model(cfg.model).arms]
-    picked = list(known) if names == 'all' else [] if names in ('none', '') else [n.strip() for n in names.split(',')]
-    if bad := [n for n in picked if n not in known]:
-        raise ValueError(f"arms={names!r}: no {bad[0]!r}; choose from {', '.join(known)}, or 'all', or 'none'")
-    own = lambda changes: changes | ({'steps': max(1, round(changes['steps']*cfg.steps))}
-                                     if changes.get('steps', 1) < 1 else {})
-    return {n: own(known[n]) for n in picked}
+    def own(changes):
+        if changes.get('steps', 1) >= 1: return changes
+        return changes | dict(steps=max(1, round(changes['steps']*cfg.steps)))
+    return {n: own(known[n]) for n in _picked(names, known, 'arms')}

@@ -216,8 +216,9 @@ class Rollout:
 @patch
 def take(self:Rollout, rows:slice): # of its batch
     "The rollout of some images, for a mini-batch"
-    pick = (lambda x: None if x is None else x.take(rows) if isinstance(x, Batch)
-            else x[rows])
+    def pick(x):
+        if x is None: return None
+        return x.take(rows) if isinstance(x, Batch) else x[rows]
     return Rollout(*(pick(getattr(self, f.name)) for f in fields(self)))
 
 # %% ../nbs/01_protocols.ipynb #c655d9c5

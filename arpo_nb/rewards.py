@@ -40,8 +40,8 @@ def check_images(images:Tensor, # [..., 3, H, W]
     if not clamped and (max(-low, high - 1) < .5
                         or ((images - .5).abs() > 1).float().mean() < .05):
         return images # more pixels far outside are another scale
-    cure = ('they look like 0 to 255: divide by 255' if high > 2
-            else 'they look like [-1, 1]: use (x + 1)/2' if low < -.5 else 'clamp them')
+    cure = 'they look like [-1, 1]: use (x + 1)/2' if low < -.5 else 'clamp them'
+    if high > 2: cure = 'they look like 0 to 255: divide by 255'
     if low < -tol or high > 1 + tol:
         raise ValueError(f"{name}: expected pixels in [0, 1], got [{low:.3g}, "
                          f"{high:.3g}]; {cure}")

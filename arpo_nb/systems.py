@@ -100,7 +100,8 @@ def _perceptual(spec, asked, random, own, files):
     if spec.perceptual: return resolve(spec.perceptual)()
     if not asked: return None
     net = 'vgg' if asked is True else asked
-    return LPIPSFeatures(net, random, None if random else files.get(TRUNKS[net][0] if net in TRUNKS else net))
+    name = TRUNKS[net][0] if net in TRUNKS else net
+    return LPIPSFeatures(net, random, None if random else files.get(name))
 
 # %% ../nbs/37_models.ipynb #94c1deca
 def name_classes(system:System, # as `load_system` makes it
@@ -425,8 +426,9 @@ def _text_data(cfg, system):
     kind, path = cfg.text_features, Path(cfg.text_features).expanduser()
     on_disk = (system.encode_prompts is None
                and (path.suffix == '.npz' or any(path.glob('*.npy'))))
-    encode = (DiskFeatures(path) if on_disk else None if kind == 'stored'
-              and system.encode_prompts is None else prompt_encoder(system, kind))
+    stored = kind == 'stored' and system.encode_prompts is None
+    encode = DiskFeatures(path) if on_disk else None
+    if not on_disk and not stored: encode = prompt_encoder(system, kind)
     if cfg.method != 'grpo':
         return TextData(cfg.data, system.tokenizer.image_size, encode,
                         crop=cfg.image_crop, captions=cfg.captions)
@@ -457,6 +459,11 @@ def own_data(cfg:Config, # of the run
     return data
 
 # %% ../nbs/37_models.ipynb #2de5384d
+_PICTURES = "images; pass the folder of your training set, for example ImageNet's train folder"
+_PROMPTS = 'prompts; pass a text file with one prompt on each line'
+_CAPTIONS = ("prompts; pass captioned pictures: a folder, a .tar, a .parquet, or a pattern like "
+             "'shards/*.tar'")
+
 def check_data(cfg:Config, # of the run
                system:System): # as `load_system` makes it
     ("Raise for a data set or a text encoder that is not there; reads nothing, and "
@@ -465,14 +472,9 @@ def check_data(cfg:Config, # of the run
     if cfg.method == 'grpo' and system.num_classes: return
     if cfg.data == 'default':
         if spec_of(system).data: return
-        raise ValueError(
-            f"data='default': {cfg.model} comes without "
-            + ("images; pass the folder of your training set, for example ImageNet's train folder"
-               if system.num_classes
-               else "prompts; pass a text file with one prompt on each line"
-               if cfg.method == 'grpo'
-               else "prompts; pass captioned pictures: a folder, a .tar, a .parquet, or a "
-               "pattern like 'shards/*.tar'"))
+        wanted = _PROMPTS if cfg.method == 'grpo' else _CAPTIONS
+        raise ValueError(f"data='default': {cfg.model} comes without "
+                         f"{_PICTURES if system.num_classes else wanted}")
     if not Path(cfg.data).expanduser().exists() and not any(c in cfg.data for c in '*?['):
         raise FileNotFoundError(f"data={cfg.data!r}: no such file or folder")
     if not system.num_classes and system.encode_prompts is None and not Path(
@@ -501,7 +503,7 @@ def load_metric_net(model, # name, dotted path, or record
     spec = find_model(model)
     if not metric: return resolve(spec.metric)() if spec.metric else None
     made = resolve(metric, 'metric')
-    made = made if isinstance(made, MetricNet) else made() if callable(made) else made
+    if callable(made) and not isinstance(made, MetricNet): made = made()
     if isinstance(made, MetricNet): return made
     raise ValueError(f"metric={metric!r}: gave a {type(made).__name__}; expected a protocols.MetricNet, or a function "
                      "that makes one")

@@ -15,8 +15,8 @@ from .elbo import categorical_kl
 def scale_sizes(sides, # sides p of square maps, or (height, width) pairs
                ) -> list: # tokens per scale
     "Tokens per scale"
-    pairs = ([(s, s) if isinstance(s, int) else s for s in sides]
-             if isinstance(sides, (tuple, list)) else [])
+    given = sides if isinstance(sides, (tuple, list)) else []
+    pairs = [(s, s) if isinstance(s, int) else s for s in given]
     if not pairs or not all(isinstance(s, (tuple, list)) and len(s) == 2
                             and all(isinstance(p, int) and p > 0 for p in s)
                             for s in pairs):

@@ -350,7 +350,8 @@ def enter(self:Ledger, func, # of torch.ops
     if _waits(func, args, kwargs, ins, outs): self.ask()
     # `x.device` comes by as well, and an empty tensor is not written
     still = 'empty' in func._opname or not (outs or func._schema.is_mutable)
-    moved = 0 if still else bytes_moved([] if func._opname in _FRESH else ins, outs)
+    read = [] if func._opname in _FRESH else ins
+    moved = 0 if still else bytes_moved(read, outs)
     sent = bytes_sent(func, ins, self.world)
     if not moved and not sent: return
     dtype = next((x.dtype for x in outs or ins if x.is_floating_point()), torch.int64)

@@ -71,7 +71,7 @@ def _flag(words, *names):
     for i in reversed(range(len(words))):
         name, equals, value = words[i].partition('=')
         if name.replace('-', '_').lstrip('_') in names and name.startswith('-'):
-            return value if equals else words[i+1] if i+1 < len(words) else ''
+            return value if equals else ''.join(words[i+1:i+2])
 
 # %% ../../nbs/44_processes.ipynb #4a2e7187
 def _shards(launcher, split, n):

@@ -74,8 +74,9 @@ def networks_in(x, # anything: a reward, a system, a list, None
     "The networks that an object holds, directly or inside of what it holds"
     if isinstance(x, nn.Module): return [x]
     if depth == 0 or isinstance(x, (str, bytes, Tensor, type)): return []
-    inside = (x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple))
-              else vars(x).values() if hasattr(x, '__dict__') else ())
+    inside = vars(x).values() if hasattr(x, '__dict__') else ()
+    if isinstance(x, (list, tuple)): inside = x
+    if isinstance(x, dict): inside = x.values()
     closure = [c.cell_contents for c in getattr(x, '__closure__', None) or ()]
     found = [n for y in [*inside, *closure] for n in networks_in(y, depth-1)]
     return list(dict.fromkeys(found))
