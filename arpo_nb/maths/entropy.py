@@ -78,6 +78,5 @@ def stepped_coef(coef:float, # c_k
                 ) -> tuple: # weight of the bonus now, and c_{k+1}
     "Step the coefficient up below the target and down above it (Skywork-OR1)"
     weight = coef if entropy <= target else 0.
-    move = step if entropy < target else 0.
-    if entropy > target: move = -step
+    move = step*(int(entropy < target) - int(entropy > target))
     return weight, min(max(coef + move, low), high)
