@@ -1,4 +1,5 @@
 "Shared by all tests: no network, and the --golden option"
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,12 @@ LONG = 'sharding', 'free_running', 'backbones', 'runs', 'rehearse', 'own_files',
 def pytest_collection_modifyitems(items):
     rank = {f'test_{name}.py': i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish():
+    "The end of every run collects garbage: what was imported is not looked through each time"
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc):

@@ -3,15 +3,20 @@ import json
 import multiprocessing
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 from conftest import ROOT
+
+from arpo_nb.training.processes import free_port, read_launcher
 
 OURS = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 ENV = {**os.environ, **OURS} # of a subprocess
@@ -50,6 +55,55 @@ def _arpo(*words):
     return arpo(list(words))
 
 
+class Warm:
+    "What `launch` knows of torchrun, whose processes are forked instead of started: each has torch already"
+    def __init__(self, command, env, **_):
+        port, count = str(free_port()), read_launcher(shlex.join(command))['processes']
+        ranks = [dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=port) for i in range(count)]
+        words, said, stdin = command[command.index('arpo_nb.training.launch') + 1:], multiprocessing.Pipe(False), multiprocessing.Pipe(False)
+        context = FORKS if multiprocessing.parent_process() is None else multiprocessing.get_context('fork') # one that was forked is warm itself
+        with patch.dict(os.environ, SERVER):
+            self.processes = [context.Process(target=_rank, args=(words, {**env, **OURS, **r}, said, stdin)) for r in ranks]
+            for p in self.processes: p.start()
+        said[1].close(); stdin[0].close()
+        self.end, self.returncode = stdin[1], None # the processes end when this is closed
+        self.stdout = os.fdopen(os.dup(said[0].fileno()), errors='replace')
+
+    def wait(self, timeout=None):
+        ends = time.time() + (timeout or 1e6)
+        for p in self.processes: p.join(max(0, ends - time.time()))
+        if any(p.is_alive() for p in self.processes): raise subprocess.TimeoutExpired('', timeout)
+        self.returncode = max(abs(p.exitcode) for p in self.processes)
+        return self.returncode
+
+    def terminate(self):
+        for p in self.processes: p.terminate()
+
+    def kill(self):
+        for p in self.processes: p.kill()
+
+
+def _rank(words, env, said, stdin):
+    for pipe, fds in ((stdin[0], [0]), (said[1], [1, 2])):
+        for fd in fds: os.dup2(pipe.fileno(), fd)
+    for pipe in (*said, *stdin): pipe.close()
+    sys.stdout, sys.stderr = (open(fd, 'w', buffering=1, closefd=False) for fd in (1, 2)) # those of a file can seek
+    os.environ.clear()
+    os.environ.update(env)
+    from arpo_nb.training.launch import main
+    main(words)
+
+
+def warm():
+    "Within it, `launch` forks its processes; tests of torchrun and of what it hands on do without"
+    from arpo_nb.training import launch
+    return patch.object(launch, 'subprocess', SimpleNamespace(**vars(subprocess) | dict(Popen=Warm)))
+
+
+def _warm_arpo(*words):
+    with warm(): return _arpo(*words)
+
+
 def _cells(notebook, params):
     import matplotlib
     matplotlib.use('agg')
@@ -82,6 +136,7 @@ def _script(path, *words):
 
 def begin_script(path, *words): return Started(_script, str(path), *map(str, words))
 def begin_arpo(*words, cwd=None, **env): return Started(_arpo, *map(str, words), cwd=cwd, env=env)
+def begin_warm_arpo(*words): return Started(_warm_arpo, *map(str, words))
 def arpo(*words, cwd=None, **env): return begin_arpo(*words, cwd=cwd, **env).wait()
 def notebook(name, cwd=None, **params): return Started(_cells, name, params, cwd=cwd).wait()
 

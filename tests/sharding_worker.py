@@ -1,5 +1,6 @@
 "What test_sharding.py starts: every setting under DDP and under FSDP2 on the CPU, and runs cut short and continued across layouts"
 import copy
+import gc
 import json
 import os
 import shutil
@@ -120,5 +121,6 @@ def main(out):
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
+    gc.freeze() # every run collects garbage in the end: not among what was imported
     main(Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

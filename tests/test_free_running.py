@@ -11,7 +11,7 @@ from arpo_nb.config import Config, preset
 from arpo_nb.training.launch import launch
 from arpo_nb.systems import load_data, load_reward, load_system
 from arpo_nb.training.trainer import train
-from doors import notebook as run_notebook, ok, refused
+from doors import notebook as run_notebook, ok, refused, warm
 from test_runs import assert_same_training, killed_and_resumed, numbers, weights
 
 TINY = replace(preset('toy', 'loofid'), steps=3, batch_size=4, num_generations=4, save_steps=2)
@@ -23,13 +23,13 @@ BUSY = dict(beta=.2, ref_policy='ema', ref_decay=.5, entropy_coef=1e-3, entropy_
 def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig, processes):
     "Both papers in one update, and all that has a state"
     cfg = replace(preset('toy', 'vapi_loofid'), batch_size=4, num_generations=4, free_generations=4, update_dropout=True, **{**BUSY, 'mini_batch_size': 4})
-    killed_and_resumed(replace(cfg, steps=10, save_steps=3, num_processes=processes), tmp_path, sig)
+    killed_and_resumed(replace(cfg, steps=7, save_steps=3, num_processes=processes), tmp_path, sig)
 
 
 def test_two_processes_give_the_result_of_one(tmp_path):
     cfg = replace(TINY, **BUSY)
     one = launch(cfg, tmp_path/'one', progress=False)
-    two = launch(replace(cfg, num_processes=2), tmp_path/'two', progress=False)
+    with warm(): two = launch(replace(cfg, num_processes=2), tmp_path/'two', progress=False)
     for a, b in zip(numbers(one), numbers(two), strict=True):
         assert a == {k: pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in b.items()}
     assert_same_training(tmp_path/'one', tmp_path/'two', load_system('toy').policy.state_dict(), 1e-2)
@@ -38,7 +38,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
 
 def test_the_gap_of_sampler_and_scorer_is_logged(tmp_path):
     cfg = replace(preset('toy_var', 'var_grpo'), steps=1, batch_size=4, num_generations=4, mini_batch_size=8)
-    one, two = (launch(replace(cfg, num_processes=n), tmp_path/str(n), progress=False)[0] for n in (1, 2))
+    with warm(): one, two = (launch(replace(cfg, num_processes=n), tmp_path/str(n), progress=False)[0] for n in (1, 2))
     gap = [k for k in one if k.startswith('sampling/')]
     assert len(gap) == 3 and {k: one[k] for k in gap} == pytest.approx({k: two[k] for k in gap}, abs=1e-5)
     assert 0 < one['sampling/sampling_logp_difference/max'] < 1e-3 and one['policy/ratio_deviation_first'] < 1e-5 < one['policy/ratio_deviation']

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from doors import begin_arpo, notebook, ok, papermill, refused
+from doors import begin_warm_arpo, notebook, ok, papermill, refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -46,12 +46,12 @@ def test_as_many_processes_as_the_configuration_says(tmp_path):
     with pytest.raises(ValueError, match='num_processes=2: 1 processes were started'): run(replace(TINY, num_processes=2), tmp_path)
 
 
-def begin(folder): return begin_arpo('train', folder/'job.json', '--out_dir', folder/'run')
+def begin(folder): return begin_warm_arpo('train', folder/'job.json', '--out_dir', folder/'run')
 
 
 @pytest.mark.parametrize('sig, processes', [(signal.SIGTERM, 1), (signal.SIGKILL, 1)])
 def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, sig, processes):
-    killed_and_resumed(replace(TINY, steps=16, save_steps=3, update_dropout=True, num_processes=processes), tmp_path, sig)
+    killed_and_resumed(replace(TINY, steps=12, save_steps=3, update_dropout=True, num_processes=processes), tmp_path, sig)
 
 
 def killed_and_resumed(cfg, tmp_path, sig):
