@@ -1,5 +1,8 @@
 "Rehearsals: three cells of the table, what stands in for what is run, and where a GPU may have to wait"
 import ast
+import subprocess
+import sys
+import textwrap
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +125,30 @@ def test_what_another_run_saw_is_what_this_one_would_see(method, before):
     assert known.phases.keys() == new.phases.keys() and records['networks']
     for name, phase in new.phases.items():
         assert known.phases[name].work == phase.work and known.phases[name].peak == pytest.approx(phase.peak, rel=.01), name
+
+
+@pytest.mark.parametrize('shards', [1, 2])
+def test_a_checkpoint_has_weights_and_two_moments(shards):
+    "Of this process: its part, and a counter for each parameter"
+    cfg = tiny('vapi', num_processes=shards)
+    weights = 4*sum(p.numel() for p in build(cfg)[0].policy.parameters())
+    assert rehearse(cfg, shards=shards).checkpoint == pytest.approx(3*weights/shards, rel=.01)
+
+
+def test_workers_of_the_table_end_with_their_parent():
+    "Nobody is left behind who computes for no one"
+    code = """
+        import os, sys, time
+        sys.path.insert(0, sys.argv[1])
+        from rehearse import follow_parent
+        if os.fork() == 0:
+            follow_parent(os.getppid())
+            print('works', flush=True)
+        time.sleep(60)"""
+    parent = subprocess.Popen([sys.executable, '-c', textwrap.dedent(code), str(ROOT/'scripts')], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == 'works\n'
+    parent.kill()
+    assert parent.communicate(timeout=20)[0] == '' # which waits for whoever holds the pipe
 
 
 def test_a_shape_that_only_its_arguments_say():

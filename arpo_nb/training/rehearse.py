@@ -346,8 +346,8 @@ def _realise(self:_Stage):
 
 @patch
 def _saved(self:_Stage, acc, *_, **__):
-    held = self.ledger.now
-    self.checkpoint = held['parameters'] + held['optimiser state']
+    weights = sum(map(nbytes, self.trained)) # of this process; the optimiser's beside
+    self.checkpoint = weights + self.ledger.now['optimiser state']
 
 # %% ../../nbs/44_rehearse.ipynb #1e1bc1c6
 @contextmanager
@@ -464,7 +464,7 @@ class Rehearsal:
     phases: dict # name → `Phase`, both steps together
     syncs: Counter # 'file.py:line' → how often the host would wait for the device
     curve: list # (phase, kind → bytes) wherever the memory bends
-    checkpoint: int # bytes on disk
+    checkpoint: int # bytes on disk, of this process
 
     @property
     def peak(self) -> int: # bytes on one device
