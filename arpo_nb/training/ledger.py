@@ -268,6 +268,7 @@ class Ledger(TorchDispatchMode):
         self.shared = {} if shared is None else shared
         self.waiting, self.casts, self.cast_units = defaultdict(list), [], set()
         self.blocks = Counter() # watched so far, by network
+        self.silent = False # whether casts of weights are entered already
         self.resizes = ExitStack() # while entered: storages that get another size
 
 # %% ../../nbs/44_ledger.ipynb #33f0e9e4
@@ -379,7 +380,11 @@ def enter(self:Ledger, func, # of torch.ops
     if not any(x.device == DEVICE for x in ins + outs): return
     for x in outs:
         if x.untyped_storage() in self.kind_of or x.device != DEVICE: continue
-        self.keep(x, self._kind(func, ins, x))
+        kind = self._kind(func, ins, x)
+        if self.silent and kind.endswith('in half'): # of no bytes, as are its views
+            self.kind_of[x.untyped_storage()] = [kind, 0]
+            return
+        self.keep(x, kind)
         for f in self.frames: f.born.add(x.untyped_storage())
     if _waits(func, args, kwargs, ins, outs): self.ask()
     moved = bytes_moved(func, args, kwargs, ins, outs)
@@ -683,6 +688,15 @@ class _StandIn(torch.autograd.Function):
         return None, None, None, None, None, *(x if x is None else blank(x)
                                          for x in ctx.likes)
 
+# %% ../../nbs/44_ledger.ipynb #55ad86e3
+@patch
+@contextmanager
+def casts_known(self:Ledger, known:bool): # whether they are entered already
+    "Weights that are cast within it are left out of the book if `known`"
+    before, self.silent = self.silent, known
+    try: yield
+    finally: self.silent = before
+
 # %% ../../nbs/44_ledger.ipynb #77016aa5
 def _is_back(): return torch._C._current_graph_task_id() != -1
 
@@ -706,11 +720,13 @@ def block(self:Ledger, unit:nn.Module, # its `forward` is replaced
         if not again: mode['frame'] = records.get(key)
         frame = mode['frame']
         if frame is None:
-            return (run(*args, **kwargs) if again
-                    else self._watch(run, records, key, args, kwargs))
+            with self.casts_known(not fresh):
+                return (run(*args, **kwargs) if again
+                        else self._watch(run, records, key, args, kwargs))
         xs = [x for x in tensors(args, kwargs) if x.requires_grad] + mine
         return _like(frame.out, list(_StandIn.apply(self, frame, records, back, again, *xs)))
-    def bare(shape, fresh, *args, **kwargs): return run(*args, **kwargs)
+    def bare(shape, fresh, *args, **kwargs):
+        with self.casts_known(not fresh): return run(*args, **kwargs)
     unit.forward = forward
     bare = self.once(bare, 'unit', about)
 

@@ -231,6 +231,9 @@ def _watch_doors(self:_Stage, ref_policy):
         for door in doors:
             name = f'{door} {net is ref_policy}'
             setattr(net, door, ledger.once(getattr(net, door), name, about))
+    # no door of its own, so it relies on a call of `hidden` that may be stood in for
+    if sharding.is_sharded(policy) and isinstance(policy.head, nn.Module):
+        policy.head.register_forward_pre_hook(lambda *_: policy.unshard())
     # where it has one, a step has the head as well
     name = next((n for n in ('step', 'trunk') if hasattr(policy, n)), None)
     if name: setattr(policy, name, thin := ledger.thin(getattr(policy, name)))
