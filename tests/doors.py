@@ -141,11 +141,11 @@ def arpo(*words, cwd=None, **env): return begin_arpo(*words, cwd=cwd, **env).wai
 def notebook(name, cwd=None, **params): return Started(_cells, name, params, cwd=cwd).wait()
 
 
-def papermill(notebook, out, threads=1, **params):
+def papermill(notebook, out, **params):
     "As a user runs it, by papermill and in a kernel"
     args = [a for k, v in params.items() for a in ('-p', k, str(v))]
     return subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/f'{notebook}.ipynb'), str(out), '-k', 'python3', *args],
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=out.parent, env=ENV | dict(OMP_NUM_THREADS=str(threads)))
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=out.parent, env=ENV)
 
 
 def ok(done):

@@ -75,7 +75,7 @@ def killed_and_resumed(cfg, tmp_path, sig):
 
 def test_run_vapi_end_to_end(tmp_path):
     small = dict(steps=2, out_dir=tmp_path/'out', overrides='batch_size=8,num_generations=2', eval_images=40, baselines='mle,ste,ste_gumbel,tokenizer,no_prior,kl,noise,token_credit')
-    ok(papermill('run_vapi', tmp_path/'a.ipynb', threads=2, **small)) # which measures while it trains
+    ok(papermill('run_vapi', tmp_path/'a.ipynb', **small))
     out = tmp_path/'out'
     summary = json.loads((out/'summary.json').read_text())
     assert (summary['model'], summary['method'], summary['seed']) == ('toy', 'vapi', 0) and summary['wall_s'] > 0

@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['thin_factor', 'root_factor', 'kept', 'frechet_distance', 'gram', 'RunningMoments', 'moments', 'inception_score',
-           'squared_distances', 'radii', 'coverage', 'precision_recall', 'generate_images', 'evaluate', 'Meanwhile']
+           'squared_distances', 'radii', 'coverage', 'precision_recall', 'generate_images', 'evaluate']
 
 # %% ../../nbs/50_evaluate.ipynb #ded7be78
-from concurrent.futures import Future, ThreadPoolExecutor
-
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -228,26 +226,3 @@ def evaluate(policy, # see `Policy`
                 inception_score=inception_score(logits), precision=precision,
                 recall=recall,
                 accuracy=(logits.argmax(1) == labels).double().mean().item(), n=n)
-
-# %% ../../nbs/50_evaluate.ipynb #ce788142
-class Meanwhile:
-    "Calls on a thread of their own, one after the other, where a CPU has the cores"
-    def __init__(self, device='cpu'): # that the calls compute on
-        self.pool, self.calls, n = None, [], torch.get_num_threads()
-        if torch.device(device).type != 'cpu' or n < 2: return
-        torch.set_num_threads(n - n//2) # the others are the thread's
-        self.pool = ThreadPoolExecutor(1, 'meanwhile', torch.set_num_threads, (n//2,))
-
-# %% ../../nbs/50_evaluate.ipynb #821e6e27
-@patch
-def __call__(self:Meanwhile, f, # what to call
-             *args, **kwargs # with what
-            ) -> Future: # of what it returns
-    "`f(*args, **kwargs)`, later or at once; raises what an earlier call has raised"
-    for call in self.calls:
-        if call.done(): call.result()
-    if self.pool: self.calls.append(self.pool.submit(f, *args, **kwargs))
-    else:
-        self.calls.append(Future())
-        self.calls[-1].set_result(f(*args, **kwargs))
-    return self.calls[-1]

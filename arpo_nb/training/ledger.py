@@ -110,6 +110,7 @@ _UNREAD = {'zeros_like', 'ones_like', 'full_like', 'new_zeros', 'new_ones', 'new
 _PICKS = {'embedding', 'index', 'index_select', 'gather'}
 _PUTS = {'index_put_', 'index_copy_', 'index_fill_', 'index_add_', 'scatter_',
          'scatter_add_', 'masked_fill_', 'masked_scatter_'}
+_PARTLY = _UNREAD | _PICKS | _PUTS
 
 def bytes_moved(func, # of torch.ops
                 args, kwargs, # of the call
@@ -120,8 +121,10 @@ def bytes_moved(func, # of torch.ops
     homes = {x.untyped_storage()._cdata for x in ins}
     new = [x for x in outs if x.untyped_storage()._cdata not in homes]
     if 'empty' in name or not (new or into): return 0
-    read = ins[1:] if name in _UNREAD | _PICKS | _PUTS else ins
-    if func._overloadname.endswith('out'): read = [x for x in ins if x is not into[0]]
+    read, partly = ins, name.removeprefix('_foreach_') in _PARTLY
+    if partly or func._overloadname.endswith('out'): # without what is not read whole
+        aside = {id(x) for x in into or ins[:1]}
+        read = [x for x in ins if id(x) not in aside]
     if name in _PICKS: read = read + new
     if name in _PUTS: into = read[-1:]
     return sum(map(touched, read + into + new))
