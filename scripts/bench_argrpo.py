@@ -5,16 +5,12 @@
 
 Their networks and functions do what their trainer does with them: a guided sampler that keeps all logits, a mask for each sample,
 scores image by image (CLIP B/32 of the three rewards), the reference in a pass of its own, an entropy of kept logits.
-First rewards, loss and all gradients must agree on the same samples; then the parts are timed, one side after the other.
+First rewards and all gradients must agree on the same samples; then the parts are timed, one side after the other.
 """
 import argparse
-import sys
-import time
-import warnings
 from dataclasses import replace
-from types import ModuleType
-from unittest.mock import MagicMock
 
+import beside
 import torch
 
 from arpo_nb.config import override, preset
@@ -24,8 +20,7 @@ from arpo_nb.models.tokenizers import VQConfig, VQModel
 from arpo_nb.protocols import Batch, Streams, System
 from arpo_nb.systems import load_reward
 from arpo_nb.training.objectives import PolicyGradient
-from arpo_nb.training.rollout import free_running, rollout_logps, score_groups
-from arpo_nb.weights import import_torchvision
+from arpo_nb.training.rollout import free_running, rollout_logps
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--official', required=True, help='folder of the authors\' code')
@@ -33,10 +28,7 @@ parser.add_argument('--size', default='B')
 for name, default in dict(prompts=1, generations=4, side=256, threads=2, repeat=1).items(): parser.add_argument(f'--{name}', type=int, default=default)
 args = parser.parse_args()
 torch.set_num_threads(args.threads)
-warnings.simplefilter('ignore')
-sys.path.insert(0, args.official)
-import_torchvision() # also beside a torch of another build
-for name in ('wandb', 'datasets', 'deepspeed'): sys.modules.setdefault(name, MagicMock(spec=ModuleType(name)))
+beside.official(args.official)
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models
 from tokenizer_lg.tokenizer_image.vq_model import VQ_models
@@ -45,12 +37,12 @@ B, G, T, SCALE, BETA = args.prompts, args.generations, (args.side//16)**2, 2., .
 torch.manual_seed(0)
 policy, reference, vq = GPT(gpt_config(args.size, args.side)).eval(), GPT(gpt_config(args.size, args.side)).eval(), VQModel(VQConfig(image_size=args.side)).eval()
 for net in (policy, reference): torch.nn.init.normal_(net.output.weight, std=.02)
-def official(net):
+def as_theirs(net):
     "Their network with the weights of one of ours"
     made = GPT_models[f'GPT-{args.size}'](vocab_size=16384, block_size=T, num_classes=1000, cls_token_num=1, model_type='c2i').eval()
     made.load_state_dict(net.state_dict())
     return made
-gpt, their_reference = official(policy), official(reference)
+gpt, their_reference = as_theirs(policy), as_theirs(reference)
 vq_model = VQ_models['VQ-16'](codebook_size=16384, codebook_embed_dim=8).eval()
 vq_model.load_state_dict(vq.state_dict(), strict=False)
 cfg = override(preset('llamagen_b', 'ar_grpo'), '', batch_size=B, num_generations=G, micro_batch_size=0, mini_batch_size=0, rewards='5*clip_b32',
@@ -58,14 +50,6 @@ cfg = override(preset('llamagen_b', 'ar_grpo'), '', batch_size=B, num_generation
 system = System('bench', policy, vq, None, num_classes=1000)
 reward = load_reward(cfg, system)
 batch = system.with_prompts(Batch(torch.arange(B), Streams.range(0, 0, B)))
-seconds = {}
-
-
-class part:
-    "Seconds of a named part, added up"
-    def __init__(self, side, name): self.key = side, name
-    def __enter__(self): self.start = time.perf_counter()
-    def __exit__(self, *_): seconds[self.key] = seconds.get(self.key, 0) + time.perf_counter() - self.start
 
 
 def one(pictures, i):
@@ -85,48 +69,40 @@ def logps_of(net, tokens): return logits_of(net, tokens).log_softmax(-1).gather(
 def theirs(tokens=None):
     "Their step: rewards, loss and gradients of given samples, or of drawn ones"
     with torch.no_grad():
-        with part('authors', 'samples'):
+        with beside.authors('samples'):
             drawn = generate(gpt, batch.cond.repeat_interleave(G), T, cfg_scale=SCALE, temperature=1., top_k=0, top_p=1., sample_logits=True, return_logits=True)
         flat = drawn['output_ids'].long() if tokens is None else tokens.flatten(0, 1)
         kept = torch.cat([x.view(len(flat), 1, -1) for x in drawn['logits']], 1)
-        with part('authors', 'decode'): pictures = (vq_model.decode_code(flat, [len(flat), 8, args.side//16, args.side//16]) + 1).mul(.5).clamp(0, 1)
-        with part('authors', 'reward'): rewards = torch.cat([one(pictures, i) for i in range(len(flat))])
-        with part('authors', 'reference'): ref = logps_of(their_reference, flat)
+        with beside.authors('decode'): pictures = (vq_model.decode_code(flat, [len(flat), 8, args.side//16, args.side//16]) + 1).mul(.5).clamp(0, 1)
+        with beside.authors('reward'): rewards = torch.cat([one(pictures, i) for i in range(len(flat))])
+        with beside.authors('reference'): ref = logps_of(their_reference, flat)
     advantages = group_advantages(rewards.view(B, G)).flatten()[:, None]
-    with part('authors', 'update'):
+    with beside.authors('update'):
         gpt.zero_grad()
         logps = logps_of(gpt, flat)
         ratio, kl = (logps - logps.detach()).exp(), (ref - logps).exp() - (ref - logps) - 1
         (kept.logsumexp(-1) - (kept.softmax(-1)*kept).sum(-1)).mean()
         loss = (-torch.minimum(ratio*advantages, ratio.clamp(.8, 1.2)*advantages) + BETA*kl).mean()
         loss.backward()
-    return rewards.view(B, G), loss.detach(), {n: p.grad for n, p in gpt.named_parameters() if p.grad is not None}
+    return rewards.view(B, G), loss.detach(), beside.gradients(gpt)
 
 def ours():
     "Our step: samples, rewards, loss and gradients"
-    with part('ours', 'samples'): r = free_running(policy, batch, num_generations=G, cfg_scale=SCALE, micro_batch_size=0)
+    with beside.ours('samples'): r = free_running(policy, batch, num_generations=G, cfg_scale=SCALE, micro_batch_size=0)
     with torch.no_grad():
-        with part('ours', 'decode'): pictures = vq.decode(r.tokens.flatten(0, 1)).unflatten(0, (B, G))
-        with part('ours', 'reward'): rewards = reward(pictures, batch, None)[0]
-        with part('ours', 'reference'): ref = rollout_logps(reference, r)[0]
-    with part('ours', 'update'):
+        with beside.ours('decode'): pictures = vq.decode(r.tokens.flatten(0, 1)).unflatten(0, (B, G))
+        with beside.ours('reward'): rewards = reward(pictures, batch, None)[0]
+        with beside.ours('reference'): ref = rollout_logps(reference, r)[0]
+    with beside.ours('update'):
         objective.zero_grad()
         loss = objective(replace(r, rewards=rewards, advantages=group_advantages(rewards), ref_logps=ref))[0]
         loss.backward()
-    return r.tokens, rewards, loss.detach(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    return r.tokens, rewards, loss.detach(), beside.gradients(policy)
 
 objective = PolicyGradient(system, cfg)
 tokens, mine, loss, grads = ours()
 their, their_loss, their_grads = theirs(tokens)
-assert grads.keys() == their_grads.keys()
-apart = max(((grads[n] - g).norm()/g.norm()).item() for n, g in their_grads.items() if g.norm() > 0)
-print(f'rewards differ by {(mine - their).abs().max():.1e}, the loss by {(loss - their_loss).abs():.1e}, gradients by {apart:.1e} of their size', flush=True)
-assert (mine - their).abs().max() < 1e-4 and apart < 1e-3
-seconds.clear()
-for _ in range(args.repeat): ours(); theirs()
+print(f'the loss differs by {(loss - their_loss).abs():.1e}')
+beside.must_agree(mine, their, grads, their_grads)
 print(f'{args.size}, {args.side} pixels, {B} prompts x {G} samples, guidance {SCALE}, {args.threads} threads; seconds of a step')
-for name in ('samples', 'decode', 'reward', 'reference', 'update'):
-    a, b = (seconds[s, name]/args.repeat for s in ('ours', 'authors'))
-    print(f'{name:10} ours {a:8.2f}  authors {b:8.2f}  ratio {b/a:6.2f}')
-a, b = (sum(v for (s, _), v in seconds.items() if s == side)/args.repeat for side in ('ours', 'authors'))
-print(f'{"whole":10} ours {a:8.2f}  authors {b:8.2f}  ratio {b/a:6.2f}')
+beside.compare(args.repeat, ours, theirs)

@@ -7,12 +7,9 @@ Their networks and functions do what their loop does with them: a context for ea
 First rewards and all gradients must agree on the same samples; then the parts are timed, one side after the other.
 """
 import argparse
-import sys
-import time
 from dataclasses import replace
-from types import ModuleType
-from unittest.mock import MagicMock
 
+import beside
 import torch
 import torch.nn.functional as F
 
@@ -25,7 +22,6 @@ from arpo_nb.rewards import ReconstructionReward
 from arpo_nb.scores.features import LPIPSFeatures
 from arpo_nb.training.objectives import PolicyGradient
 from arpo_nb.training.rollout import encode_images, teacher_forced
-from arpo_nb.weights import import_torchvision
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--official', required=True, help='LlamaGen folder of the authors\' code')
@@ -33,9 +29,7 @@ parser.add_argument('--size', default='B')
 for name, default in dict(images=2, generations=8, side=256, threads=2, repeat=1).items(): parser.add_argument(f'--{name}', type=int, default=default)
 args = parser.parse_args()
 torch.set_num_threads(args.threads)
-sys.path.insert(0, args.official)
-import_torchvision() # also beside a torch of another build
-for name in ('wandb', 'datasets'): sys.modules.setdefault(name, MagicMock(spec=ModuleType(name)))
+beside.official(args.official)
 from autoregressive.models.gpt import GPT_models
 from autoregressive.train import train_c2i_ddp_grpo as official
 from tokenizer.tokenizer_image.vq_model import VQ_models
@@ -53,14 +47,6 @@ batch = Batch(torch.arange(B), Streams.range(0, 0, B), images)
 cfg = override(preset('llamagen_b'), '', batch_size=B, num_generations=G, micro_batch_size=0, mini_batch_size=0, prior_coef=.1, noise_rate=0.)
 system = System('bench', policy, vq, perceptual, num_classes=1000)
 reward = ReconstructionReward(perceptual)
-seconds = {}
-
-
-class part:
-    "Seconds of a named part, added up"
-    def __init__(self, side, name): self.key = side, name
-    def __enter__(self): self.start = time.perf_counter()
-    def __exit__(self, *_): seconds[self.key] = seconds.get(self.key, 0) + time.perf_counter() - self.start
 
 
 def eight(f, *xs): return torch.cat([f(*(x[i:i+8] for x in xs)) for i in range(0, len(xs[0]), 8)])
@@ -72,17 +58,17 @@ def paid(pictures, originals):
 def theirs(tokens=None):
     "Their step: rewards and gradients of given samples, or of drawn ones"
     with torch.no_grad():
-        with part('authors', 'encode'): gt = vq_model.encode(2*images - 1)[2][2].view(B, T)
-        with part('authors', 'samples'):
+        with beside.authors('encode'): gt = vq_model.encode(2*images - 1)[2][2].view(B, T)
+        with beside.authors('samples'):
             logits = official.tf_logits(gpt, batch.cond, gt, 1, tf_input_override=gt[:, :-1])
             drawn = torch.stack([official.sample_one_sequence_from_tf(logits, 1., 0, 1.)[0] for _ in range(G)], 1)
             tokens = drawn if tokens is None else tokens
             old = logits.log_softmax(-1)[:, None].expand(-1, G, -1, -1).gather(-1, tokens[..., None])[..., 0].flatten(0, 1)
         flat = tokens.flatten(0, 1)
-        with part('authors', 'decode'): pictures = eight(lambda k: vq_model.decode_code(k, [len(k), 8, args.side//16, args.side//16]), flat)
-        with part('authors', 'reward'): rewards = eight(paid, (pictures + 1)/2, images.repeat_interleave(G, 0))
+        with beside.authors('decode'): pictures = eight(lambda k: vq_model.decode_code(k, [len(k), 8, args.side//16, args.side//16]), flat)
+        with beside.authors('reward'): rewards = eight(paid, (pictures + 1)/2, images.repeat_interleave(G, 0))
     advantages = group_advantages(rewards.view(B, G)).flatten()
-    with part('authors', 'update'):
+    with beside.authors('update'):
         gpt.zero_grad()
         again = gt.repeat_interleave(G, 0)
         logits = official.tf_logits(gpt, batch.cond.repeat_interleave(G), again, 1, tf_input_override=again[:, :-1])
@@ -90,32 +76,23 @@ def theirs(tokens=None):
         gain = advantages[:, None]*ratio
         loss = -torch.minimum(gain, advantages[:, None]*ratio.clamp(.8, 1.2)).mean()
         (loss + .1*F.cross_entropy(logits.flatten(0, 1), again.flatten())).backward()
-    return rewards.view(B, G), {n: p.grad for n, p in gpt.named_parameters() if p.grad is not None}
+    return rewards.view(B, G), beside.gradients(gpt)
 
 def ours():
     "Our step: samples, rewards and gradients"
-    with part('ours', 'encode'), torch.no_grad(): targets = encode_images(vq, images)
-    with part('ours', 'samples'): r = teacher_forced(policy, batch, targets, num_generations=G)
+    with beside.ours('encode'), torch.no_grad(): targets = encode_images(vq, images)
+    with beside.ours('samples'): r = teacher_forced(policy, batch, targets, num_generations=G)
     with torch.no_grad():
-        with part('ours', 'decode'): pictures = vq.decode(r.tokens.flatten(0, 1), clamp=False).unflatten(0, (B, G))
-        with part('ours', 'reward'): rewards = reward(pictures, batch)[0]
-    with part('ours', 'update'):
+        with beside.ours('decode'): pictures = vq.decode(r.tokens.flatten(0, 1), clamp=False).unflatten(0, (B, G))
+        with beside.ours('reward'): rewards = reward(pictures, batch)[0]
+    with beside.ours('update'):
         objective.zero_grad()
         objective(replace(r, rewards=rewards, advantages=group_advantages(rewards)))[0].backward()
-    return r.tokens, rewards, {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    return r.tokens, rewards, beside.gradients(policy)
 
 objective = PolicyGradient(system, cfg)
 tokens, mine, grads = ours()
 their, their_grads = theirs(tokens)
-assert grads.keys() == their_grads.keys()
-apart = max(((grads[n] - g).norm()/g.norm()).item() for n, g in their_grads.items() if g.norm() > 0)
-print(f'rewards differ by {(mine - their).abs().max():.1e}, gradients by {apart:.1e} of their size', flush=True)
-assert (mine - their).abs().max() < 1e-4 and apart < 1e-3
-seconds.clear()
-for _ in range(args.repeat): ours(); theirs()
+beside.must_agree(mine, their, grads, their_grads)
 print(f'{args.size}, {args.side} pixels, {B} images x {G} samples, {args.threads} threads; seconds of a step')
-for name in ('encode', 'samples', 'decode', 'reward', 'update'):
-    a, b = (seconds[s, name]/args.repeat for s in ('ours', 'authors'))
-    print(f'{name:10} ours {a:8.2f}  authors {b:8.2f}  ratio {b/a:6.2f}')
-a, b = (sum(v for (s, _), v in seconds.items() if s == side)/args.repeat for side in ('ours', 'authors'))
-print(f'{"whole":10} ours {a:8.2f}  authors {b:8.2f}  ratio {b/a:6.2f}')
+beside.compare(args.repeat, ours, theirs)
