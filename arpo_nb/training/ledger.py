@@ -525,12 +525,14 @@ _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 def fake(shape, stride, dtype, device=DEVICE # as those of a tensor
         ) -> Tensor:
-    "Without content, and four times as fast as an operation; inside a `FakeTensorMode`"
+    ("Without content, and four times as fast as by an operation; inside a "
+     "`FakeTensorMode`")
     mode = torch._C._get_dispatch_mode(_FAKE)
     with no_dispatch():
         bare = torch.empty_strided(shape, stride, dtype=dtype, device='meta')
         return FakeTensor(mode, bare, device)
 
+# %% ../../nbs/44_ledger.ipynb #24304583
 @patch
 def fresh(self:Ledger, kind:str, *like): # what it is for; see `fake`
     "A tensor that is entered although no operation made it"
@@ -538,11 +540,13 @@ def fresh(self:Ledger, kind:str, *like): # what it is for; see `fake`
     self.born(x, kind)
     return x
 
+# %% ../../nbs/44_ledger.ipynb #ebd71375
 @patch
 def blank(self:Ledger, out # of `likes`
          ):
     "Fresh tensors in the place of those that a call returned"
-    new = lambda x: self.fresh(self.stack[-1], *x.like) if isinstance(x, _Like) else x
+    def new(x):
+        return self.fresh(self.stack[-1], *x.like) if isinstance(x, _Like) else x
     return tree_map(new, out)
 
 # %% ../../nbs/44_ledger.ipynb #6d985851
