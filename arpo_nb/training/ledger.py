@@ -616,7 +616,7 @@ def _one_token(x, *_, **__): return x.ndim == 1 or x.shape[1] == 1
 
 @patch
 def thin(self:Ledger, f, # of tokens
-         every:int=32): # calls
+         every:int=64): # calls
     "`f`, of which one call in `every` is run when it goes on token by token"
     state = dict(last=None, left=0, calls=0)
     def settle(new=None):

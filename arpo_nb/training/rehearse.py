@@ -382,8 +382,8 @@ def _in_the_way(stage): # (object, name, what stands there meanwhile)
         gather(param)
         for x in param.all_gather_outputs: ledger.keep(x, 'gathered')
     for module in [m for n, m in sys.modules.items() if n.startswith('arpo_nb.models.')]:
-        if hasattr(module, 'sample_token'):
-            yield module, 'sample_token', ledger.once(module.sample_token, 'sample')
+        for name in {'sample_token', 'guide'} & vars(module).keys():
+            yield module, name, ledger.once(getattr(module, name), name)
     yield from ((_PhaseClock, 'ledger', ledger), (trainer, 'Clock', _PhaseClock),
                 (trainer, 'update', stage._update), (trainer, 'prepare', stage._prepare),
                 (trainer, 'save_checkpoint', stage._saved),
