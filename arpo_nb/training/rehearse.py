@@ -34,7 +34,6 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -371,6 +370,7 @@ def _optimiser_watched(ledger):
 # %% ../../nbs/44_rehearse.ipynb #1e1bc1c8
 def _in_the_way(stage): # (object, name, what stands there meanwhile)
     "What a rehearsal replaces, of the trainer and of torch"
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
     ledger, clear = stage.ledger, torch.clear_autocast_cache
     gather = FSDPParam.alloc_all_gather_outputs
     once = ledger.once(ask_reward, 'reward')
