@@ -20,6 +20,7 @@ from inspect import signature
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from .adapters import merge_adapter, unstack
 from .config import FREE, Config, from_json, parse_rewards, uses_perceptual
@@ -163,6 +164,16 @@ def system_of(cfg:Config, # its model, files and seed
     return load_system(cfg.model, cfg.weights, cfg.seed, uses_perceptual(cfg) if perceptual is None else perceptual,
                        cfg.tokenizer_weights, cfg.files, cfg.model_args)
 
+# %% ../nbs/37_models.ipynb #5ba9e001
+class _Unfilled(TorchFunctionMode):
+    "Within it, tensors without memory are not filled either, which is half of the work"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, '__module__', '') == 'torch.nn.init':
+            x = kwargs.get('tensor', args[0] if args else None)
+            if x is not None and x.is_meta: return x
+        return func(*args, **kwargs)
+
 # %% ../nbs/37_models.ipynb #b575d796
 def load_shapes(model, # name, dotted path, or `ModelSpec`
                 perceptual:bool|str=True, # trunk of LPIPS or a dotted path; True for the usual one, False for none
@@ -180,7 +191,7 @@ def load_shapes(model, # name, dotted path, or `ModelSpec`
     takes = signature(resolve(spec.build)).parameters
     build = partial(load_system, shown, 'random' if 'weights' in takes else 'default', perceptual=perceptual)
     try:
-        with torch.device('meta'): return build().to('meta')
+        with torch.device('meta'), _Unfilled(): return build().to('meta')
     except (NotImplementedError, RuntimeError): return build().to('meta')
 
 # %% ../nbs/37_models.ipynb #53304b29

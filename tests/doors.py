@@ -129,6 +129,13 @@ def refused(notebook, home, monkeypatch, **params):
     return str(e.value)
 
 
+def _tiny_bench(params):
+    "The benchmark on a network without size, in one process: 52_bench times a real one in a process of its own"
+    from arpo_nb.models.llamagen import SIZES
+    from arpo_nb.training import bench
+    with patch.dict(SIZES, B=dict(n_layer=2, n_head=2, dim=64)), patch.object(bench, 'in_child', bench.time_update): _cells('run_bench', params)
+
+
 def _script(path, *words):
     sys.argv = [path, *words]
     runpy.run_path(path, run_name='__main__')
@@ -138,6 +145,7 @@ def begin_script(path, *words): return Started(_script, str(path), *map(str, wor
 def begin_arpo(*words, cwd=None, **env): return Started(_arpo, *map(str, words), cwd=cwd, env=env)
 def begin_warm_arpo(*words): return Started(_warm_arpo, *map(str, words))
 def arpo(*words, cwd=None, **env): return begin_arpo(*words, cwd=cwd, **env).wait()
+def tiny_bench(**params): return Started(_tiny_bench, params).wait()
 def notebook(name, cwd=None, **params): return Started(_cells, name, params, cwd=cwd).wait()
 
 

@@ -1,11 +1,9 @@
 "What test_sharding.py starts: every setting under DDP and under FSDP2 on the CPU, and runs cut short and continued across layouts"
 import copy
-import gc
 import json
 import os
 import shutil
 import signal
-import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,6 +15,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
 from arpo_nb.config import Config
 from arpo_nb.models.llamagen import GPT
@@ -29,13 +28,13 @@ from arpo_nb.training.trainer import accelerator, train
 ROOT = Path(__file__).parent.parent
 BASE = dict(steps=2, batch_size=2, num_generations=2, learning_rate=1e-4, save_steps=100)
 VAPI, GRPO = dict(BASE, noise_rate=.5), dict(BASE, method='grpo', rewards='loo_fid')
-SETTINGS = dict(vapi=VAPI, grpo_micro=dict(GRPO, batch_size=4, micro_batch_size=2), kl_two_iterations=dict(VAPI, beta=.1, num_iterations=2),
-                ema=dict(GRPO, beta=.5, ref_policy='ema', ref_decay=.5, kl_level='sequence'), guided=dict(GRPO, rollout_cfg_scale=2., logprob_cfg='guided'),
+SETTINGS = dict(vapi=VAPI, ema=dict(GRPO, beta=.5, ref_policy='ema', ref_decay=.5, kl_level='sequence'),
+                guided_micro=dict(GRPO, batch_size=4, micro_batch_size=2, rollout_cfg_scale=2., logprob_cfg='guided'),
                 mixed_checkpointing=dict(GRPO, method='mixed', gradient_checkpointing=True, mini_batch_size=2, batch_size=4), bf16=dict(VAPI, mixed_precision='bf16'),
                 toy_var=dict(GRPO, model='toy_var', rewards='brightness', beta=.1, gradient_checkpointing=True), offload=dict(VAPI, beta=.1, num_iterations=2, ref_offload=True),
                 engine=dict(GRPO, model='toy_var', rewards='brightness', sampler='PolicyCopy', sampler_args='dtype=float32', vllm_importance_sampling_correction=True),
                 mle=dict(BASE, method='mle'), ste=dict(BASE, method='ste'))
-RESUMED = dict(VAPI, steps=4, num_iterations=2, beta=.5, ref_policy='ema', ref_decay=.5, update_dropout=False)
+RESUMED = dict(VAPI, num_iterations=2, beta=.5, ref_policy='ema', ref_decay=.5, update_dropout=False)
 
 
 def pretend_accelerator():
@@ -107,7 +106,7 @@ def main(out):
         for kind, sharded in (('ddp', ''), ('fsdp', 'FULL')): found[f'{name}/{kind}'] = run(setting, out/f'{name}_{kind}', sharded)
     copies = dict(sharded=('fsdp', 'ddp', 'one'), full=('fsdp', 'one'), ddp=('fsdp',))
     for start, goals in copies.items():
-        run(RESUMED, out/start, '' if start == 'ddp' else start.upper(), cut=2)
+        run(RESUMED, out/start, '' if start == 'ddp' else start.upper(), cut=1)
         for goal in goals:
             if rank == 0: shutil.copytree(out/start, out/f'{start}_{goal}')
             torch.distributed.barrier()
@@ -118,9 +117,15 @@ def main(out):
     (out/f'found{rank}.json').write_text(json.dumps(found))
 
 
-if __name__ == '__main__':
+def process(out):
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
-    gc.freeze() # every run collects garbage in the end: not among what was imported
-    main(Path(sys.argv[1]))
+    main(Path(out))
     torch.distributed.destroy_process_group()
+
+
+def agent(out, endpoint):
+    "torchrun on one of two machines, whose process is a fork of it"
+    config = LaunchConfig(min_nodes=2, max_nodes=2, nproc_per_node=1, run_id='test', rdzv_backend='c10d', rdzv_endpoint=endpoint,
+                          local_addr='127.0.0.1', start_method='fork', max_restarts=0)
+    launch_agent(config, process, [out])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from doors import begin_warm_arpo, notebook, ok, papermill, refused
+from doors import begin_warm_arpo, notebook, ok, papermill, refused, tiny_bench, warm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -36,7 +36,7 @@ def assert_same_training(one, two, base, rel):
 def test_two_processes_give_the_result_of_one(tmp_path):
     cfg = replace(TINY, noise_rate=.3, micro_batch_size=3, mini_batch_size=4, num_iterations=2)
     one = launch(cfg, tmp_path/'one', progress=False)
-    two = launch(replace(cfg, num_processes=2), tmp_path/'two', progress=False)
+    with warm(): two = launch(replace(cfg, num_processes=2), tmp_path/'two', progress=False)
     for a, b in zip(numbers(one), numbers(two), strict=True):
         assert a == {k: pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in b.items()}
     assert_same_training(tmp_path/'one', tmp_path/'two', load_file(ROOT/'arpo_nb/assets/policy.safetensors'), 1e-3)
@@ -133,7 +133,7 @@ def test_run_pretrain_var(tmp_path):
 
 
 def test_run_bench(tmp_path):
-    ok(notebook('run_bench', image_size=64, num_generations=2, repeats=1, growth=2, growth_model='toy', processes=1, out_dir=tmp_path/'bench'))
+    ok(tiny_bench(image_size=64, num_generations=2, repeats=1, growth=2, growth_model='toy', processes=1, out_dir=tmp_path/'bench'))
     summary = json.loads((tmp_path/'bench'/'summary.json').read_text())
     assert summary['ratio'] > 0 and summary['gradient_difference'] < 1e-3
     grown = json.loads((tmp_path/'bench'/'growth.json').read_text())

@@ -1,8 +1,5 @@
 "FSDP2 on two processes, started by two torchrun agents, against DDP and one process"
 import json
-import os
-import subprocess
-import sys
 import weakref
 from contextlib import nullcontext
 
@@ -10,7 +7,8 @@ import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from conftest import once
-from sharding_worker import RESUMED, ROOT, SETTINGS, environment, run
+from doors import Started, ok
+from sharding_worker import RESUMED, ROOT, SETTINGS, agent, environment, run
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,12 +28,9 @@ TIMES = ('time/', 'sampling/')
 
 def train(out):
     "Two agents of one process each, which leave what they found in the folder"
-    agent = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d',
-             f'--rdzv_endpoint=127.0.0.1:{free_port()}', '--rdzv_id=test', '--local_addr=127.0.0.1', os.path.join(os.path.dirname(__file__), 'sharding_worker.py'), str(out)]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    agents = [subprocess.Popen(agent, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [a.communicate()[0] for a in agents]
-    assert not any(a.returncode for a in agents), '\n'.join(said)
+    endpoint = f'127.0.0.1:{free_port()}'
+    agents = [Started(agent, str(out), endpoint) for _ in range(2)]
+    for a in agents: ok(a.wait())
 
 
 @pytest.fixture(scope='module')

@@ -538,7 +538,7 @@ def generate(policy:GPT, # in eval mode
     n, steps, guided = len(streams), policy.num_tokens, cfg_scale > 1
     compile = _compiler(policy, compile)
     _check_batch(policy, cond, n)
-    u = None if greedy else streams.uniform(steps, device=policy.rope.device)
+    u = (None,)*steps if greedy else streams.uniform(steps, device=policy.rope.device).unbind(1)
     if guided: cond = _both(cond, policy.null_cond(cond))
     x, tokens = policy.prefix(cond), []
     start, length = x.shape[1], x.shape[1] + steps - 1
@@ -555,8 +555,7 @@ def generate(policy:GPT, # in eval mode
                 last, end = tokens[-1].repeat(1 + guided), length if compile else 0
                 logits = _step_logits(step, last, start + t - 1, mask, cache, end)
             if guided: logits = guide(*logits.chunk(2), cfg_scale)
-            tokens.append(sample_token(logits, None if greedy else u[:, t],
-                                       temperature, top_k, top_p, greedy))
+            tokens.append(sample_token(logits, u[t], temperature, top_k, top_p, greedy))
             if progress: progress()
     return torch.stack(tokens, 1)
 GPT.generate = generate
