@@ -104,13 +104,17 @@ def plot_tsne(features:dict, # name: [N, D]
               ax=None, # axes to draw on
              ): # the axes
     "A t-SNE map of sets of images, all in one map (as VA-π Fig. 1 c)"
-    try: from sklearn.manifold import TSNE
+    try:
+        from sklearn.manifold import TSNE
+        from threadpoolctl import threadpool_limits # comes with it
     except ImportError as e:
         raise ImportError('plot_tsne: pip install scikit-learn') from e
     if ax is None: ax = plt.subplots(figsize=(3.4, 3), constrained_layout=True)[1]
     rows = np.concatenate([f.detach().float().cpu().numpy() for f in features.values()])
     near = min(30, (len(rows) - 1)//3)
-    places = TSNE(init='pca', perplexity=near, random_state=seed).fit_transform(rows)
+    # several threads take longer for so few points, and place them elsewhere
+    with threadpool_limits(1):
+        places = TSNE(init='pca', perplexity=near, random_state=seed).fit_transform(rows)
     ends = np.cumsum([len(f) for f in features.values()])
     for name, part in zip(features, np.split(places, ends[:-1])):
         ax.scatter(*part.T, s=4, label=name, alpha=.6, linewidths=0)
