@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -17,7 +17,7 @@ PAPERS = {('llamagen_xxl', 'vapi'): (8,), ('llamagen_l', 'loofid'): (1, 4), ('ll
           ('janus_pro_7b', 'loofid'): (8,)}
 
 
-RECORDS = {} # what this process has seen of networks, whatever they were a part of
+lock, RECORDS = threading.Lock(), {} # what this process has seen of networks, whatever they were a part of
 
 
 def follow_parent(parent):
@@ -95,19 +95,24 @@ def main():
     counts = {pair: tuple(sorted({*COUNTS, *PAPERS.get(pair, ())})) for pair in pairs}
     def left_of(pair): return tuple(n for n in counts[pair] if str(n) not in found.get(' '.join(pair), {}))
     wanted = [(*pair, left_of(pair)) for pair in pairs if left_of(pair) and not (pair[1] == 'layouts' and ' '.join(pair) in found)]
-    end, names = time.time() + 60*args.minutes, {}
-    with ProcessPoolExecutor(args.workers, initializer=follow_parent, initargs=(os.getpid(),)) as pool:
-        left = iter(wanted)
-        def start(model, method, counts): return pool.submit(layouts if method == 'layouts' else row, model, method, counts)
-        for r in [next(left, None) for _ in range(args.workers)]:
-            if r: names[start(*r)] = r
-        while names:
-            done = next(as_completed(names))
-            name = ' '.join(names.pop(done)[:2])
-            found[name] = found.get(name, {}) | done.result()
-            in_order = {name: found[name] for name in [*map(' '.join, pairs), *found] if name in found}
-            args.out.write_text(json.dumps(in_order, indent=1) + '\n')
-            if time.time() < end and (r := next(left, None)): names[start(*r)] = r
+    by_model = iter([[r for r in wanted if r[0] == model] for model in dict.fromkeys(r[0] for r in wanted)])
+    end = time.time() + 60*args.minutes
+
+    def keep(name, cells):
+        found[name] = found.get(name, {}) | cells
+        in_order = {name: found[name] for name in [*map(' '.join, pairs), *found] if name in found}
+        args.out.write_text(json.dumps(in_order, indent=1) + '\n')
+
+    def go_on(_):
+        "One process takes a model's rows, which share what has been seen, then those of the next model"
+        with ProcessPoolExecutor(1, initializer=follow_parent, initargs=(os.getpid(),)) as pool:
+            while rows := next(by_model, ()):
+                for model, method, counts in rows:
+                    if time.time() > end: return
+                    cells = pool.submit(layouts if method == 'layouts' else row, model, method, counts).result()
+                    with lock: keep(f'{model} {method}', cells)
+
+    with ThreadPoolExecutor(args.workers) as threads: list(threads.map(go_on, range(args.workers)))
     print(f'{len(found)} rows, {len(wanted)} were to be done')
 
 

@@ -35,8 +35,7 @@ ACCEPTED = {'protocols.Streams.uniform': 'random numbers are drawn on the host, 
             'own_rewards._finite': 'whether scores are finite',
             'moments.Reference.to': 'the reference, once', 'moments.Reference.fingerprint': 'once',
             'moments.check_features': 'whether features are finite', 'moments.check_state': 'whether a state is',
-            'steps.mean_over_processes': 'metrics, in one message', 'steps._gradient_norm': 'before it is clipped',
-            'saving.check_weights': 'whether weights are finite, at a checkpoint'}
+            'steps.mean_over_processes': 'metrics, in one message', 'steps._gradient_norm': 'before it is clipped'}
 
 
 def title(node):

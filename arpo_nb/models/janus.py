@@ -342,7 +342,7 @@ def generate(policy:JanusPolicy, # in eval mode
         raise ValueError(f"streams: {len(streams)} random streams for {len(cond[0])} "
                          "prompts, expected one per prompt")
     guided, steps, codes = cfg_scale != 1, policy.num_tokens, []
-    u = None if greedy else streams.uniform(steps, device=cond[0].device)
+    u = (None,)*steps if greedy else streams.uniform(steps, device=cond[0].device).unbind(1)
     ids, valid = map(torch.cat, zip(cond, policy.null_cond(cond))) if guided else cond
     start, valid = ids.shape[1], valid.bool()
     x, cache = policy.language_model.embed_tokens(ids), Cache(start + steps - 1)
@@ -356,8 +356,8 @@ def generate(policy:JanusPolicy, # in eval mode
                                   places[:, end - x.shape[1]:end], padded)
             logits = policy.head(states[:, -1])
             if guided: logits = guide(*logits.chunk(2), cfg_scale)
-            codes.append(sample_token(logits, None if greedy else u[:, end - start],
-                                      temperature, top_k, top_p, greedy))
+            codes.append(sample_token(logits, u[end - start], temperature, top_k, top_p,
+                                      greedy))
             cache.start, x = (end,
                               policy.embed_codes(codes[-1].repeat(1 + guided))[:, None])
             if progress: progress()

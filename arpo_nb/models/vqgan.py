@@ -180,6 +180,7 @@ def unmap(ids:Tensor, # positions in `used`; M or more counts as 0, as in the or
 class VQGAN(nn.Module):
     ("The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the "
      "official ones")
+    reentrant = True # see `protocols.at_a_time`
     def __init__(self, cfg:VQGANConfig): # its shape
         super().__init__()
         self.cfg, self.image_size, self.codebook_size = cfg, cfg.image_size, cfg.codebook_size
@@ -334,6 +335,7 @@ class CINTransformer(nn.Module):
     ("VQGAN's class-conditional transformer behind the `Policy` protocol; parameter "
      "names are the official ones")
 
+    reentrant = True # see `protocols.at_a_time`
     def __init__(self, cfg:CINConfig): # its shape
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
@@ -471,15 +473,16 @@ def generate(policy:CINTransformer, # in eval mode
                          "class ids, expected one per condition")
     top_k, top_p = taming_filters(top_k, top_p)
     tokens = _start(policy, cond, given)
-    u = None if greedy else streams.uniform(policy.num_tokens, device=cond.device)
+    u = ((None,)*policy.num_tokens if greedy
+         else streams.uniform(policy.num_tokens, device=cond.device).unbind(1))
     cache, pos, x = (policy.new_cache(len(cond)), 0,
                      torch.cat([cond[:, None], tokens], 1))
     with packed_weights(policy, len(cond) if len(cond) > 3 else 0): # see llamagen
         for t in range(tokens.shape[1], policy.num_tokens):
             logits = policy.head(policy.trunk(x, cache, pos)[:, -1])
             pos, x = (pos + x.shape[1],
-                      sample_token(logits, None if greedy else u[:, t],
-                                   temperature, top_k, top_p, greedy)[:, None])
+                      sample_token(logits, u[t], temperature, top_k, top_p,
+                                   greedy)[:, None])
             tokens = torch.cat([tokens, x], 1)
             if progress: progress()
     return tokens

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEVICE', 'SMALL', 'TRAINED', 'tensors', 'Places', 'flops_of', 'nbytes', 'touched', 'written', 'bytes_moved',
-           'bytes_sent', 'Shadows', 'Phase', 'Frame', 'Ledger', 'seen', 'mood', 'signature', 'likes', 'blank']
+           'bytes_sent', 'Shadows', 'Phase', 'Frame', 'Ledger', 'seen', 'mood', 'signature', 'likes', 'fake']
 
 # %% ../../nbs/44_ledger.ipynb #b9f2ff77
 import hashlib
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -307,6 +308,13 @@ def keep(self:Ledger, x:Tensor, # on the device, or left alone
     self.mark()
 
 @patch
+def born(self:Ledger, x:Tensor, # on the device, or left alone
+         kind:str): # what it is for
+    "Enter a new storage, also in the stretches that are remembered"
+    self.keep(x, kind)
+    for f in self.frames: f.born.add(x.untyped_storage())
+
+@patch
 def _gone(self:Ledger, entry): self.now[entry[0]] -= entry[1]
 
 # %% ../../nbs/44_ledger.ipynb #14f06b89
@@ -387,8 +395,7 @@ def enter(self:Ledger, func, # of torch.ops
         if self.silent and kind.endswith('in half'): # of no bytes, as are its views
             self.kind_of[x.untyped_storage()] = [kind, 0]
             return
-        self.keep(x, kind)
-        for f in self.frames: f.born.add(x.untyped_storage())
+        self.born(x, kind)
     if _waits(func, args, kwargs, ins, outs): self.ask()
     moved = bytes_moved(func, args, kwargs, ins, outs)
     sent = bytes_sent(func, ins, self.world)
@@ -514,11 +521,33 @@ def likes(out # tensors of any depth
                          lambda x: _Like((x.shape, x.stride(), x.dtype, x.device)), out)
 
 # %% ../../nbs/44_ledger.ipynb #d388687e
-def blank(out # of `likes`
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+def fake(shape, stride, dtype, device=DEVICE # as those of a tensor
+        ) -> Tensor:
+    ("Without content, and four times as fast as by an operation; inside a "
+     "`FakeTensorMode`")
+    mode = torch._C._get_dispatch_mode(_FAKE)
+    with no_dispatch():
+        bare = torch.empty_strided(shape, stride, dtype=dtype, device='meta')
+        return FakeTensor(mode, bare, device)
+
+# %% ../../nbs/44_ledger.ipynb #24304583
+@patch
+def fresh(self:Ledger, kind:str, *like): # what it is for; see `fake`
+    "A tensor that is entered although no operation made it"
+    x = fake(*like)
+    self.born(x, kind)
+    return x
+
+# %% ../../nbs/44_ledger.ipynb #ebd71375
+@patch
+def blank(self:Ledger, out # of `likes`
          ):
     "Fresh tensors in the place of those that a call returned"
-    new = lambda x: torch.empty_strided(x[0], x[1], dtype=x[2], device=x[3])
-    return tree_map(lambda x: new(x.like) if isinstance(x, _Like) else x, out)
+    def new(x):
+        return self.fresh(self.stack[-1], *x.like) if isinstance(x, _Like) else x
+    return tree_map(new, out)
 
 # %% ../../nbs/44_ledger.ipynb #6d985851
 def _given(objects, before):
@@ -568,8 +597,7 @@ def _halves(self:Ledger, frame) -> list:
 @patch
 def _hold_casts(self:Ledger, sizes):
     "As many bytes until the autocast context ends"
-    new = [torch.empty(n, dtype=torch.uint8, device=DEVICE) for n in sizes]
-    for x in new: self.keep(x, 'parameters in half')
+    new = [self.fresh('parameters in half', (n,), (1,), torch.uint8) for n in sizes]
     self.casts += new
     return new
 
@@ -577,18 +605,18 @@ def _hold_casts(self:Ledger, sizes):
 def _repeat(self:Ledger, frame, objects):
     self.again(frame)
     for x, new in zip(objects, frame.given):
-        for k, v in new.items(): setattr(x, k, blank(v))
+        for k, v in new.items(): setattr(x, k, self.blank(v))
     if torch.is_autocast_enabled('cpu'):
         self._hold_casts(frame.cast)
         self.cast_units |= frame.units
-    return blank(frame.out)
+    return self.blank(frame.out)
 
 # %% ../../nbs/44_ledger.ipynb #6450b12c
 def _one_token(x, *_, **__): return x.ndim == 1 or x.shape[1] == 1
 
 @patch
 def thin(self:Ledger, f, # of tokens
-         every:int=32): # calls
+         every:int=64): # calls
     "`f`, of which one call in `every` is run when it goes on token by token"
     state = dict(last=None, left=0, calls=0)
     def settle(new=None):
@@ -604,7 +632,7 @@ def thin(self:Ledger, f, # of tokens
         state['calls'] += 1
         if state['calls'] > 2 and state['calls'] % every:
             state['left'] += 1
-            return blank(state['last'].out)
+            return self.blank(state['last'].out)
         with self.frame() as frame: out = f(x, *args, **kwargs)
         frame.out = likes(out)
         if state['left']: settle(frame)
@@ -673,13 +701,13 @@ class _StandIn(torch.autograd.Function):
         "Enter the block's forward pass, and hold what it would"
         ctx.ledger, ctx.records, ctx.key = ledger, records, key
         ctx.likes = [likes(x) if x.requires_grad else None for x in xs]
-        new = lambda sizes: [torch.empty(n, dtype=torch.uint8, device=DEVICE)
-                             for n in sizes]
+        def new(sizes):
+            return [ledger.fresh(ledger.stack[-1], (n,), (1,), torch.uint8) for n in sizes]
         if not again: ledger.again(frame) # else the frame of the way back has it
         held, casts = (new(frame.saved),
                        (new if again else ledger._hold_casts)(frame.cast))
         ctx.save_for_backward(torch.empty(0, device=DEVICE), *held, *casts)
-        return tuple(tensors(blank(frame.out)))
+        return tuple(tensors(ledger.blank(frame.out)))
     @staticmethod
     def backward(ctx, *grads): # of its results
         "Enter its way back, and let go"
@@ -688,7 +716,7 @@ class _StandIn(torch.autograd.Function):
         if ctx.key in known: ledger.again(known[ctx.key], base)
         else: ledger.waiting[ctx.key].append(base)
         del held
-        return None, None, None, None, None, *(x if x is None else blank(x)
+        return None, None, None, None, None, *(x if x is None else ledger.blank(x)
                                          for x in ctx.likes)
 
 # %% ../../nbs/44_ledger.ipynb #55ad86e3

@@ -47,7 +47,7 @@ from ..scores import clip
 from ..specs import find_model
 from ..systems import load_reward, shapes_of, system_of
 from . import rollout, sharding, steps, trainer
-from .ledger import DEVICE, Ledger, Phase, Places, blank, likes, mood, nbytes, seen, signature
+from .ledger import DEVICE, Ledger, Phase, Places, fake, likes, mood, nbytes, seen, signature
 from .rollout import Clock
 from .sharding import shard_units
 
@@ -58,9 +58,9 @@ def fake_twins(*networks:nn.Module, # on the meta device
     twins = {}
     def twin(x):
         if id(x) not in twins:
-            y = torch.empty(x.shape, dtype=x.dtype, device=device)
-            twins[id(x)] = ((nn.Parameter(y, x.requires_grad)
-                             if isinstance(x, nn.Parameter) else y), x)
+            y = fake(x.shape, x.stride(), x.dtype, device).requires_grad_(x.requires_grad)
+            y._is_param = isinstance(x, nn.Parameter) # as torch marks those of other types
+            twins[id(x)] = y, x
         return twins[id(x)][0]
     for m in (m for net in networks for m in net.modules()):
         for store in (m._parameters, m._buffers):
@@ -263,7 +263,7 @@ def _micro_batch(self:_Stage, run):
     def forward(part):
         key = 'micro-batch', seen(part), self.held, mood(), self.ledger.stack[-1]
         self.frame_key, self.frame = key, self.ledger.records.get(key)
-        if self.frame: return blank(self.frame.out)
+        if self.frame: return self.ledger.blank(self.frame.out)
         if self.held: self._realise()
         else: self._drop()
         self.running = self.ledger.frame()
@@ -382,13 +382,14 @@ def _in_the_way(stage): # (object, name, what stands there meanwhile)
         gather(param)
         for x in param.all_gather_outputs: ledger.keep(x, 'gathered')
     for module in [m for n, m in sys.modules.items() if n.startswith('arpo_nb.models.')]:
-        if hasattr(module, 'sample_token'):
-            yield module, 'sample_token', ledger.once(module.sample_token, 'sample')
+        for name in {'sample_token', 'guide'} & vars(module).keys():
+            yield module, name, ledger.once(getattr(module, name), name)
     yield from ((_PhaseClock, 'ledger', ledger), (trainer, 'Clock', _PhaseClock),
                 (trainer, 'update', stage._update), (trainer, 'prepare', stage._prepare),
                 (trainer, 'save_checkpoint', stage._saved),
                 (steps, '_gradient_norm', stage._norm), (gc, 'collect', lambda *_: 0),
                 (trainer, 'check_state', lambda *_, **__: None), # would be pickled
+                (trainer, 'check_weights', lambda *_: None), # not a step's
                 (trainer, 'need_space', lambda *_, **__: None), # nothing is written
                 (rewards, '_rows', named), (rewards, 'ask_reward', once),
                 (rollout, 'ask_reward', once), (nn.Module, 'to', _to),
