@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['NOISE', 'SAMPLE', 'GUMBEL', 'EPOCH', 'LABEL', 'CLASS_PROMPT', 'map_cond', 'repeat_cond', 'on_host', 'check_ids',
            'check_all', 'describe_value', 'check_classes', 'Streams', 'Batch', 'Rollout', 'Policy', 'Tokenizer',
-           'Perceptual', 'Reward', 'System', 'MetricNet']
+           'Perceptual', 'Reward', 'System', 'MetricNet', 'in_flight', 'says_reentrant', 'at_a_time']
 
 # %% ../nbs/01_protocols.ipynb #3d2da30a
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -366,3 +368,44 @@ class MetricNet:
     mu: Tensor # [D] mean of real features
     sigma: Tensor # [D, D] their covariance
     features: Tensor # [M, D] real features, for precision and recall
+
+# %% ../nbs/01_protocols.ipynb #b7c1d0e2
+def in_flight(f, # of an item; calls must not disturb each other
+              items, # in the order of the results
+              n:int=2, # calls at a time; 1 for this thread alone
+             ):
+    "Results of `f`, computed `n` at a time by threads that share those of this one"
+    if n == 1: return (yield from map(f, items))
+    threads, waiting = torch.get_num_threads(), deque()
+    pool = ThreadPoolExecutor(n, initializer=torch.set_num_threads,
+                              initargs=(max(1, threads//n),))
+    try:
+        for item in items:
+            waiting.append(pool.submit(f, item))
+            if len(waiting) > n: yield waiting.popleft().result()
+        while waiting: yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads) # also of threads to come
+
+# %% ../nbs/01_protocols.ipynb #b7c1d0e4
+def says_reentrant(x) -> bool: # any object
+    "Whether a thing, or its own class, says that threads may share it"
+    return {**vars(type(x)), **getattr(x, '__dict__', {})}.get('reentrant', False)
+
+# %% ../nbs/01_protocols.ipynb #b7c1d0e6
+def _of_this_thread():
+    "Whether something holds that other threads would not see: a precision, a mode"
+    return (torch.is_autocast_enabled('cpu') or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._len_torch_function_stack() > 0)
+
+# %% ../nbs/01_protocols.ipynb #b7c1d0e7
+def at_a_time(device, # of the work
+              *asked, # what threads would share; None for nothing
+             ) -> int: # 1 or 2
+    "Pieces of work to have in flight: two on a CPU, where all that is asked allows it"
+    if torch.device(device).type != 'cpu' or torch.get_num_threads() < 2: return 1
+    # processes talk in one order
+    talks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if talks or _of_this_thread(): return 1
+    return 1 + all(x is None or says_reentrant(x) for x in asked)

@@ -90,6 +90,7 @@ def pool_to_grid(maps:list, # error maps [B, G, h, w]
 class ReconstructionReward:
     ("−(L_MSE + λ_p L_p) against the batch's own images (VA-π Eq. 10), per image or "
      "per token")
+    reentrant = True # see `protocols.at_a_time`
     def __init__(self, perceptual=None, # `Perceptual` network, None for pixels only
                  mse_coef:float=1., # weight of the squared error on [-1, 1]
                  perceptual_coef:float=1., # λ_p

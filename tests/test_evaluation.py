@@ -3,9 +3,11 @@ import copy
 import json
 import subprocess
 import sys
+from threading import get_ident
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from golden_cases import Case, check, discover
 from safetensors.torch import load_file, save_file
@@ -74,6 +76,54 @@ print(sum(len(x) for x in image_chunks(sys.argv[1], 64)), resource.getrusage(res
     done = subprocess.run([sys.executable, '-c', code, str(tmp_path/'big.npz')], capture_output=True, text=True, env=ENV, check=True)
     n, peak = map(int, done.stdout.split())
     assert n == 2500 and peak < 60_000, f'{peak/1e3:.0f} MB'
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+class Seen:
+    "The toy's tokenizer, and the threads that asked it"
+    def __init__(self, tokenizer, reentrant): self.tokenizer, self.reentrant, self.threads = tokenizer, reentrant, []
+    def decode(self, tokens):
+        self.threads.append(get_ident())
+        return self.tokenizer.decode(tokens)
+
+def test_two_batches_in_flight_are_the_same_batches(two_threads):
+    "Bit for bit what one thread makes one after the other, in its order, and by two threads where all is reentrant"
+    from arpo_nb.evaluation.evaluate import evaluate, generate_images
+    from arpo_nb.models.toy import build_toy, toy_metric
+    (policy, vq), net = build_toy(), toy_metric()
+    policy.eval()
+    net.features = net.features[:200]
+    def made(threads, n=30, reentrant=True, **kw):
+        torch.set_num_threads(threads)
+        tokenizer = Seen(vq, reentrant)
+        pictures = torch.cat([x for x, _ in generate_images(policy, tokenizer, torch.arange(n) % 10, 5, batch_size=12, **kw)])
+        assert torch.get_num_threads() == threads and not any('forward' in vars(m) for m in policy.modules())
+        return pictures, {*tokenizer.threads}
+    (alone, one), (both, two) = made(1), made(2)
+    assert torch.equal(both, alone) and one == {get_ident()} and get_ident() not in two and len(two) > 1
+    assert made(2, n=2, reentrant=False)[1] == {get_ident()} # who does not say so is asked by one
+    warm = dict(temperature=.8, top_k=20, cfg_scale=1.5)
+    assert torch.equal(made(2, 24, **warm)[0], made(1, 24, **warm)[0])
+    rows = []
+    for threads in 1, 2:
+        torch.set_num_threads(threads)
+        rows.append(evaluate(policy, vq, net, 10, n=30, batch_size=20, progress=False))
+    assert rows[0] == pytest.approx(rows[1], rel=1e-12)
+
+def test_an_error_in_flight_is_raised_once_and_leaves_the_threads(two_threads):
+    from arpo_nb.evaluation.evaluate import generate_images
+    from arpo_nb.models.toy import build_toy
+    policy, vq = build_toy()
+    with pytest.raises(ValueError, match='cond: ids'): [*generate_images(policy.eval(), vq, torch.tensor([0, 1, 2, 3, 4, 99]), 0, batch_size=2)]
+    assert torch.get_num_threads() == 2 and not any('forward' in vars(m) for m in policy.modules())
+    first = generate_images(policy, vq, torch.arange(60) % 10, 0, batch_size=4)
+    next(first), first.close() # nobody wants the rest
+    assert torch.get_num_threads() == 2
 
 def test_run_eval(tmp_path):
     (tmp_path/'tuned').mkdir()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
-from ..protocols import MetricNet, Streams
+from ..protocols import MetricNet, Streams, at_a_time, in_flight
 
 # %% ../../nbs/50_evaluate.ipynb #8e7b0898
 def thin_factor(sigma:Tensor, # [D, D] covariance
@@ -182,8 +182,30 @@ def precision_recall(real:Tensor, # [N, D]
     known = kept(radii, x, k, tile, half)
     return coverage(x, known, y, radii(y, k, tile, half), tile, half)
 
+# %% ../../nbs/50_evaluate.ipynb #b7c1d0e7
+def _in_pieces(f, x, device, size=64):
+    "`f` of the rows of `x`, of a few at a time on a CPU"
+    return [f(p) for p in (x.split(size) if torch.device(device).type == 'cpu' else [x])]
+
+# %% ../../nbs/50_evaluate.ipynb #b7c1d0e8
+def _looked_at(policy, tokenizer, labels, seed, look, device, batch_size, sampling,
+               start=0, progress=False):
+    "Batch by batch, what `look` says of the images of some labels, in pieces; labels"
+    @torch.no_grad()
+    def batch(i):
+        y = labels[i:i+batch_size].to(device)
+        tokens = policy.generate(y, Streams.range(seed, start+i, len(y)), **sampling)
+        return _in_pieces(lambda t: look(tokenizer.decode(t)), tokens, device), y
+    starts = range(0, len(labels), batch_size)
+    seen = in_flight(batch, starts, at_a_time(device, policy, tokenizer, look))
+    return tqdm(seen, total=len(starts), disable=not progress, desc='images',
+                leave=False)
+
+# %% ../../nbs/50_evaluate.ipynb #b7c1d0e9
+def _as_they_are(images): return images
+_as_they_are.reentrant = True
+
 # %% ../../nbs/50_evaluate.ipynb #382f176e
-@torch.no_grad()
 def generate_images(policy, # see `Policy`
                     tokenizer, # `Policy`, `Tokenizer`
                     labels:Tensor, # [N] class ids
@@ -194,11 +216,9 @@ def generate_images(policy, # see `Policy`
                     device='cpu', # where policy and tokenizer are
                     **sampling): # temperature, top_k, top_p, cfg_scale
     "Images of some labels, each from its own random stream"
-    for i in tqdm(range(0, len(labels), batch_size), disable=not progress,
-                  desc='images', leave=False):
-        y = labels[i:i+batch_size].to(device)
-        yield tokenizer.decode(policy.generate(y, Streams.range(seed, start+i, len(y)),
-                                               **sampling)), y
+    for pieces, y in _looked_at(policy, tokenizer, labels, seed, _as_they_are, device,
+                                batch_size, sampling, start, progress):
+        yield torch.cat(pieces), y
 
 # %% ../../nbs/50_evaluate.ipynb #82809c9a
 @torch.no_grad()
@@ -214,12 +234,11 @@ def evaluate(policy, # see `Policy`
              **sampling, # temperature, top_k, top_p, cfg_scale
             ) -> dict:
     "fid, inception_score, precision, recall and class accuracy of `n` generated images"
-    outs = [(*metric_net.net(x), y)
-            for x, y in generate_images(
-                policy, tokenizer, torch.arange(n) % num_classes, seed,
-                batch_size=batch_size,
-                progress=progress, device=device, **sampling)]
-    feats, logits, labels = (torch.cat(x).cpu() for x in zip(*outs))
+    labels = torch.arange(n) % num_classes
+    batches = _looked_at(policy, tokenizer, labels, seed, metric_net.net, device,
+                         batch_size, sampling, progress=progress)
+    outs = [piece for pieces, _ in batches for piece in pieces]
+    feats, logits = (torch.cat(x).cpu() for x in zip(*outs))
     precision, recall = precision_recall(metric_net.features, feats)
     fid = frechet_distance(metric_net.mu, metric_net.sigma, *moments(feats))
     return dict(fid=fid,

@@ -6,12 +6,14 @@
 __all__ = ['check_policy', 'check_tokenizer']
 
 # %% ../../nbs/60_your_own_model.ipynb #25437615
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..maths.sampling import filter_logits
-from ..protocols import Streams, map_cond, repeat_cond
+from ..protocols import Streams, map_cond, repeat_cond, says_reentrant
 
 # %% ../../nbs/60_your_own_model.ipynb #ad2d08ea
 def _must(ok, why):
@@ -87,6 +89,17 @@ def _check_distribution(policy, cond, seed, kw):
           "errors; generate and hidden describe different distributions, or a setting "
           "is ignored")
 
+# %% ../../nbs/60_your_own_model.ipynb #5c1d0e02
+def _check_reentrant(policy, cond, streams):
+    "Two threads get what each would get alone"
+    if not says_reentrant(policy): return
+    draw = torch.no_grad()(lambda s: policy.generate(cond, s))
+    asked = 4*[streams, Streams(streams.seed + 1, streams.index)]
+    with ThreadPoolExecutor(2) as pool: drawn = [*pool.map(draw, asked)]
+    _must(all(map(torch.equal, drawn, map(draw, asked))),
+          "reentrant: two threads at a time get other tokens than one after the other; "
+          "keep what belongs to a call out of the module, or don't say reentrant")
+
 # %% ../../nbs/60_your_own_model.ipynb #d31f4435
 @torch.no_grad()
 def check_policy(policy, # `Policy`, in eval mode
@@ -101,6 +114,7 @@ def check_policy(policy, # `Policy`, in eval mode
     context = context.to(one.device) # where the conditions are, drawn the same everywhere
     _check_scores(policy, context, cond)
     _check_draws(policy, cond, Streams.range(seed, 5, n))
+    _check_reentrant(policy, cond, Streams.range(seed, 5, n))
     for kw in {}, dict(temperature=.5), dict(top_k=max(2, v//4)), dict(top_p=.7):
         _check_distribution(policy, repeat_cond(cond, -(-samples//n)), seed, kw)
 

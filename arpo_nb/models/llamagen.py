@@ -10,6 +10,7 @@ __all__ = ['SIZES', 'GPTConfig', 'rope_table', 'rotate', 'RMSNorm', 'Attention',
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock, get_ident
 
 import torch
 import torch.nn.functional as F
@@ -281,6 +282,7 @@ def forward(self:CaptionEmbedding, cond): # features [N, L, D] and mask [N, L]
 class GPT(nn.Module):
     ("LlamaGen's transformer behind the `Policy` protocol; parameter names are the "
      "official ones")
+    reentrant = True # see `protocols.at_a_time`
     def __init__(self, cfg:GPTConfig): # its shape
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size
@@ -426,30 +428,51 @@ def step(self:GPT, tokens:Tensor, # [N] the last ones drawn
                                 rope, mask, cache, pos)[:, 0])
 
 # %% ../../nbs/31_llamagen.ipynb #7d4fb7b2
-def _packed(weight, bias, packed, rows):
+def _packed(layer, rows):
     "The forward of a linear layer with packed weights"
+    weight, bias = (x if x is None else x.detach() for x in (layer.weight, layer.bias))
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
     return lambda x: (torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
                       if x.numel() == rows*weight.shape[1]
                       else F.linear(x, weight, bias))
+
+# %% ../../nbs/31_llamagen.ipynb #7d4fb7b3
+_CHANGING = Lock() # held while a layer gets a forward, or loses it
+
+class _ForwardOfThread:
+    "A layer's forward where each thread may have its own"
+    def __init__(self, usual): self.usual, self.own = usual, {}
+
+    def __call__(self, x): return self.own.get(get_ident(), self.usual)(x)
+
+# %% ../../nbs/31_llamagen.ipynb #7d4fb7b4
+def _can_pack(layer):
+    "Whether a layer is a plain product in float32 on a CPU"
+    if not isinstance(layer, nn.Linear): return False
+    weight, other = layer.weight, vars(layer).get('forward')
+    return (weight.device.type == 'cpu' and weight.dtype == torch.float32
+            and (other is None or isinstance(other, _ForwardOfThread)))
 
 # %% ../../nbs/31_llamagen.ipynb #bc332316
 @contextmanager
 def packed_weights(module:nn.Module, # its linear layers
                    rows:int): # of the products to come; others are computed as usual
-    "Rearrange float32 weights for fast products on a CPU with MKL, within a `with`"
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear)
-              and m.weight.device.type == 'cpu' and m.weight.dtype == torch.float32]
-    if rows < 2 or torch.is_autocast_enabled('cpu') or not (
-        torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear')):
-        layers = []
-    try:
-        for m in layers:
-            packed = torch.ops.mkl._mkl_reorder_linear_weight(m.weight.detach(), rows)
-            bias = m.bias if m.bias is None else m.bias.detach()
-            m.forward = _packed(m.weight.detach(), bias, packed, rows)
-        yield module
+    ("Rearrange float32 weights for fast products on a CPU with MKL, within a `with` "
+     "and for this thread")
+    mkl = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear')
+    layers = [m for m in module.modules() if _can_pack(m)]
+    if rows < 2 or not mkl or torch.is_autocast_enabled('cpu'): layers = []
+    fast, me = [_packed(m, rows) for m in layers], get_ident()
+    with _CHANGING:
+        for m, f in zip(layers, fast):
+            if 'forward' not in vars(m): m.forward = _ForwardOfThread(m.forward)
+            m.forward.own[me] = f
+    try: yield module
     finally:
-        for m in layers: m.__dict__.pop('forward', None)
+        with _CHANGING:
+            for m in layers:
+                del m.forward.own[me]
+                if not m.forward.own: del m.forward
 
 # %% ../../nbs/31_llamagen.ipynb #04b6a21d
 def _both(a, b):

@@ -309,6 +309,7 @@ def f_hats(self:MultiScaleQuantizer, codes:Tensor, # [N, T, C] of all scales
 class MultiScaleVQ(nn.Module):
     ("VAR's image tokenizer behind the `Tokenizer` protocol; parameter names are the "
      "official ones")
+    reentrant = True # see `protocols.at_a_time`
     def __init__(self, cfg:MultiScaleConfig): # its shape
         super().__init__()
         self.cfg, self.image_size = cfg, cfg.image_size

@@ -280,6 +280,7 @@ def check_picture(images, # [B, 3, H, W] in [0, 1]
 class VQModel(nn.Module):
     ("LlamaGen's image tokenizer behind the `Tokenizer` protocol; parameter names are "
      "the official ones")
+    reentrant = True # see `protocols.at_a_time`
     def __init__(self, cfg:VQConfig): # widths, levels and codebook
         super().__init__()
         self.cfg, self.image_size, self.codebook_size = (

@@ -83,6 +83,7 @@ def to_pixels(images:Tensor, # [N, 28, 28] uint8
 class ToyNet(nn.Module):
     ("A small convolutional classifier: feature maps for perceptual distance, pooled "
      "features and logits for metrics")
+    reentrant = True # see `protocols.at_a_time`
     def __init__(self,
                  # channels at 32², 16² and 8² pixels; the last is the feature length D
                  widths:tuple,

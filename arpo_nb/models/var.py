@@ -239,6 +239,7 @@ class VAR(nn.Module):
     ("VAR's transformer behind the `Policy` protocol; parameter names are the official "
      "ones")
     has_sampler_logps = True # `generate` can return them
+    reentrant = True # see `protocols.at_a_time`
     def __init__(self, cfg:VARConfig, # its shape
                  # of the tokenizer; borrowed, neither trained nor saved
                  quantizer:MultiScaleQuantizer):

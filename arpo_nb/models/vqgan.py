@@ -180,6 +180,7 @@ def unmap(ids:Tensor, # positions in `used`; M or more counts as 0, as in the or
 class VQGAN(nn.Module):
     ("The VQGAN tokenizer behind the `Tokenizer` protocol; parameter names are the "
      "official ones")
+    reentrant = True # see `protocols.at_a_time`
     def __init__(self, cfg:VQGANConfig): # its shape
         super().__init__()
         self.cfg, self.image_size, self.codebook_size = cfg, cfg.image_size, cfg.codebook_size
@@ -334,6 +335,7 @@ class CINTransformer(nn.Module):
     ("VQGAN's class-conditional transformer behind the `Policy` protocol; parameter "
      "names are the official ones")
 
+    reentrant = True # see `protocols.at_a_time`
     def __init__(self, cfg:CINConfig): # its shape
         super().__init__()
         self.cfg, self.num_tokens, self.vocab_size = cfg, cfg.block_size, cfg.vocab_size

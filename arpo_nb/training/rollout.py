@@ -19,7 +19,8 @@ from ..maths.entropy import token_entropy
 from ..maths.noisy_context import corrupt_tokens
 from ..maths.sampling import draw, guide
 from ..own_rewards import ask_reward
-from ..protocols import NOISE, SAMPLE, Batch, Rollout, map_cond, repeat_cond
+from ..protocols import (NOISE, SAMPLE, Batch, Rollout, at_a_time, in_flight,
+                               map_cond, repeat_cond)
 
 # %% ../../nbs/40_rollout.ipynb #aca92f42
 def _score(head, hidden, tokens, temperature, entropy_grad):
@@ -133,6 +134,12 @@ class Clock:
     def wait(self):
         "Until the device has done what it was asked"
         if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
+
+    def add(self, other, # `Clock` of a thread
+            share:float=1.): # of its seconds, 1/n where n threads work at a time
+        "Take in what another has measured"
+        for name, s in other.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.) + share*s
 
 # %% ../../nbs/40_rollout.ipynb #91a48a0a
 def _scales(policy, cfg_scale, t):
@@ -280,19 +287,24 @@ def score_groups(reward, # `Reward`
                  decode_batch_size:int=256, # images decoded at a time
                  clock=None, # `Clock`
                 ) -> tuple: # rewards [B, G] or [B, G, T], new state
-    "Decode groups of samples and score them"
+    "Decode groups of samples and score them, two pieces at a time where they may be"
     g, out, clock = tokens.shape[1], [], clock or Clock()
     together = getattr(reward, 'together', False)
+    asked = () if together else (reward, getattr(reward, 'perceptual', None))
+    n = at_a_time(tokens.device, tokenizer, *asked)
     raw = dict(clamp=False) if getattr(reward, 'unclamped', False) else {}
-    for s in _slices(len(tokens), max(1, decode_batch_size//g)):
-        with clock('decode'):
+    @torch.no_grad()
+    def piece(s):
+        own = Clock(clock.device)
+        with own('decode'):
             images = tokenizer.decode(tokens[s].flatten(0, 1), **raw)
             images = images.unflatten(0, (-1, g))
-        if together:
-            out.append(images)
-            continue
-        with clock('reward'):
-            rewards, state = ask_reward(reward, images, batch.take(s), state)
-        out.append(rewards)
+        if together: return images, state, own
+        with own('reward'):
+            return *ask_reward(reward, images, batch.take(s), state), own
+    pieces = _slices(len(tokens), max(1, decode_batch_size//(n*g)))
+    for scored, state, own in in_flight(piece, pieces, n): # the next sees this state
+        out.append(scored)
+        clock.add(own, 1/n)
     if not together: return torch.cat(out), state
     with clock('reward'): return ask_reward(reward, torch.cat(out), batch, state)
