@@ -295,7 +295,7 @@ def score_groups(reward, # `Reward`
     raw = dict(clamp=False) if getattr(reward, 'unclamped', False) else {}
     @torch.no_grad()
     def piece(s):
-        own = Clock(clock.device)
+        own = type(clock)(clock.device)
         with own('decode'):
             images = tokenizer.decode(tokens[s].flatten(0, 1), **raw)
             images = images.unflatten(0, (-1, g))
