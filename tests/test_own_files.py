@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from doors import ENV, arpo, notebook, ok
+from doors import ENV, arpo, notebook, ok, refused as refused_notebook
 
 from arpo_nb import systems
 from arpo_nb.config import Config, preset
@@ -229,11 +229,12 @@ def test_paths_that_lead_nowhere(field, things, capsys):
         assert why in refused(capsys, 'train', '--model', 'toy', '--method', method, '--out_dir', 'out', '--steps', '1', f'--{field}', path), path
 
 
-@pytest.mark.parametrize('field, case', [('scores', 2), ('metric', 1)])
-def test_paths_that_lead_nowhere_in_an_evaluation(field, case, things):
-    path, why = NOWHERE[case]
-    done = arpo('eval', '--model', 'toy', '--n', '4', f'--{field}', path, cwd=things)
+def test_paths_that_lead_nowhere_in_an_evaluation(things, monkeypatch):
+    "By the command, which starts a kernel, and in the notebook itself"
+    path, why = NOWHERE[2]
+    done = arpo('eval', '--model', 'toy', '--n', '4', '--scores', path, cwd=things)
     assert done.returncode and why in done.stderr + done.stdout, (done.stdout + done.stderr)[-1500:]
+    for path, why in NOWHERE[:2]: assert why in refused_notebook('run_eval', things, monkeypatch, model='toy', n=4, metric=path), path
 
 
 CORE = '''

@@ -74,12 +74,12 @@ def killed_and_resumed(cfg, tmp_path, sig):
 
 
 def test_run_vapi_end_to_end(tmp_path):
-    small = dict(steps=2, out_dir=tmp_path/'out', overrides='batch_size=8,num_generations=2', eval_images=40, baselines='mle,ste,ste_gumbel,tokenizer,no_prior,kl,noise,token_credit')
+    small = dict(steps=2, out_dir=tmp_path/'out', overrides='batch_size=8,num_generations=2', eval_images=40, baselines='mle,ste_gumbel,tokenizer,no_prior,token_credit')
     ok(papermill('run_vapi', tmp_path/'a.ipynb', **small))
     out = tmp_path/'out'
     summary = json.loads((out/'summary.json').read_text())
     assert (summary['model'], summary['method'], summary['seed']) == ('toy', 'vapi', 0) and summary['wall_s'] > 0
-    arms = {'base', 'tuned', 'mle', 'ste', 'ste_gumbel', 'tokenizer', 'no_prior', 'kl', 'noise', 'token_credit'}
+    arms = {'base', 'tuned', 'mle', 'ste_gumbel', 'tokenizer', 'no_prior', 'token_credit'}
     assert arms < set(summary['metrics']) and any('temperature' in k for k in summary['metrics'])
     for m in summary['metrics'].values(): assert {'fid', 'inception_score', 'precision', 'recall', 'accuracy'} <= set(m)
     assert len((out/'metrics.jsonl').read_text().splitlines()) == 2

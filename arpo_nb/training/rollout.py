@@ -295,7 +295,7 @@ def score_groups(reward, # `Reward`
     raw = dict(clamp=False) if getattr(reward, 'unclamped', False) else {}
     @torch.no_grad()
     def piece(s):
-        own = type(clock)(clock.device)
+        own = clock if n == 1 else Clock(clock.device) # a thread has its own
         with own('decode'):
             images = tokenizer.decode(tokens[s].flatten(0, 1), **raw)
             images = images.unflatten(0, (-1, g))
@@ -305,6 +305,6 @@ def score_groups(reward, # `Reward`
     pieces = _slices(len(tokens), max(1, decode_batch_size//(n*g)))
     for scored, state, own in in_flight(piece, pieces, n): # the next sees this state
         out.append(scored)
-        clock.add(own, 1/n)
+        if n > 1: clock.add(own, 1/n)
     if not together: return torch.cat(out), state
     with clock('reward'): return ask_reward(reward, torch.cat(out), batch, state)
