@@ -250,6 +250,21 @@ def _watch_judges(self:_Stage, nets):
         for door in [d for d in JUDGES if hasattr(net, d)]:
             setattr(net, door, self.ledger.once(getattr(net, door), door, about))
 
+# %% ../../nbs/44_rehearse.ipynb #70514ebd
+@patch
+def _scored(self:_Stage, score):
+    "Let equal pieces of states be scored once"
+    ledger, known = self.ledger, {}
+    def call(head, *args):
+        net = getattr(head, '__self__', head)
+        about = self.about.get(net) or signature(net)
+        run = known.setdefault(about, ledger.once(partial(score, head), 'head', about))
+        cast, half = (about, 'head'), torch.is_autocast_enabled('cpu')
+        first = half and cast not in ledger.cast_units
+        if half: ledger.cast_units.add(cast)
+        return (partial(score, head) if first else run)(*args)
+    return call
+
 # %% ../../nbs/44_rehearse.ipynb #c6eccbe8
 @patch
 def _update(self:_Stage, *args, **kwargs):
@@ -391,7 +406,8 @@ def _in_the_way(stage): # (object, name, what stands there meanwhile)
                 (trainer, 'check_state', lambda *_, **__: None), # would be pickled
                 (trainer, 'check_weights', lambda *_: None), # not a step's
                 (trainer, 'need_space', lambda *_, **__: None), # nothing is written
-                (rewards, '_rows', named), (rewards, 'ask_reward', once),
+                (rewards, '_rows', named), (rollout, '_score', stage._scored(rollout._score)),
+                (rewards, 'ask_reward', once),
                 (rollout, 'ask_reward', once), (nn.Module, 'to', _to),
                 (Accelerator, 'backward', lambda *a, **k: stage._backward(*a, **k)),
                 (clip, 'tokenize', lambda texts: torch.zeros(len(texts), 77).long()),
