@@ -115,6 +115,29 @@ def test_two_batches_in_flight_are_the_same_batches(two_threads):
         rows.append(evaluate(policy, vq, net, 10, n=30, batch_size=20, progress=False))
     assert rows[0] == pytest.approx(rows[1], rel=1e-12)
 
+def test_rewards_of_pieces_in_flight_are_the_same_rewards(two_threads):
+    "Two threads decode and score pieces of half the size, bit for bit those of one thread; who keeps a state is asked by one"
+    from arpo_nb.models.toy import build_toy, toy_judge
+    from arpo_nb.protocols import Batch, Streams
+    from arpo_nb.rewards import ReconstructionReward
+    from arpo_nb.training.rollout import Clock, score_groups
+    vq, images, tokens = build_toy()[1].eval(), torch.rand(6, 3, 32, 32), torch.randint(256, (6, 2, 64))
+    batch, asked = Batch(torch.zeros(6, dtype=torch.long), Streams.range(0, 0, 6), images), []
+    class Counted(ReconstructionReward):
+        def __call__(self, images, batch, state=None):
+            asked.append(get_ident())
+            return super().__call__(images, batch)[0], (state or 0) + 1
+    def scored(threads, size, kind=ReconstructionReward):
+        torch.set_num_threads(threads)
+        tokenizer, clock = Seen(vq, True), Clock()
+        tokenizer.decode = lambda t, clamp: tokenizer.threads.append(get_ident()) or vq.decode(t, clamp=clamp)
+        return *score_groups(kind(toy_judge()), tokenizer, tokens, batch, decode_batch_size=size, clock=clock), {*tokenizer.threads}, clock.seconds
+    one, two = scored(1, 4), scored(2, 8)
+    assert torch.equal(one[0], two[0]) and one[2] == {get_ident()} and get_ident() not in two[2]
+    assert one[3].keys() == two[3].keys() == {'decode', 'reward'}
+    assert torch.allclose(one[0], scored(1, 8)[0], atol=1e-5)
+    assert scored(2, 4, Counted)[1] == 3 and {*asked} == {get_ident()}
+
 def test_an_error_in_flight_is_raised_once_and_leaves_the_threads(two_threads):
     from arpo_nb.evaluation.evaluate import generate_images
     from arpo_nb.models.toy import build_toy

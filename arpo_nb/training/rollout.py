@@ -302,6 +302,7 @@ def score_groups(reward, # `Reward`
         if together: return images, state, own
         with own('reward'):
             return *ask_reward(reward, images, batch.take(s), state), own
+    # as many images exist at a time
     pieces = _slices(len(tokens), max(1, decode_batch_size//(n*g)))
     for scored, state, own in in_flight(piece, pieces, n): # the next sees this state
         out.append(scored)
