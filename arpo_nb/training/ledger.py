@@ -9,6 +9,7 @@ __all__ = ['DEVICE', 'SMALL', 'TRAINED', 'tensors', 'Places', 'flops_of', 'nbyte
 # %% ../../nbs/44_ledger.ipynb #b9f2ff77
 import hashlib
 import math
+import os
 import sys
 import weakref
 from collections import Counter, defaultdict
@@ -18,6 +19,7 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from unittest import mock
 
+import accelerate
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -29,6 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakTensorKeyDictionary
+
+import arpo_nb
 
 # %% ../../nbs/44_ledger.ipynb #bf3be3b2
 DEVICE = torch.device('cpu', 0) # plays the accelerator; plain 'cpu' is the host
@@ -276,15 +280,15 @@ class Ledger(TorchDispatchMode):
         self.resizes = ExitStack() # while entered: storages that get another size
 
 # %% ../../nbs/44_ledger.ipynb #33f0e9e4
-_OURS = 'arpo_nb/', 'accelerate/', 'torch/optim'
+# where they are, since any folder may have any name
+_OURS = tuple(str(Path(m.__file__).parent) + os.sep for m in (arpo_nb, accelerate, torch.optim))
 
 def _asker() -> str: # 'file.py:line'
     "The innermost line of ours, or of accelerate or an optimiser, that is running"
     frame = sys._getframe(1)
     while frame:
         name = frame.f_code.co_filename
-        ours = any(s in name for s in _OURS)
-        if ours and not name.endswith(('rehearse.py', 'ledger.py')):
+        if name.startswith(_OURS) and not name.endswith(('rehearse.py', 'ledger.py')):
             return f"{Path(name).name}:{frame.f_lineno}"
         frame = frame.f_back
     return 'elsewhere'
