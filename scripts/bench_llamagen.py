@@ -8,8 +8,8 @@ The limit is what the weights and the cache cost at the measured speeds of a lar
 """
 import argparse
 import sys
-import time
 
+import beside
 import torch
 
 from arpo_nb.models.llamagen import GPT, gpt_config
@@ -36,24 +36,10 @@ def run_ours(n, scale, greedy=False): return ours.generate(torch.arange(n), Stre
 def run_theirs(n, scale, greedy=False):
     return generate.generate(theirs, torch.arange(n), 256, cfg_scale=scale, temperature=1., top_k=0, top_p=1., sample_logits=not greedy)
 
-@torch.no_grad()
-def timed(run, *a, **kw):
-    start = time.perf_counter(); tokens = run(*a, **kw)
-    return time.perf_counter() - start, tokens.long()
-
-a, b = (timed(run, 2, 1.5, greedy=True)[1] for run in (run_ours, run_theirs))
+a, b = (beside.timed(run, 2, 1.5, greedy=True)[1].long() for run in (run_ours, run_theirs))
 print(f'greedy tokens, 2 images, guidance 1.5: {(a == b).float().mean().item():.2%} equal, {len(a.unique())} different ones', flush=True)
-m, large = torch.randn(4096, 4096), torch.ones(2**28)
-flops, bandwidth = 2*4096**3/min(timed(torch.mm, m, m)[0] for _ in range(3)), 4*2**28/min(timed(torch.sum, large)[0] for _ in range(3))
-print(f'{args.threads} threads: 4096³ matrix product {flops/1e9:.0f} GFLOP/s, memory {bandwidth/1e9:.1f} GB/s', flush=True)
-weights = sum(p.numel() for name, p in ours.named_parameters() if 'embedding' not in name)
-
-def limit(rows):
-    "Seconds of a step at least: each weight read once or each product made, and the mean cache read"
-    cache = rows*ours.cfg.n_layer*2*ours.cfg.dim*128*4
-    return max(4*weights/bandwidth, 2*rows*weights/flops) + cache/bandwidth
-
+fast = beside.machine()
 for cell in args.cells*args.repeat:
     n, scale = int(cell.strip('g')), 1.5 if 'g' in cell else 1.
-    x, y = (256*n/timed(run, n, scale)[0] for run in (run_ours, run_theirs))
-    print(f'batch {n}{", guidance 1.5" if scale > 1 else ""}: ours {x:.1f} tokens/s, official {y:.1f}, ratio {x/y:.2f}; ours at {x/n*limit(n*(1 + (scale > 1))):.0%} of the limit', flush=True)
+    x, y = (256*n/beside.timed(run, n, scale)[0] for run in (run_ours, run_theirs))
+    print(f'batch {n}{", guidance 1.5" if scale > 1 else ""}: ours {x:.1f} tokens/s, official {y:.1f}, ratio {x/y:.2f}; ours at {x/n*beside.token_seconds(ours, ours.cfg.dim, 256, n*(1 + (scale > 1)), fast):.0%} of the limit', flush=True)

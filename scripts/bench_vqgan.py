@@ -8,8 +8,8 @@ The limit is what the weights and the cache cost at the measured speeds of a lar
 """
 import argparse
 import sys
-import time
 
+import beside
 import torch
 
 from arpo_nb.models.janus import import_transformers
@@ -38,23 +38,9 @@ ours.num_tokens = args.tokens
 def run_ours(n, greedy=False): return ours.generate(torch.arange(n), Streams.range(0, 0, n), greedy=greedy)
 def run_theirs(n, greedy=False): return mingpt.sample_with_past(torch.arange(n)[:, None], theirs, args.tokens, sample_logits=not greedy)
 
-@torch.no_grad()
-def timed(run, *a, **kw):
-    start = time.perf_counter(); tokens = run(*a, **kw)
-    return time.perf_counter() - start, tokens
-
-a, b = (timed(run, 2, greedy=True)[1] for run in (run_ours, run_theirs))
+a, b = (beside.timed(run, 2, greedy=True)[1] for run in (run_ours, run_theirs))
 print(f'greedy tokens, 2 images: {(a == b).float().mean().item():.2%} equal, {len(a.unique())} different ones', flush=True)
-m, large = torch.randn(4096, 4096), torch.ones(2**28)
-flops, bandwidth = 2*4096**3/min(timed(torch.mm, m, m)[0] for _ in range(3)), 4*2**28/min(timed(torch.sum, large)[0] for _ in range(3))
-print(f'{args.threads} threads: 4096³ matrix product {flops/1e9:.0f} GFLOP/s, memory {bandwidth/1e9:.1f} GB/s', flush=True)
-weights = sum(p.numel() for name, p in ours.named_parameters() if 'emb' not in name)
-
-def limit(rows):
-    "Seconds of a step at least: each weight read once or each product made, and the mean cache read"
-    cache = rows*cfg.n_layer*2*cfg.n_embd*args.tokens//2*4
-    return max(4*weights/bandwidth, 2*rows*weights/flops) + cache/bandwidth
-
+fast = beside.machine()
 for n in args.cells*args.repeat:
-    x, y = (args.tokens*n/timed(run, n)[0] for run in (run_ours, run_theirs))
-    print(f'batch {n}: ours {x:.1f} tokens/s, official {y:.1f}, ratio {x/y:.2f}; ours at {x/n*limit(n):.0%} of the limit', flush=True)
+    x, y = (args.tokens*n/beside.timed(run, n)[0] for run in (run_ours, run_theirs))
+    print(f'batch {n}: ours {x:.1f} tokens/s, official {y:.1f}, ratio {x/y:.2f}; ours at {x/n*beside.token_seconds(ours, cfg.n_embd, args.tokens, n, fast):.0%} of the limit', flush=True)

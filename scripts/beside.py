@@ -1,9 +1,13 @@
-"What the scripts share that time a step of ours beside the authors': clocks of both sides, whether they agree, and the table"
+"What the scripts share that time ours beside the authors': clocks, whether both sides agree, tables, and the least a sampler could take"
 import sys
+import time
 import warnings
 from types import ModuleType
 from unittest.mock import MagicMock
 
+import torch
+
+from arpo_nb.training.bench import limits
 from arpo_nb.training.rollout import Clock
 from arpo_nb.weights import import_torchvision
 
@@ -35,3 +39,23 @@ def compare(repeat, step, their_step):
     rows = [(name, ours.seconds[name], authors.seconds[name]) for name in ours.seconds]
     for name, a, b in [*rows, ('whole', sum(ours.seconds.values()), sum(authors.seconds.values()))]:
         print(f'{name:10} ours {a/repeat:8.2f}  authors {b/repeat:8.2f}  ratio {b/a:6.2f}')
+
+
+@torch.no_grad()
+def timed(run, *args, **kw):
+    "Seconds of a call, and what it returns"
+    start = time.perf_counter(); out = run(*args, **kw)
+    return time.perf_counter() - start, out
+
+def machine():
+    "Operations and bytes per second of this process's threads, which are printed"
+    flops, bandwidth = limits('cpu', side=4096)
+    print(f'{torch.get_num_threads()} threads: 4096³ matrix product {flops/1e9:.0f} GFLOP/s, memory {bandwidth/1e9:.1f} GB/s', flush=True)
+    return flops, bandwidth
+
+def token_seconds(policy, width, tokens, rows, machine):
+    "A token of each row at least: each weight read once or each product made, and the mean cache read"
+    flops, bandwidth = machine
+    weights = sum(p.numel() for name, p in policy.named_parameters() if 'emb' not in name)
+    cache = rows*policy.cfg.n_layer*2*width*tokens//2
+    return max(4*weights/bandwidth, 2*rows*weights/flops) + 4*cache/bandwidth

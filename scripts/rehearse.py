@@ -11,13 +11,13 @@ from itertools import product
 from pathlib import Path
 
 METHODS, COUNTS, MEMORY = ('vapi', 'mle', 'ste', 'tokenizer', 'loofid', 'ar_grpo', 'var_grpo'), (1, 8, 64), 80e9 # the fast ones first
-# what the papers ran, and on how many devices; these rows come first
+# what the papers ran, and on how many devices; their models come first
 PAPERS = {('llamagen_xxl', 'vapi'): (8,), ('llamagen_l', 'loofid'): (1, 4), ('llamagen_xl', 'loofid'): (4,),
           ('var_d16', 'var_grpo'): (8,), ('var_d30', 'var_grpo'): (8,), ('janus_pro_1b', 'vapi'): (8,),
           ('janus_pro_7b', 'loofid'): (8,)}
 
 
-lock, RECORDS = threading.Lock(), {} # what this process has seen of networks, whatever they were a part of
+RECORDS = {} # what this process has seen of networks, whatever they were a part of
 
 
 def follow_parent(parent):
@@ -96,7 +96,7 @@ def main():
     def left_of(pair): return tuple(n for n in counts[pair] if str(n) not in found.get(' '.join(pair), {}))
     wanted = [(*pair, left_of(pair)) for pair in pairs if left_of(pair) and not (pair[1] == 'layouts' and ' '.join(pair) in found)]
     by_model = iter([[r for r in wanted if r[0] == model] for model in dict.fromkeys(r[0] for r in wanted)])
-    end = time.time() + 60*args.minutes
+    end, lock = time.time() + 60*args.minutes, threading.Lock()
 
     def keep(name, cells):
         found[name] = found.get(name, {}) | cells

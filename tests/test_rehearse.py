@@ -86,7 +86,8 @@ def test_a_new_question_is_seen(monkeypatch):
 
 
 @pytest.mark.parametrize('method, more', [('vapi', {}), ('vapi', dict(gradient_checkpointing=True)), ('var_grpo', {}),
-    ('vapi', dict(mixed_precision='bf16', gradient_checkpointing=True, micro_batch_size=1))])
+    ('vapi', dict(mixed_precision='bf16', gradient_checkpointing=True, micro_batch_size=1)),
+    ('loofid', dict(logps_chunk=64)), ('loofid', dict(logps_chunk=64, mixed_precision='bf16'))]) # states in eight pieces
 def test_stand_ins_cost_what_they_stand_for(monkeypatch, method, more):
     cfg = replace(tiny(method, **more), mini_batch_size=2)
     short = rehearse(cfg)
@@ -97,10 +98,17 @@ def test_stand_ins_cost_what_they_stand_for(monkeypatch, method, more):
     monkeypatch.setattr(_Stage, '_step', lambda self, run, *args: run(*args))
     monkeypatch.setattr(_Stage, '_zero_grad', lambda self, opt, *args, **kw: type(opt).zero_grad(opt, *args, **kw))
     whole = rehearse(cfg)
-    for name in ('generate', 'decode', 'update', 'backward', 'optimiser'):
+    for name in {'generate', 'score', 'decode', 'update', 'backward', 'optimiser'} & whole.phases.keys():
         a, b = short.phases[name], whole.phases[name]
         assert sum(a.flops.values()) == pytest.approx(sum(b.flops.values()), rel=.01), name
         for x, y in ((a.moved, b.moved), (a.peak, b.peak)): assert x == pytest.approx(y, rel=.02), name
+
+
+def test_a_policy_under_guidance_scores_twice():
+    "Its head is no network's"
+    plain = tiny('loofid', rollout_cfg_scale=2.)
+    once, twice = (sum(rehearse(cfg).phases['score'].flops.values()) for cfg in (plain, replace(plain, logprob_cfg='guided')))
+    assert twice == pytest.approx(2*once, rel=.01)
 
 
 @pytest.mark.parametrize('shards', [1, 2])

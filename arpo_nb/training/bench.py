@@ -140,9 +140,11 @@ def limits(device, # where
     "What a device manages: a matrix product of `side`, and a copy (read and written)"
     device = torch.device(device)
     x = torch.randn(side, side, device=device, dtype=dtype)
-    big = torch.empty(megabytes*2**20, dtype=torch.uint8, device=device)
-    return 2*side**3/_median(lambda: x @ x, device, 7), 2*big.numel()/_median(big.clone,
-            device, 7)
+    big = torch.zeros(megabytes*2**20, dtype=torch.uint8, device=device)
+    into = torch.zeros_like(big) # new memory would first have to be asked for
+    product = _median(lambda: x @ x, device, 7)
+    copy = _median(lambda: into.copy_(big), device, 7)
+    return 2*side**3/product, 2*big.numel()/copy
 
 # %% ../../nbs/52_bench.ipynb #ad1c5938
 def _numbers_read(policy, weights, rows):

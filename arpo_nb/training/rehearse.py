@@ -182,13 +182,18 @@ class _Stage:
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbe4
 @patch
+def _signature(self:_Stage, net):
+    "`signature`, computed once, before a network is watched"
+    if net not in self.about: self.about[net] = signature(net)
+    return self.about[net]
+
+@patch
 def _prepare(self:_Stage, acc, raw, make_optimizer, ref_policy=None, ref_offload=False):
     "The trainer's, around networks that are watched"
     ledger, policy = self.ledger, self.system.policy
     for net in (policy, ref_policy):
         if net is None: continue
-        self.about[net] = about = signature(net)
-        for unit in shard_units(net): ledger.block(unit, about)
+        for unit in shard_units(net): ledger.block(unit, self._signature(net))
     objective, opt = sharding.prepare(acc, raw, make_optimizer, ref_policy, ref_offload)
     self.trained, self.opt = list(raw.parameters_to_train()), opt
     self.nets = [net for net in (raw, ref_policy) if net is not None]
@@ -226,7 +231,7 @@ def _watch_doors(self:_Stage, ref_policy):
     for net, doors in ((policy, ('hidden', 'generate')), (ref_policy, ('hidden',)),
                        (self.system.tokenizer, ('encode', 'decode'))):
         if net is None: continue
-        about = self.about.get(net) or signature(net)
+        about = self._signature(net)
         for door in doors:
             name = f'{door} {net is ref_policy}'
             setattr(net, door, ledger.once(getattr(net, door), name, about))
@@ -245,7 +250,7 @@ JUDGES = 'forward', 'features', 'encode_image', 'encode_text'
 def _watch_judges(self:_Stage, nets):
     "Let equal pieces of pictures, and equal blocks, be judged once"
     for net in nets:
-        about = signature(net)
+        about = self._signature(net)
         for unit in shard_units(net): self.ledger.block(unit, about)
         for door in [d for d in JUDGES if hasattr(net, d)]:
             setattr(net, door, self.ledger.once(getattr(net, door), door, about))
@@ -253,16 +258,16 @@ def _watch_judges(self:_Stage, nets):
 # %% ../../nbs/44_rehearse.ipynb #70514ebd
 @patch
 def _scored(self:_Stage, score):
-    "Let equal pieces of states be scored once"
+    "Let equal pieces of states be scored once, where a network scores them"
     ledger, known = self.ledger, {}
     def call(head, *args):
-        net = getattr(head, '__self__', head)
-        about = self.about.get(net) or signature(net)
-        run = known.setdefault(about, ledger.once(partial(score, head), 'head', about))
-        cast, half = (about, 'head'), torch.is_autocast_enabled('cpu')
+        net, run = getattr(head, '__self__', head), partial(score, head)
+        if not isinstance(net, nn.Module): return run(*args) # guidance, a function
+        cast, half = (self._signature(net), 'head'), torch.is_autocast_enabled('cpu')
         first = half and cast not in ledger.cast_units
         if half: ledger.cast_units.add(cast)
-        return (partial(score, head) if first else run)(*args)
+        if net not in known: known[net] = ledger.once(run, 'head', cast[0])
+        return (run if first else known[net])(*args)
     return call
 
 # %% ../../nbs/44_rehearse.ipynb #c6eccbe8
