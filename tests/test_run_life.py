@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doors import ENV, begin_script
+from doors import ENV, Started, begin_script
 from safetensors.torch import load_file
 
 import arpo_nb.training.launch as launching
@@ -24,7 +24,7 @@ from arpo_nb.protocols import System
 from arpo_nb.training.launch import launch, run
 from arpo_nb.training.run_folder import claim_folder, read_rows
 from arpo_nb.training.saving import Damaged, find_checkpoint, read_run
-from arpo_nb.training.trainer import train
+from arpo_nb.training.trainer import Stopped, StopSignal, train
 
 CFG = Config(model='tiny', steps=6, batch_size=4, num_generations=2, learning_rate=1e-2, save_steps=2, perceptual_coef=0.)
 FREE = replace(CFG, method='grpo', rewards='bright')
@@ -395,6 +395,23 @@ if 'WORLD_SIZE' not in __import__('os').environ:
     ends = time.time() + 60
     while workers(path) and time.time() < ends: time.sleep(.2)
     assert not workers(path)
+
+
+@pytest.mark.parametrize('ours, code', [(True, 75), (False, -signal.SIGTERM)])
+def test_a_request_that_comes_after_the_stop_changes_nothing(ours, code):
+    child = Started(_asked_again, ours)
+    assert child.wait().returncode == code # a process that is not ours alone may do other things afterwards
+
+
+def _asked_again(ours):
+    "One process of several: another was asked first and all stopped; then its own request comes"
+    def stopped():
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received
+        signal.raise_signal(signal.SIGTERM)
+        raise Stopped('stopped after step 3')
+    return launching.as_process(None, stopped, rank=1) if ours else stopped()
 
 
 def workers(path):

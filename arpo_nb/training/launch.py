@@ -40,7 +40,7 @@ from .processes import (check_launcher, launch_command, load_once, on_each,
                                         read_launcher, reward_once, slurm_rank)
 from .run_folder import claim_folder, read_rows
 from .sharding import check_layout
-from .trainer import Stopped, accelerator, on_first, train
+from .trainer import StopSignal, Stopped, accelerator, on_first, train
 from .watching import sampling_of
 
 # %% ../../nbs/42_launch.ipynb #5071a69a
@@ -243,6 +243,8 @@ def as_process(job:Path|None, # folder of the job, if `launch` started this proc
                pipe:bool=False, # see `watch`
               ) -> list: # what `start` returns
     "Work as one process of several: a failure is noted, and ends the process at once"
+    # all processes end at one's request, and their own may come after that
+    StopSignal.after = signal.SIG_IGN
     watch(job, pipe)
     try: return start()
     except Stopped as e:

@@ -50,6 +50,8 @@ from .watching import (EarlyStopping, RunLog, draw_grid,
 # %% ../../nbs/41_trainer.ipynb #c3fdfad0
 class StopSignal:
     "Remembers a SIGTERM while inside a `with` block"
+    after = None # what a SIGTERM does afterwards; None for what it did before
+
     def __enter__(self):
         self.received, self.old = False, None
         def note(*_): self.received = True
@@ -58,7 +60,7 @@ class StopSignal:
         return self
 
     def __exit__(self, *_):
-        if self.old is not None: signal.signal(signal.SIGTERM, self.old)
+        if self.old is not None: signal.signal(signal.SIGTERM, self.after or self.old)
 
 # %% ../../nbs/41_trainer.ipynb #f8c499d0
 class Stopped(SystemExit):
