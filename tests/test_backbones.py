@@ -18,6 +18,7 @@ from doors import ENV, run_cells as cells
 
 from arpo_nb.scores.classifier import load_resnet50
 from arpo_nb.scores.features import LPIPSFeatures
+from arpo_nb.models import llamagen
 from arpo_nb.models.janus import JanusConfig, JanusPolicy, SpecialIds
 from arpo_nb.models.llamagen import GPT, GPTConfig
 from arpo_nb.models.multiscale_vq import MultiScaleConfig, MultiScaleVQ
@@ -174,6 +175,26 @@ def test_compiled_steps_have_plain_weights():
         return wrapped
     cond, streams = TinyT5()(['a', 'b b']), Streams.range(0, 0, 2)
     assert torch.equal(policy.generate(cond, streams, compile=wrap), policy.generate(cond, streams)) and len(seen) == policy.num_tokens - 1 and not any(seen)
+
+
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('model', SMALL)
+@torch.no_grad()
+def test_packed_weights_draw_the_same_tokens(model, half, monkeypatch):
+    "Also in half precision, where a layer may say what its result is in"
+    torch.manual_seed(0)
+    policy, packs = SMALL[model]()[0].eval(), []
+    cond = policy.example_cond(4) if hasattr(policy, 'example_cond') else torch.arange(4)
+    for p in policy.parameters(): torch.nn.init.normal_(p, std=.3) # fresh heads may be zero
+    def drawn(packer):
+        monkeypatch.setattr(llamagen, 'packer', packer)
+        with torch.autocast('cpu', torch.bfloat16, enabled=half):
+            return policy.generate(cond, Streams.range(0, 0, 4), cfg_scale=1. if model == 'vqgan_cin' else 2.)
+    def onednn(layer, rows):
+        if isinstance(layer, torch.nn.Linear): packs.append(layer); return llamagen._onednn
+    plain = drawn(lambda *_: None)
+    assert torch.equal(drawn(onednn), plain) and len(packs) >= 8 and len(plain.unique()) > 4
+    assert not any('forward' in vars(m) for m in policy.modules())
 
 
 def test_run_eval_makes_another_folders_reference(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'GPTConfig', 'rope_table', 'rotate', 'RMSNorm', 'Attention', 'FeedForward', 'Block', 'ClassEmbedding',
-           'CaptionMLP', 'CaptionEmbedding', 'GPT', 'key_dtype', 'packed_weights', 'generate', 'gpt_config']
+           'CaptionMLP', 'CaptionEmbedding', 'GPT', 'key_dtype', 'packer', 'packed_weights', 'generate', 'gpt_config']
 
 # %% ../../nbs/31_llamagen.ipynb #80c08dde
 from contextlib import contextmanager
@@ -428,13 +428,18 @@ def step(self:GPT, tokens:Tensor, # [N] the last ones drawn
                                 rope, mask, cache, pos)[:, 0])
 
 # %% ../../nbs/31_llamagen.ipynb #7d4fb7b2
-def _packed(layer, rows):
-    "The forward of a linear layer with packed weights"
-    weight, bias = (x if x is None else x.detach() for x in (layer.weight, layer.bias))
+def _mkl(weight, rows):
+    "The product with a packed weight, by MKL"
     packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-    return lambda x: (torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
-                      if x.numel() == rows*weight.shape[1]
-                      else F.linear(x, weight, bias))
+    return lambda x, bias: (torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
+                            if x.numel() == rows*weight.shape[1]
+                            else F.linear(x, weight, bias))
+
+def _onednn(weight, rows):
+    "The same by oneDNN"
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    linear = torch.ops.mkldnn._linear_pointwise
+    return lambda x, bias: linear(x, packed, bias, 'none', [], '')
 
 # %% ../../nbs/31_llamagen.ipynb #7d4fb7b3
 _CHANGING = Lock() # held while a layer gets a forward, or loses it
@@ -443,34 +448,59 @@ class _ForwardOfThread:
     "A layer's forward where each thread may have its own"
     def __init__(self, usual): self.usual, self.own = usual, {}
 
-    def __call__(self, x): return self.own.get(get_ident(), self.usual)(x)
+    def __call__(self, *x): return self.own.get(get_ident(), self.usual)(*x)
 
 # %% ../../nbs/31_llamagen.ipynb #7d4fb7b4
-def _can_pack(layer):
-    "Whether a layer is a plain product in float32 on a CPU"
-    if not isinstance(layer, nn.Linear): return False
-    weight, other = layer.weight, vars(layer).get('forward')
-    return (weight.device.type == 'cpu' and weight.dtype == torch.float32
-            and (other is None or isinstance(other, _ForwardOfThread)))
+def _cpu_libraries():
+    "Whether there is MKL on a processor that it was made for, and oneDNN"
+    name = getattr(torch.cpu, 'get_capabilities', dict)().get('cpu_name', 'Intel')
+    mkl = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear')
+    dnn = hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    return mkl and 'Intel' in name, dnn and torch.backends.mkldnn.is_available()
+
+# %% ../../nbs/31_llamagen.ipynb #b1c3e873
+def _precision(weight):
+    "That of a product with it"
+    half = torch.is_autocast_enabled('cpu') and weight.dtype == torch.float32
+    return torch.get_autocast_dtype('cpu') if half else weight.dtype
+
+def packer(layer:nn.Module, # any
+           rows:int|None): # of the products to come, None for any number
+    "`_mkl`, `_onednn`, or None where a plain product is as fast or the only one"
+    if not isinstance(layer, nn.Linear) or layer.weight.device.type != 'cpu': return
+    if not isinstance(vars(layer).get('forward'), _ForwardOfThread|None): return
+    (mkl, dnn), dtype = _cpu_libraries(), _precision(layer.weight)
+    if mkl and rows and dtype == torch.float32: return _mkl if rows > 1 else None
+    fast = dtype == torch.float32 or (dtype == torch.bfloat16
+                                      and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return _onednn if dnn and fast and layer.weight.numel() >= 2**18 else None
 
 # %% ../../nbs/31_llamagen.ipynb #bc332316
+def _packed(layer, pack, rows):
+    "The forward of a linear layer with a packed weight"
+    dtype = _precision(layer.weight)
+    def cast(x): return None if x is None else x.detach().to(dtype)
+    product, own = pack(cast(layer.weight), rows), cast(layer.bias)
+    return lambda x, *bias: product(x.to(dtype), cast(*bias) if bias else own)
+
 @contextmanager
 def packed_weights(module:nn.Module, # its linear layers
-                   rows:int): # of the products to come; others are computed as usual
-    ("Rearrange float32 weights for fast products on a CPU with MKL, within a `with` "
-     "and for this thread")
-    mkl = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear')
-    layers = [m for m in module.modules() if _can_pack(m)]
-    if rows < 2 or not mkl or torch.is_autocast_enabled('cpu'): layers = []
-    fast, me = [_packed(m, rows) for m in layers], get_ident()
+                   # of the products to come, while others may be slow; None for any
+                   # number, 0 for no change
+                   rows:int|None=None):
+    ("Rearrange weights for fast products on a CPU, within a `with` and for this "
+     "thread; layers with a forward of their own are left alone")
+    layers, me = module.modules(), get_ident()
+    if rows == 0: layers = ()
+    fast = {m: _packed(m, pack, rows) for m in layers if (pack := packer(m, rows))}
     with _CHANGING:
-        for m, f in zip(layers, fast):
+        for m, f in fast.items():
             if 'forward' not in vars(m): m.forward = _ForwardOfThread(m.forward)
             m.forward.own[me] = f
     try: yield module
     finally:
         with _CHANGING:
-            for m in layers:
+            for m in fast:
                 del m.forward.own[me]
                 if not m.forward.own: del m.forward
 

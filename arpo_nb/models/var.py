@@ -23,6 +23,7 @@ from ..files import split_part
 from ..maths.sampling import filter_logits, guide, sample_token
 from ..maths.scalewise import block_causal_mask, scale_index, scale_sizes
 from .checkpoints import FILES, _read_file, _states, load_strict, locate, read_state_dict
+from .llamagen import packed_weights
 from .multiscale_vq import MultiScaleConfig, MultiScaleQuantizer, MultiScaleVQ, check_patch_nums
 from ..protocols import Streams, check_classes, check_ids, describe_value
 from ..specs import PAPERS, ModelSpec, split_args
@@ -425,7 +426,8 @@ def decode(self:VAR, cond:Tensor, # [N] class ids, the null class allowed
         x = x + place
         for block, six, cache in zip(self.blocks, sixes, caches):
             x = block(x, six, cache=cache)
-        logits = self.head(self.head_nm(x, two))
+        # a packed head's may be half
+        logits = self.head(self.head_nm(x, two)).float()
         if guided:
             logits = guide(*logits.chunk(2), 1 + (cfg_scale - 1)*k/max(last, 1))
         with _exact(x.device):
@@ -434,6 +436,12 @@ def decode(self:VAR, cond:Tensor, # [N] class ids, the null class allowed
             x = (self.word_embed(seen.to(self.word_embed.weight.dtype))
                  .repeat(1 + guided, 1, 1))
     return f_hat
+
+# %% ../../nbs/33_var.ipynb #4670b76a
+def _packed(policy):
+    "What every scale multiplies by, rearranged on a CPU"
+    used = [m for b in policy.blocks for m in (b.attn, b.ffn)]
+    return packed_weights(nn.ModuleList([*used, policy.head]))
 
 # %% ../../nbs/33_var.ipynb #57ab62bc
 @torch.no_grad()
@@ -466,7 +474,7 @@ def generate(policy:VAR, # whose tokens are drawn
             l = logits/max(temperature, 1e-5)
             logps.append(l.gather(-1, tokens[-1][..., None])[..., 0] - l.logsumexp(-1))
         return policy.quantizer.embedding(tokens[-1])
-    policy.decode(cond, choose, cfg_scale)
+    with _packed(policy): policy.decode(cond, choose, cfg_scale)
     return ((torch.cat(tokens, 1), torch.cat(logps, 1)) if return_logps
             else torch.cat(tokens, 1))
 VAR.generate = generate
@@ -483,7 +491,7 @@ def replay(policy:VAR, # that is replayed
     def choose(k, l):
         logits.append(l)
         return policy.quantizer.embedding(maps[k])
-    policy.decode(cond, choose, cfg_scale)
+    with _packed(policy): policy.decode(cond, choose, cfg_scale)
     return torch.cat(logits, 1)
 
 # %% ../../nbs/33_var.ipynb #efe5752f
@@ -513,7 +521,7 @@ def generate_smooth(policy:VAR, # whose pictures are drawn
     def choose(k, logits):
         return smooth_weights(filter_logits(logits, temperature, top_k, top_p),
                               noise[k], k/max(len(policy.sizes) - 1, 1)) @ codes
-    return policy.decode(cond, choose, cfg_scale)
+    with _packed(policy): return policy.decode(cond, choose, cfg_scale)
 
 # %% ../../nbs/33_var.ipynb #6b5a4988
 PATCHES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)

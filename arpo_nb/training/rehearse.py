@@ -41,6 +41,7 @@ from .. import rewards, systems
 from ..config import FREE, Config, contexts, override, preset
 from ..files import plain_terminal
 from ..maths.moments import Reference
+from ..models import llamagen
 from ..own_rewards import ask_reward
 from ..protocols import Batch, Streams, System, map_cond
 from ..scores import clip
@@ -420,7 +421,7 @@ def _in_the_way(stage): # (object, name, what stands there meanwhile)
                 (FSDPParam, 'alloc_all_gather_outputs', gathered),
                 # as GPUs have; and CPUs would pack weights
                 (clip_grad, '_has_foreach_support', lambda *_, **__: True),
-                (torch.backends.mkl, 'is_available', lambda: False))
+                (llamagen, 'packer', lambda *_: None))
 
 # %% ../../nbs/44_rehearse.ipynb #1e1bc1c7
 @contextmanager
