@@ -47,9 +47,9 @@ def timed(run, *args, **kw):
     start = time.perf_counter(); out = run(*args, **kw)
     return time.perf_counter() - start, out
 
-def machine():
+def machine(dtype=torch.float32):
     "Operations and bytes per second of this process's threads, which are printed"
-    flops, bandwidth = limits('cpu', side=4096)
+    flops, bandwidth = limits('cpu', dtype, side=4096)
     print(f'{torch.get_num_threads()} threads: 4096³ matrix product {flops/1e9:.0f} GFLOP/s, memory {bandwidth/1e9:.1f} GB/s', flush=True)
     return flops, bandwidth
 
@@ -57,5 +57,5 @@ def token_seconds(policy, width, tokens, rows, machine):
     "A token of each row at least: each weight read once or each product made, and the mean cache read"
     flops, bandwidth = machine
     weights = sum(p.numel() for name, p in policy.named_parameters() if 'emb' not in name)
-    cache = rows*policy.cfg.n_layer*2*width*tokens//2
-    return max(4*weights/bandwidth, 2*rows*weights/flops) + 4*cache/bandwidth
+    size, cache = next(policy.parameters()).element_size(), rows*policy.cfg.n_layer*2*width*tokens//2
+    return max(size*weights/bandwidth, 2*rows*weights/flops) + size*cache/bandwidth

@@ -24,7 +24,7 @@ from arpo_nb.models.llamagen import GPT, GPTConfig
 from arpo_nb.models.multiscale_vq import MultiScaleConfig, MultiScaleVQ
 from arpo_nb.protocols import Streams
 from arpo_nb.models.tokenizers import VQConfig, VQModel
-from arpo_nb.models.var import VAR, VARConfig, randomise
+from arpo_nb.models.var import VAR, VARConfig, randomise, replay
 from arpo_nb.models.vqgan import VQGAN, CINConfig, CINTransformer, VQGANConfig
 from arpo_nb.specs import families
 
@@ -195,6 +195,8 @@ def test_packed_weights_draw_the_same_tokens(model, half, monkeypatch):
     plain = drawn(lambda *_: None)
     assert torch.equal(drawn(onednn), plain) and len(packs) >= 8 and len(plain.unique()) > 4
     assert not any('forward' in vars(m) for m in policy.modules())
+    if model == 'var_d16':
+        with torch.autocast('cpu', torch.bfloat16, enabled=half): assert replay(policy, plain, cond).dtype == torch.float32
 
 
 def test_run_eval_makes_another_folders_reference(tmp_path):
