@@ -5,7 +5,7 @@
 
 Their networks and functions do what their trainer does with them: a guided sampler that keeps all logits, a mask for each sample,
 scores image by image (CLIP B/32 of the three rewards), the reference in a pass of its own, an entropy of kept logits.
-First rewards and all gradients must agree on the same samples; then the parts are timed, one side after the other.
+First rewards, and for the same rewards all gradients, must agree on the same samples; then the parts are timed, one side after the other.
 """
 import argparse
 from dataclasses import replace
@@ -66,8 +66,8 @@ def logits_of(net, tokens):
 
 def logps_of(net, tokens): return logits_of(net, tokens).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
-def theirs(tokens=None):
-    "Their step: rewards, loss and gradients of given samples, or of drawn ones"
+def theirs(tokens=None, scores=None):
+    "Their step: rewards, loss and gradients of given samples, or of drawn ones; advantages are of given rewards, or of its own"
     with torch.no_grad():
         with beside.authors('samples'):
             drawn = generate(gpt, batch.cond.repeat_interleave(G), T, cfg_scale=SCALE, temperature=1., top_k=0, top_p=1., sample_logits=True, return_logits=True)
@@ -76,7 +76,7 @@ def theirs(tokens=None):
         with beside.authors('decode'): pictures = (vq_model.decode_code(flat, [len(flat), 8, args.side//16, args.side//16]) + 1).mul(.5).clamp(0, 1)
         with beside.authors('reward'): rewards = torch.cat([one(pictures, i) for i in range(len(flat))])
         with beside.authors('reference'): ref = logps_of(their_reference, flat)
-    advantages = group_advantages(rewards.view(B, G)).flatten()[:, None]
+    advantages = group_advantages(rewards.view(B, G) if scores is None else scores).flatten()[:, None]
     with beside.authors('update'):
         gpt.zero_grad()
         logps = logps_of(gpt, flat)
@@ -101,7 +101,7 @@ def ours():
 
 objective = PolicyGradient(system, cfg)
 tokens, mine, loss, grads = ours()
-their, their_loss, their_grads = theirs(tokens)
+their, their_loss, their_grads = theirs(tokens, mine) # rewards of a group that are close make differences large
 print(f'the loss differs by {(loss - their_loss).abs():.1e}')
 beside.must_agree(mine, their, grads, their_grads)
 print(f'{args.size}, {args.side} pixels, {B} prompts x {G} samples, guidance {SCALE}, {args.threads} threads; seconds of a step')

@@ -131,7 +131,7 @@ def squared_distances(u:Tensor, v:Tensor, # [N, D], [M, D]
 # %% ../../nbs/50_evaluate.ipynb #f91fd309
 def radii(x:Tensor, # [N, D]
           k:int=3, # neighbours
-          tile:int=5000, # rows at a time
+          tile:int=2000, # rows at a time
           half:bool=False, # float16 distances, as the ADM evaluator has them
          ) -> Tensor: # [N] squared distance to the k-th nearest other point
     "Squared radius of every point's ball; a tile serves its rows and its columns"
@@ -150,7 +150,7 @@ def radii(x:Tensor, # [N, D]
 # %% ../../nbs/50_evaluate.ipynb #7e54668a
 def coverage(x:Tensor, rx:Tensor, # [N, D] centres and [N] squared radii
              y:Tensor, ry:Tensor, # [M, D] and [M]
-             tile:int=5000, # rows at a time
+             tile:int=2000, # rows at a time
              half:bool=False, # float16 distances, as the ADM evaluator has them
             ) -> tuple: # shares in [0, 1]: of y in a ball around x, of x in one around y
     "Who lies in the balls of the others, both ways from one pass over the distances"
@@ -169,7 +169,7 @@ def precision_recall(real:Tensor, # [N, D]
                      fake:Tensor, # [M, D]
                      k:int=3, # neighbours
                      half:bool=False, # float16 distances, as the ADM evaluator has them
-                     # rows at a time; None for 5,000, or the evaluator's 10,000 with
+                     # rows at a time; None for 2,000, or the evaluator's 10,000 with
                      # `half`
                      tile:int|None=None,
                     ) -> tuple: # precision, recall
@@ -177,7 +177,7 @@ def precision_recall(real:Tensor, # [N, D]
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"precision and recall need more than k={k} images on both "
                          f"sides, got {len(real)} and {len(fake)}")
-    tile = tile or (10_000 if half else 5000)
+    tile = tile or (10_000 if half else 2000)
     x, y = real.float(), fake.float()
     known = kept(radii, x, k, tile, half)
     return coverage(x, known, y, radii(y, k, tile, half), tile, half)

@@ -233,10 +233,15 @@ def exponent(sizes, # ascending
 # %% ../../nbs/52_bench.ipynb #4aa5ff7a
 def plot_growth(curves:dict, # name: (sizes, costs, expected power)
                 axes, # as many
-               ):
+                unit:str='s'): # of the costs
     "Costs against sizes between logarithmic axes, with the power found and the one expected"
+    from matplotlib.ticker import EngFormatter
+    size, cost = EngFormatter(sep=''), EngFormatter(unit)
+    def short(form, numbers): return [form(float(f'{n:.3g}')) for n in numbers]
     for ax, (name, (sizes, costs, expected)) in zip(axes.flat, curves.items(), strict=True):
         ax.loglog(sizes, costs, 'o-', ms=3)
         ax.set_title(f'{name}: {exponent(sizes, costs):.2f} ({expected})', fontsize=8)
-        ax.set_xticks(sizes, [f'{n:,}' for n in sizes], fontsize=6)
         ax.minorticks_off()
+        ends = min(costs), max(costs)
+        ax.set_xticks(sizes, short(size, sizes), fontsize=6)
+        ax.set_yticks(ends, short(cost, ends), fontsize=6)
