@@ -163,9 +163,9 @@ def test_workers_of_the_table_end_with_their_parent():
     code = """
         import os, sys, time
         sys.path.insert(0, sys.argv[1])
-        from rehearse import follow_parent
+        from rehearse import begin
         if os.fork() == 0:
-            follow_parent(os.getppid())
+            begin(os.getppid())
             print('works', flush=True)
         time.sleep(60)"""
     parent = subprocess.Popen([sys.executable, '-c', textwrap.dedent(code), str(ROOT/'scripts')], stdout=subprocess.PIPE, text=True)
