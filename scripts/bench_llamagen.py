@@ -14,6 +14,7 @@ import torch
 
 from arpo_nb.models.llamagen import GPT, gpt_config
 from arpo_nb.protocols import Streams
+from arpo_nb.training.bench import sampling_limit
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--official', required=True, help='folder of the official code')
@@ -45,4 +46,4 @@ fast = beside.machine(dtype)
 for cell in args.cells*args.repeat:
     n, scale = int(cell.strip('g')), 1.5 if 'g' in cell else 1.
     x, y = (256*n/beside.timed(run, n, scale)[0] for run in (run_ours, run_theirs))
-    print(f'batch {n}{", guidance 1.5" if scale > 1 else ""}: ours {x:.1f} tokens/s, official {y:.1f}, ratio {x/y:.2f}; ours at {x/n*beside.token_seconds(ours, ours.cfg.dim, 256, n*(1 + (scale > 1)), fast):.0%} of the limit', flush=True)
+    print(f'batch {n}{", guidance 1.5" if scale > 1 else ""}: ours {x:.1f} tokens/s, official {y:.1f}, ratio {x/y:.2f}; ours at {x/256/n*sampling_limit(ours, n*(1 + (scale > 1)), fast):.0%} of the limit', flush=True)

@@ -5,7 +5,7 @@
 
 A cell is a batch size, with `g` for VAR's cfg 1.5. First both draw the most probable codes, whose pictures must agree. The last lines time the
 log-probabilities of given codes: one teacher-forced pass against going through the ten scales with a cache, as the sampler does.
-The limit is what the products with the transformer's weights cost at the measured speed of a large matrix product.
+The limit is what weights, products and cache cost the transformer at the measured speeds of a large matrix product and of memory.
 """
 import argparse
 import contextlib
@@ -18,6 +18,7 @@ import torch
 
 from arpo_nb.models.multiscale_vq import MultiScaleConfig, MultiScaleVQ
 from arpo_nb.protocols import Streams
+from arpo_nb.training.bench import sampling_limit
 from arpo_nb.training.rollout import token_logps
 from arpo_nb.models.var import VAR, replay, var_config
 
@@ -63,13 +64,12 @@ def run_ours(n, cfg, greedy=False):
 torch.set_grad_enabled(False)
 difference = (run_ours(2, 1.5, greedy=True)[0] - run_theirs(2, 1.5, top_k=1, top_p=0.)[0]).abs().max()
 print(f'most probable codes, guided: pictures differ by at most {difference:.1e}', flush=True)
-flops, _ = beside.machine()
-work = 2*680*sum(m.weight.numel() for name, m in ours.named_modules() if isinstance(m, torch.nn.Linear) and 'ada_lin' not in name) # those of the modulation are applied once
+fast = beside.machine()
 for cell in args.cells*args.repeat:
     n, cfg = int(cell.strip('g')), 1.5 if 'g' in cell else 0.
     (_, a, b), (_, c, d) = run_ours(n, cfg), run_theirs(n, cfg)
     print(f'batch {n}{", cfg 1.5" if cfg else ""}: ours {n/(a+b):.3f} images/s ({a:.1f} s transformer, {b:.1f} s decoder), official {n/(c+d):.3f} ({c:.1f} s, {d:.1f} s), '
-          f'ratio {(c+d)/(a+b):.2f} (transformer {c/a:.2f}, decoder {d/b:.2f}); transformer at {n*work*(1 + bool(cfg))/flops/a:.0%} of the limit', flush=True)
+          f'ratio {(c+d)/(a+b):.2f} (transformer {c/a:.2f}, decoder {d/b:.2f}); transformer at {sampling_limit(ours, n*(1 + bool(cfg)), fast)/a:.0%} of the limit', flush=True)
 labels, tokens = torch.arange(args.rows), torch.randint(4096, (args.rows, 680))
 def one_pass(): return token_logps(ours, ours.hidden(tokens, labels), tokens[:, None], chunk=10**6)[0][:, 0]
 def ten_scales(): return replay(ours, tokens, labels).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]

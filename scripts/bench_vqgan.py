@@ -15,6 +15,7 @@ import torch
 from arpo_nb.models.janus import import_transformers
 from arpo_nb.models.vqgan import CINConfig, CINTransformer
 from arpo_nb.protocols import Streams
+from arpo_nb.training.bench import sampling_limit
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--official', required=True, help='folder of the official code')
@@ -43,4 +44,4 @@ print(f'greedy tokens, 2 images: {(a == b).float().mean().item():.2%} equal, {le
 fast = beside.machine()
 for n in args.cells*args.repeat:
     x, y = (args.tokens*n/beside.timed(run, n)[0] for run in (run_ours, run_theirs))
-    print(f'batch {n}: ours {x:.1f} tokens/s, official {y:.1f}, ratio {x/y:.2f}; ours at {x/n*beside.token_seconds(ours, cfg.n_embd, args.tokens, n, fast):.0%} of the limit', flush=True)
+    print(f'batch {n}: ours {x:.1f} tokens/s, official {y:.1f}, ratio {x/y:.2f}; ours at {x/args.tokens/n*sampling_limit(ours, n, fast):.0%} of the limit', flush=True)

@@ -1,4 +1,4 @@
-"What the scripts share that time ours beside the authors': clocks, whether both sides agree, tables, and the least a sampler could take"
+"What the scripts share that time ours beside the authors': clocks, whether both sides agree, tables, and what the machine could do"
 import sys
 import time
 import warnings
@@ -52,10 +52,3 @@ def machine(dtype=torch.float32):
     flops, bandwidth = limits('cpu', dtype, side=4096)
     print(f'{torch.get_num_threads()} threads: 4096³ matrix product {flops/1e9:.0f} GFLOP/s, memory {bandwidth/1e9:.1f} GB/s', flush=True)
     return flops, bandwidth
-
-def token_seconds(policy, width, tokens, rows, machine):
-    "A token of each row at least: each weight read once or each product made, and the mean cache read"
-    flops, bandwidth = machine
-    weights = sum(p.numel() for name, p in policy.named_parameters() if 'emb' not in name)
-    size, cache = next(policy.parameters()).element_size(), rows*policy.cfg.n_layer*2*width*tokens//2
-    return max(size*weights/bandwidth, 2*rows*weights/flops) + size*cache/bandwidth

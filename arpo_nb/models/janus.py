@@ -349,8 +349,8 @@ def generate(policy:JanusPolicy, # in eval mode
     padded = not valid.all() # asked once, not at every code
     valid = torch.cat([valid, valid.new_ones(len(valid), steps - 1)], 1)
     places = (valid.cumsum(1) - 1).clamp(min=0)
-    # rearranging pays from a few codes on
-    with packed_weights(policy, len(x) if steps > 8 else 0):
+    # rearranging costs what some codes do
+    with packed_weights(policy, len(x) if steps > 16 else 0):
         for end in range(start, start + steps):
             states = policy.trunk(x, valid[:, :end], cache,
                                   places[:, end - x.shape[1]:end], padded)

@@ -479,9 +479,10 @@ def packer(layer:nn.Module, # any
 def _packed(layer, pack, rows):
     "The forward of a linear layer with a packed weight"
     dtype = _precision(layer.weight)
+    result = getattr(layer, 'result', dtype)
     def cast(x): return None if x is None else x.detach().to(dtype)
     product, own = pack(cast(layer.weight), rows), cast(layer.bias)
-    return lambda x, *bias: product(x.to(dtype), cast(*bias) if bias else own)
+    return lambda x, *bias: product(x.to(dtype), cast(*bias) if bias else own).to(result)
 
 @contextmanager
 def packed_weights(module:nn.Module, # its linear layers

@@ -208,9 +208,10 @@ def forward(self:OutputNorm, x, # [N, n, C]
 # %% ../../nbs/33_var.ipynb #b59fc3f6
 class Float32Linear(nn.Linear):
     "A linear layer whose result is in float32"
+    result = torch.float32 # of packed weights too, see llamagen
     def forward(self, x): # [..., C] in any precision
         "Logits in float32"
-        return super().forward(x).float()
+        return super().forward(x).to(self.result)
 
 # %% ../../nbs/33_var.ipynb #5649f001
 # meta has no autocast
@@ -426,8 +427,7 @@ def decode(self:VAR, cond:Tensor, # [N] class ids, the null class allowed
         x = x + place
         for block, six, cache in zip(self.blocks, sixes, caches):
             x = block(x, six, cache=cache)
-        # a packed head's may be half
-        logits = self.head(self.head_nm(x, two)).float()
+        logits = self.head(self.head_nm(x, two))
         if guided:
             logits = guide(*logits.chunk(2), 1 + (cfg_scale - 1)*k/max(last, 1))
         with _exact(x.device):

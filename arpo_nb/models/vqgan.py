@@ -477,7 +477,8 @@ def generate(policy:CINTransformer, # in eval mode
          else streams.uniform(policy.num_tokens, device=cond.device).unbind(1))
     cache, pos, x = (policy.new_cache(len(cond)), 0,
                      torch.cat([cond[:, None], tokens], 1))
-    with packed_weights(policy, len(cond)): # see llamagen
+    left = policy.num_tokens - tokens.shape[1]
+    with packed_weights(policy, len(cond) if left > 16 else 0): # see llamagen
         for t in range(tokens.shape[1], policy.num_tokens):
             logits = policy.head(policy.trunk(x, cache, pos)[:, -1])
             pos, x = (pos + x.shape[1],
